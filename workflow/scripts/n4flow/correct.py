@@ -1,0 +1,196 @@
+"""Image divided by field, tile by tile: files for the workflow, arrays for a notebook."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from n4flow.device import DeviceChoice, array_module, select_device
+from n4flow.estimate import Iteration, estimate_field
+from n4flow.field import BiasField
+from n4flow.parameters import N4Parameters
+from n4flow.samples import Samples, check_dropped, log_where, sample_positions, usable_voxels
+from n4flow.volume import Volume, VolumeWriter
+
+log = logging.getLogger(__name__)
+
+#: Voxels that `correct` works on at a time.
+TILE_VOXELS = 2**22
+
+
+def write_corrected(
+    volume: Volume,
+    field: BiasField,
+    output: str | Path,
+    bias_output: str | Path | None = None,
+    *,
+    keep_dtype: bool = False,
+    xp: Any = np,
+) -> float:
+    """Divide an image by the field and write it, slab by slab.
+
+    Parameters
+    ----------
+    volume : Volume
+        All its frames are divided by the one field.
+    field : BiasField
+        Of this image's grid.
+    output : path-like
+    bias_output : path-like, optional
+        Where to write the multiplicative field, float32 on the image's grid.
+    keep_dtype : bool
+        Write integers as integers of the same size, with a scl_slope that uses their range;
+        otherwise float32.
+    xp : module
+        numpy or cupy: where to compute.
+
+    Returns
+    -------
+    float
+        Largest ``|corrected * field - original| / |original|`` that was written.
+    """
+    dtype = volume.dtype.newbyteorder("=") if keep_dtype else np.dtype(np.float32)
+    slope = _slope(volume, field, dtype, xp) if np.issubdtype(dtype, np.integer) else 1.0
+    worst = 0.0
+    with contextlib.ExitStack() as files:
+        # entered last, the corrected image appears first or not at all
+        bias_writer = (
+            files.enter_context(VolumeWriter(bias_output, volume, np.float32, frames=1)) if bias_output else None
+        )
+        writer = files.enter_context(VolumeWriter(output, volume, dtype, slope=slope))
+        for slab, frame, values, corrected, ratio in _corrected_slabs(volume, field, xp):
+            writer.write(corrected)
+            if bias_writer and frame == 0:
+                bias_writer.write(ratio)
+            with np.errstate(invalid="ignore"):
+                error = np.abs(corrected * ratio - values)
+                worst = max(worst, float(np.nanmax(error / np.maximum(np.abs(values), 1e-30), initial=0)))
+            if slab.stop == volume.shape[2]:
+                log.info("%s: frame %d of %d written", volume.path.name, frame + 1, volume.frames)
+    return worst
+
+
+def _corrected_slabs(volume: Volume, field: BiasField, xp: Any) -> Any:
+    for slab, frame, values in volume.slabs():
+        ratio = field.ratio_tile((slice(None), slice(None), slab), xp)
+        corrected = xp.asarray(values, dtype=np.float32) / ratio
+        yield slab, frame, values, _move(corrected, np), _move(ratio, np)
+
+
+def _slope(volume: Volume, field: BiasField, dtype: np.dtype, xp: Any) -> float:
+    """The scl_slope with which the corrected image just fits the integer type."""
+    low = high = 0.0
+    for _, _, _, corrected, _ in _corrected_slabs(volume, field, xp):
+        finite = corrected[np.isfinite(corrected)]
+        low = min(low, float(finite.min(initial=0)))
+        high = max(high, float(finite.max(initial=0)))
+    limits = np.iinfo(dtype)
+    candidates = [high / limits.max] + ([low / limits.min] if limits.min else [])
+    return max(candidates) or 1.0
+
+
+class Correction(NamedTuple):
+    """What `correct` returns."""
+
+    corrected: Any  # float32, of the image's shape and module
+    bias: Any  # multiplicative field, float32, likewise
+    field: BiasField
+    history: list[Iteration]
+
+
+def correct(
+    volume: Any,
+    mask: Any = None,
+    *,
+    voxel_size_mm: tuple[float, ...],
+    parameters: N4Parameters | None = None,
+    device: DeviceChoice = "auto",
+    out: Any = None,
+    bias_out: Any = None,
+) -> Correction:
+    """Bias-correct an array.
+
+    Parameters
+    ----------
+    volume : (n0, n1[, n2]) array
+        NumPy or CuPy; any real dtype.
+    mask : array of the same shape, optional
+        Where it is not 0 the field is estimated; everywhere by default.
+    voxel_size_mm : tuple of float
+        Per axis, in the order of the array's axes.
+    parameters : N4Parameters, optional
+    device : {"auto", "gpu", "cpu"}
+    out, bias_out : float32 arrays of the volume's shape, optional
+        Where to put the results; either may be `volume` itself.
+
+    Returns
+    -------
+    Correction
+
+    Raises
+    ------
+    InputError
+        The array holds nothing a field can be estimated from.
+    ValueError
+        A shape, dtype or voxel size does not fit.
+    """
+    parameters = parameters or N4Parameters()
+    shape = tuple(volume.shape)
+    if volume.ndim not in (2, 3) or len(voxel_size_mm) != volume.ndim:
+        raise ValueError(f"need a 2-D or 3-D array and a voxel size per axis, got {shape} and {voxel_size_mm}")
+    if not all(np.isfinite(size) and size > 0 for size in voxel_size_mm):
+        raise ValueError(f"voxel_size_mm must be above 0, got {voxel_size_mm}")
+    if mask is not None and tuple(mask.shape) != shape:
+        raise ValueError(f"the mask has shape {tuple(mask.shape)}, the volume {shape}")
+    for name, buffer in (("out", out), ("bias_out", bias_out)):
+        if buffer is not None and (tuple(buffer.shape) != shape or buffer.dtype != np.float32):
+            raise ValueError(f"{name} must be float32 of shape {shape}, is {buffer.dtype} of {tuple(buffer.shape)}")
+    if out is not None and out is bias_out:
+        raise ValueError("out and bias_out must be two arrays")
+    home = array_module(volume)
+    xp = select_device(device).xp
+    out = home.empty(shape, dtype=np.float32) if out is None else out
+    bias_out = home.empty(shape, dtype=np.float32) if bias_out is None else bias_out
+
+    samples = _take_samples(volume, mask, voxel_size_mm, parameters.shrink_factor)
+    field, history = estimate_field(samples, parameters, xp=xp)
+    # tiles of whole planes along the last axis, or the plane itself
+    planes = max(1, TILE_VOXELS // (shape[0] * shape[1])) if volume.ndim == 3 else 1
+    for start in range(0, samples.image_shape[2], planes):
+        part = slice(start, start + planes)
+        tile = (..., part) if volume.ndim == 3 else ...
+        ratio = _move(field.ratio_tile((slice(None), slice(None), part), xp), home)
+        ratio = ratio.reshape(volume[tile].shape)
+        corrected = volume[tile].astype(np.float32) / ratio
+        out[tile], bias_out[tile] = corrected, ratio
+    return Correction(out, bias_out, field, history)
+
+
+def _take_samples(volume: Any, mask: Any, voxel_size_mm: tuple[float, ...], shrink_factor: int) -> Samples:
+    """What `read_samples` does for files; a 2-D array becomes a single plane."""
+    shape = (*volume.shape, 1)[:3]
+    size = (*voxel_size_mm, 1.0)[:3]
+    positions = sample_positions(shape, shrink_factor)
+    grid = np.ix_(*positions)
+
+    def sampled(array: Any) -> np.ndarray:
+        index = tuple(array_module(array).asarray(axis) for axis in grid)
+        return _move(array.reshape(shape)[index], np)
+
+    values = sampled(volume)
+    inside = np.ones(values.shape, dtype=bool) if mask is None else sampled(mask) != 0
+    usable, dropped = usable_voxels(values, inside)
+    check_dropped("volume", dropped, int(inside.sum()))
+    affine = np.diag([*size, 1.0])
+    return Samples(log_where(values, usable), usable, positions, shape, size, affine, dropped, "volume")
+
+
+def _move(array: Any, module: Any) -> Any:
+    """The array as one of NumPy or CuPy."""
+    if array_module(array) is module:
+        return array
+    return array.get() if module is np else module.asarray(array)

@@ -1,0 +1,107 @@
+"""Which device computes. CuPy is imported here and nowhere else, and only when it may be used."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import IO, Any, Literal
+
+import numpy as np
+
+from n4flow.errors import InputError
+
+DeviceChoice = Literal["auto", "gpu", "cpu"]
+
+
+@dataclass(frozen=True)
+class Device:
+    """Where arrays live: the array module, a name for people, and how the choice came about."""
+
+    kind: Literal["cpu", "gpu"]
+    xp: ModuleType
+    name: str
+    reason: str
+    lock: IO[str] | None = None  # held as long as the device is in use; freed with the process
+
+    def to_host(self, array: Any) -> np.ndarray:
+        """Give the array as a NumPy array."""
+        return array.get() if self.kind == "gpu" else np.asarray(array)
+
+
+def select_device(choice: DeviceChoice = "auto") -> Device:
+    """Choose the device: ``auto`` takes a free GPU, or the CPU where there is none.
+
+    Raises
+    ------
+    InputError
+        ``gpu`` was asked for and there is none.
+    """
+    if choice not in ("auto", "gpu", "cpu"):
+        raise InputError("device", f"{choice!r} is not a device", "give auto, gpu or cpu")
+    if choice == "cpu":
+        return Device("cpu", np, "CPU", "asked for")
+    try:
+        import cupy
+
+        count = cupy.cuda.runtime.getDeviceCount()
+        problem = "CuPy sees no GPU" if count == 0 else ""
+    except ImportError:
+        count, problem = 0, "CuPy is not installed"
+    except Exception as error:  # CuPy raises classes of its own that cannot be named without it
+        count, problem = 0, f"CuPy cannot use a GPU ({error})"
+    if problem and choice == "gpu":
+        raise InputError("device: gpu", problem, "install envs/requirements-gpu.txt on a machine with a GPU, or use auto")
+    if problem:
+        return Device("cpu", np, "CPU", problem)
+    index, lock = claim_gpu(count)
+    cupy.cuda.Device(index).use()
+    name = cupy.cuda.runtime.getDeviceProperties(index)["name"].decode()
+    return Device("gpu", cupy, f"GPU {index} ({name})", "asked for" if choice == "gpu" else "found", lock)
+
+
+def claim_gpu(count: int, folder: Path | None = None) -> tuple[int, IO[str] | None]:
+    """Take the first GPU that no other n4flow process on this machine holds.
+
+    Snakemake counts GPUs but hands out no index, so processes agree through file locks, which the
+    operating system frees when a process ends. Indices are those inside CUDA_VISIBLE_DEVICES; the
+    lock is named after the physical entry. If all are held, the first is shared.
+
+    Parameters
+    ----------
+    count : int
+        Number of visible GPUs.
+    folder : Path, optional
+        Where the lock files lie; the system's temporary folder by default.
+
+    Returns
+    -------
+    index : int
+    lock : file or None
+        Keep it open as long as the GPU is in use. None where the GPU is shared.
+    """
+    folder = folder or Path(tempfile.gettempdir())
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+    for index in range(count):
+        entry = visible[index].strip() if index < len(visible) and visible[index] else str(index)
+        try:
+            lock = open(folder / f"n4flow-gpu-{entry.replace('/', '_')}.lock", "a")
+        except OSError:  # another user's file: that user holds or held the GPU
+            continue
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            lock.close()
+            continue
+        return index, lock
+    return 0, None
+
+
+def array_module(array: Any) -> ModuleType:
+    """NumPy or CuPy, whichever the array belongs to (CuPy is not imported for this)."""
+    cupy = sys.modules.get("cupy")
+    return cupy if cupy is not None and isinstance(array, cupy.ndarray) else np

@@ -1,0 +1,123 @@
+"""The N4 loop: from log intensities on a sample grid to a log bias field."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any, NamedTuple
+
+import numpy as np
+from threadpoolctl import threadpool_limits
+
+from n4flow.bspline import refine
+from n4flow.errors import InputError
+from n4flow.field import BiasField, Mesh
+from n4flow.kernels import make_kernels
+from n4flow.parameters import N4Parameters
+from n4flow.samples import Samples, sample_positions
+from n4flow.sharpening import expected_log_values
+
+log = logging.getLogger(__name__)
+
+class Iteration(NamedTuple):
+    """One line of the history."""
+
+    level: int
+    iteration: int
+    cv: float
+
+
+class Estimate(NamedTuple):
+    """What `estimate_field` returns."""
+
+    field: BiasField
+    history: list[Iteration]
+
+
+def estimate_field(
+    samples: Samples, parameters: N4Parameters, *, xp: Any = np, mesh: Mesh | None = None
+) -> Estimate:
+    """Estimate the log bias field that best sharpens the histogram of the samples.
+
+    Parameters
+    ----------
+    samples : Samples
+    parameters : N4Parameters
+    xp : module
+        numpy or cupy: where to compute.
+    mesh : Mesh, optional
+        Mesh of the first level; by default spans of ``spline_distance_mm`` (`Mesh.of_distance`).
+
+    Returns
+    -------
+    Estimate
+        The field, scaled so that the mean intensity of the samples is kept, and the history.
+
+    Raises
+    ------
+    InputError
+        Too few samples, all of one intensity, or a mesh finer than the samples.
+
+    References
+    ----------
+    Tustison et al. 2010, doi:10.1109/TMI.2010.2046908; ITK's N4BiasFieldCorrectionImageFilter.
+    """
+    samples = samples.check().cropped()
+    if mesh is None:
+        mesh = Mesh.of_distance(samples.image_shape, samples.voxel_size_mm, parameters.spline_distance_mm)
+    check_mesh(samples, mesh, parameters)
+
+    # a fixed number of BLAS threads: the order of its sums may depend on it
+    with threadpool_limits(1, user_api="blas"):
+        kernels = make_kernels(samples.log_image, samples.mask, xp)
+        mean_before = kernels.mean_intensity()
+        lattice = np.zeros(mesh.lattice_shape)
+        history: list[Iteration] = []
+        for level, most_iterations in enumerate(parameters.iterations):
+            if level > 0 and parameters.mesh == "refined":
+                lattice, mesh = refine(lattice), mesh.refined()
+            kernels.set_mesh(mesh.bases(samples.positions))
+            low, high, _ = kernels.subtract(np.zeros_like(lattice))
+            for iteration in range(1, most_iterations + 1):
+                if low == high:
+                    break
+                histogram = kernels.histogram(low, high, parameters.histogram_bins)
+                table = expected_log_values(
+                    histogram, low, high, fwhm=parameters.fwhm, wiener_noise=parameters.wiener_noise
+                )
+                update = kernels.fit(table, low, high)
+                low, high, cv = kernels.subtract(update)
+                lattice += update
+                history.append(Iteration(level + 1, iteration, cv))
+                log.info(
+                    "%s: level %d of %d, %s spans, iteration %d of at most %d, cv %.2e",
+                    samples.source,
+                    level + 1,
+                    len(parameters.iterations),
+                    "x".join(map(str, mesh.spans)),
+                    iteration,
+                    most_iterations,
+                    cv,
+                )
+                if cv <= parameters.convergence_threshold:
+                    break
+        # a constant may move freely between image and field: choose it so that the mean stays
+        lattice += np.log(kernels.mean_intensity() / mean_before)
+    return Estimate(BiasField(lattice, mesh, samples.image_shape, samples.affine), history)
+
+
+def check_mesh(samples: Samples, mesh: Mesh, parameters: N4Parameters) -> None:
+    """Refuse a mesh with more spans than samples along an axis: it would fit single voxels.
+
+    Raises
+    ------
+    InputError
+    """
+    doublings = len(parameters.iterations) - 1 if parameters.mesh == "refined" else 0
+    grid = [len(p) for p in sample_positions(samples.image_shape, parameters.shrink_factor)]
+    for axis, (spans, count) in enumerate(zip(mesh.spans, grid, strict=True)):
+        if spans * 2**doublings > max(count, 1):
+            raise InputError(
+                samples.source,
+                f"the mesh has {spans * 2**doublings} spans along axis {axis}, which has {count} samples",
+                "raise n4.spline_distance_mm, or lower n4.shrink_factor or the number of levels",
+            )

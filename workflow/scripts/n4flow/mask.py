@@ -1,0 +1,168 @@
+"""Where the field is estimated: a mask from the image, or one that the user gives."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from n4flow.errors import InputError
+from n4flow.volume import Volume, VolumeWriter
+
+MaskMethod = Literal["otsu", "head", "percentile"]
+
+#: A threshold is found on about so many voxels, on a regular sub-grid of the image.
+THRESHOLD_VOXELS = 2**21
+
+
+def otsu_threshold(values: np.ndarray, bins: int = 256) -> float:
+    """Threshold that separates two classes with the largest variance between them.
+
+    The histogram runs to the 99.9th percentile, so that a few very bright voxels do not decide.
+
+    Parameters
+    ----------
+    values : 1-D array
+        Finite intensities.
+
+    Returns
+    -------
+    float
+        Foreground is what lies above.
+
+    References
+    ----------
+    Otsu 1979, doi:10.1109/TSMC.1979.4310076.
+    """
+    low, high = float(values.min()), float(np.percentile(values, 99.9))
+    counts, edges = np.histogram(np.clip(values, low, high), bins=bins, range=(low, high))
+    centres = (edges[:-1] + edges[1:]) / 2
+    below = np.cumsum(counts)[:-1].astype(float)
+    above = counts.sum() - below
+    sums = np.cumsum(counts * centres)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        difference = sums[:-1] / below - (sums[-1] - sums[:-1]) / above
+    between = np.nan_to_num(below * above * difference**2)
+    return float(edges[1 + np.argmax(between)])
+
+
+def foreground_threshold(
+    volume: Volume, method: MaskMethod = "otsu", percentile: float = 50.0
+) -> float:
+    """Intensity above which a voxel is foreground.
+
+    Parameters
+    ----------
+    volume : Volume
+    method : {"otsu", "head", "percentile"}
+        ``head`` uses Otsu's threshold too.
+    percentile : float
+        For ``percentile``: of the positive voxels, so that air that was set to 0 does not count.
+
+    Raises
+    ------
+    InputError
+        No voxel is finite and above 0, or all have the same intensity.
+    """
+    stride = max(1, int(np.ceil((np.prod(volume.shape) / THRESHOLD_VOXELS) ** (1 / 3))))
+    parts, positive = [], 0
+    for slab, values in volume.mean_slabs():
+        positive += int((values > 0).sum())
+        planes = np.arange(slab.start, slab.stop)
+        parts.append(values[::stride, ::stride, planes % stride == 0].ravel())
+    if positive == 0:
+        raise InputError(volume.path, "no voxel is above 0", "check that this is the right image")
+    values = np.concatenate(parts).astype(np.float64)
+    values = np.maximum(values[np.isfinite(values)], 0)
+    if len(values) == 0 or values.min() == values.max():
+        raise InputError(volume.path, "all voxels have the same intensity", "check that this is the right image")
+    if method == "percentile":
+        return float(np.percentile(values[values > 0], percentile))
+    return otsu_threshold(values)
+
+
+def head_from_foreground(foreground: np.ndarray, voxel_size_mm: tuple[float, ...]) -> np.ndarray:
+    """The largest component of a foreground, closed by 5 mm and filled: the head as a whole.
+
+    Parameters
+    ----------
+    foreground : (n0, n1, n2) bool array
+    voxel_size_mm : tuple of float
+
+    Returns
+    -------
+    (n0, n1, n2) bool array
+    """
+    import SimpleITK as sitk
+
+    image = sitk.GetImageFromArray(foreground.astype(np.uint8))
+    components = sitk.RelabelComponent(sitk.ConnectedComponent(image))
+    radius = [max(1, round(5.0 / size)) for size in voxel_size_mm[::-1]]
+    # the border of the image must not count as tissue or air while closing
+    padded = sitk.ConstantPad(components == 1, radius, radius, 0)
+    closed = sitk.BinaryMorphologicalClosing(padded, radius, sitk.sitkBall)
+    return sitk.GetArrayFromImage(sitk.Crop(sitk.BinaryFillhole(closed), radius, radius)).astype(bool)
+
+
+def make_mask(
+    image: str | Path,
+    output: str | Path,
+    *,
+    method: MaskMethod = "otsu",
+    percentile: float = 50.0,
+) -> dict[str, Any]:
+    """Write a foreground mask (uint8, 0 and 1) on the image's grid.
+
+    Returns
+    -------
+    dict
+        For the sidecar: the method, the threshold and the number of voxels.
+
+    Raises
+    ------
+    InputError
+        The image cannot be read, or has no foreground.
+    """
+    volume = Volume(image)
+    threshold = foreground_threshold(volume, method, percentile)
+    if method == "head":
+        foreground = np.empty(volume.shape, dtype=bool)
+        for slab, values in volume.mean_slabs():
+            foreground[:, :, slab] = values > threshold
+        slabs = iter([head_from_foreground(foreground, volume.voxel_size_mm)])
+    else:
+        slabs = (values > threshold for _, values in volume.mean_slabs())
+    count = _write(output, volume, slabs)
+    return {"Method": method, "Threshold": threshold, "Voxels": count}
+
+
+def adopt_mask(image: str | Path, mask: str | Path, output: str | Path) -> dict[str, Any]:
+    """Write the user's own mask as uint8: any value that is not 0 (nor NaN) counts.
+
+    Raises
+    ------
+    InputError
+        It cannot be read, lies on another grid than the image, or is empty.
+    """
+    volume, own = Volume(image), Volume(mask)
+    if own.frames > 1:
+        raise InputError(mask, f"the mask has {own.frames} frames", "give a 3-D mask")
+    volume.check_same_grid(own, "mask")
+    slabs = (np.nan_to_num(values) != 0 for _, values in own.mean_slabs())
+    count = _write(output, volume, slabs, source=mask)
+    return {"Method": "given", "Voxels": count}
+
+
+def _write(
+    output: str | Path, like: Volume, slabs: Iterator[np.ndarray], source: str | Path | None = None
+) -> int:
+    count = 0
+    with VolumeWriter(output, like, np.uint8, frames=1) as writer:
+        for inside in slabs:
+            count += int(inside.sum())
+            writer.write(inside)
+        if count == 0:
+            raise InputError(source or like.path, "the mask is empty", "give a mask, or another mask.method")
+    return count

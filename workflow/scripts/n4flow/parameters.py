@@ -1,0 +1,102 @@
+"""The parameters of the estimate, validated once, so that nothing below has to."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal
+
+from n4flow.errors import InputError
+
+
+@dataclass(frozen=True)
+class N4Parameters:
+    """How the bias field is estimated.
+
+    Parameters
+    ----------
+    mesh : {"fixed", "refined"}
+        ``fixed`` keeps one mesh over all levels; ``refined`` doubles the spans between levels,
+        as ITK does.
+    spline_distance_mm : float
+        Length of a mesh element (span) at the first level. Smaller follows the data more closely,
+        and absorbs tissue contrast once it nears the size of anatomy.
+    iterations : tuple of int
+        The most iterations at each level.
+    convergence_threshold : float
+        A level ends when the coefficient of variation of ``exp`` of the update in the mask falls
+        to this value.
+    shrink_factor : int
+        The field is estimated on every n-th voxel along each axis (see `estimate.shrink_per_axis`).
+    histogram_bins : int
+        Bins of the log intensity histogram.
+    fwhm : float
+        Full width at half maximum, in log intensity, of the Gaussian that is deconvolved.
+    wiener_noise : float
+        Noise term of the Wiener filter.
+
+    Raises
+    ------
+    InputError
+        A value is of the wrong type or out of its range.
+
+    References
+    ----------
+    Tustison et al. 2010, doi:10.1109/TMI.2010.2046908; Sled et al. 1998, doi:10.1109/42.668698.
+    """
+
+    mesh: Literal["fixed", "refined"] = "fixed"
+    spline_distance_mm: float = 40.0
+    iterations: tuple[int, ...] = (100,)
+    convergence_threshold: float = 1e-3
+    shrink_factor: int = 4
+    histogram_bins: int = 200
+    fwhm: float = 0.15
+    wiener_noise: float = 0.01
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "iterations", tuple(self.iterations))
+        checks = {
+            "mesh": (self.mesh in ("fixed", "refined"), "'fixed' or 'refined'"),
+            "spline_distance_mm": (_number(self.spline_distance_mm) > 0, "a length above 0"),
+            "iterations": (
+                len(self.iterations) > 0 and all(_whole(n) >= 1 for n in self.iterations),
+                "a list of whole numbers from 1, one per level",
+            ),
+            "convergence_threshold": (
+                _number(self.convergence_threshold) >= 0,
+                "a number from 0",
+            ),
+            "shrink_factor": (_whole(self.shrink_factor) >= 1, "a whole number from 1"),
+            "histogram_bins": (_whole(self.histogram_bins) >= 10, "a whole number from 10"),
+            "fwhm": (_number(self.fwhm) > 0, "a number above 0"),
+            "wiener_noise": (_number(self.wiener_noise) > 0, "a number above 0"),
+        }
+        for name, (holds, wanted) in checks.items():
+            if not holds:
+                raise InputError(f"n4.{name}", f"{getattr(self, name)!r} is not valid", f"give {wanted}")
+
+    @classmethod
+    def from_mapping(cls, mapping: Mapping[str, Any]) -> N4Parameters:
+        """Build from plain values, as they stand in a config file or a sidecar."""
+        known = {field.name for field in fields(cls)}
+        for name in mapping:
+            if name not in known:
+                raise InputError(f"n4.{name}", "there is no such key", f"choose from {', '.join(sorted(known))}")
+        return cls(**mapping)
+
+    def to_mapping(self) -> dict[str, Any]:
+        """Plain values, ready for JSON."""
+        return {**asdict(self), "iterations": list(self.iterations)}
+
+
+def _number(value: object) -> float:
+    """The value if it is a finite number, else NaN, which fails every comparison."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        return math.nan
+    return value
+
+
+def _whole(value: object) -> float:
+    return value if isinstance(value, int) and not isinstance(value, bool) else math.nan

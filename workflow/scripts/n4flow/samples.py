@@ -1,0 +1,211 @@
+"""The voxels that take part in the estimate: a centred sub-grid of an image, inside its mask."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Self
+
+import numpy as np
+
+from n4flow.errors import InputError
+from n4flow.volume import Volume
+
+log = logging.getLogger(__name__)
+
+#: Fewer samples than this inside the mask cannot carry a histogram of 200 bins.
+MINIMUM_SAMPLES = 1000
+
+#: No axis is shrunk to fewer samples than this, so that thin stacks keep their slices.
+MINIMUM_GRID = 16
+
+
+@dataclass(frozen=True, eq=False)
+class Samples:
+    """Log intensities on a regular sub-grid of an image.
+
+    Parameters
+    ----------
+    log_image : (n0, n1, n2) float64 array
+        Log intensities; 0 where the mask is 0.
+    mask : (n0, n1, n2) bool array
+        Samples that are inside the mask, finite and above 0.
+    positions : three int arrays
+        Voxel index of the samples along each axis.
+    image_shape : tuple of int
+        Voxels per axis of the whole image.
+    voxel_size_mm : tuple of float
+    affine : (4, 4) array
+        Voxel-to-world matrix of the image.
+    dropped : dict
+        Voxels of the mask that could not be used, by reason.
+    source : str
+        Name of the image, for messages.
+    """
+
+    log_image: np.ndarray
+    mask: np.ndarray
+    positions: tuple[np.ndarray, ...]
+    image_shape: tuple[int, ...]
+    voxel_size_mm: tuple[float, ...]
+    affine: np.ndarray
+    dropped: dict[str, int]
+    source: str
+
+    def check(self) -> Self:
+        """Refuse samples that no field can be estimated from; return them otherwise.
+
+        Raises
+        ------
+        InputError
+            Too few of them, or all of one intensity.
+        """
+        count = int(self.mask.sum())
+        if count < MINIMUM_SAMPLES:
+            raise InputError(
+                self.source,
+                f"only {count} usable samples inside the mask after shrinking, fewer than {MINIMUM_SAMPLES}"
+                + describe_dropped(self.dropped),
+                "give a larger mask or a smaller n4.shrink_factor",
+            )
+        values = self.log_image[self.mask]
+        if values.min() == values.max():
+            raise InputError(
+                self.source,
+                "all voxels inside the mask have the same intensity",
+                "check that this is the right image and mask",
+            )
+        return self
+
+    def cropped(self) -> Self:
+        """Without the outer planes that hold no sample of the mask: nothing depends on them."""
+        box = []
+        for axis in range(3):
+            hit = np.flatnonzero(self.mask.any(axis=tuple(a for a in range(3) if a != axis)))
+            box.append(slice(hit[0], hit[-1] + 1))
+        return replace(
+            self,
+            log_image=np.ascontiguousarray(self.log_image[tuple(box)]),
+            mask=np.ascontiguousarray(self.mask[tuple(box)]),
+            positions=tuple(p[part] for p, part in zip(self.positions, box, strict=True)),
+        )
+
+
+def shrink_per_axis(shape: Sequence[int], shrink_factor: int) -> tuple[int, ...]:
+    """Shrink factor of each axis: the one asked for, less where it would leave too few samples."""
+    return tuple(max(1, min(shrink_factor, n // MINIMUM_GRID)) for n in shape)
+
+
+def sample_positions(shape: Sequence[int], shrink_factor: int) -> tuple[np.ndarray, ...]:
+    """Voxel indices of the samples along each axis, centred as ITK's ShrinkImageFilter does."""
+    positions = []
+    for n, step in zip(shape, shrink_per_axis(shape, shrink_factor), strict=True):
+        count = max(1, n // step)
+        first = int(np.floor(((n - 1) - step * (count - 1)) / 2 + 0.5))
+        positions.append(first + step * np.arange(count))
+    return tuple(positions)
+
+
+def usable_voxels(values: np.ndarray, inside: np.ndarray) -> tuple[np.ndarray, dict[str, int]]:
+    """Voxels of a mask that have a logarithm, and how many have none, by reason.
+
+    Parameters
+    ----------
+    values : array
+    inside : bool array of the same shape
+
+    Returns
+    -------
+    usable : bool array
+    dropped : dict
+    """
+    finite = np.isfinite(values)
+    positive = finite & (values > 0)
+    zero = finite & (values == 0)
+    dropped = {
+        "not finite": int((inside & ~finite).sum()),
+        "zero": int((inside & zero).sum()),
+        "negative": int((inside & finite & ~positive & ~zero).sum()),
+    }
+    return inside & positive, dropped
+
+
+def check_dropped(source: object, dropped: dict[str, int], mask_voxels: int) -> None:
+    """Refuse an empty mask, and one of which most voxels have no logarithm.
+
+    Raises
+    ------
+    InputError
+    """
+    if mask_voxels == 0:
+        raise InputError(source, "the mask is empty", "give another mask")
+    lost = sum(dropped.values())
+    if lost > mask_voxels / 2:
+        raise InputError(
+            source,
+            f"most of the mask cannot be used, {lost} of {mask_voxels} voxels" + describe_dropped(dropped),
+            "check the image, or give a mask without them",
+        )
+    if lost:
+        log.warning("%s: %d of %d voxels left out%s", source, lost, mask_voxels, describe_dropped(dropped))
+
+
+def describe_dropped(dropped: dict[str, int]) -> str:
+    """The counts in brackets, as they stand in messages; empty if nothing was dropped."""
+    reasons = ", ".join(f"{n} {reason}" for reason, n in dropped.items() if n)
+    return f" (dropped from the mask: {reasons})" if reasons else ""
+
+
+def log_where(values: np.ndarray, usable: np.ndarray) -> np.ndarray:
+    """Natural logarithm in float64 where usable, else 0."""
+    return np.log(np.where(usable, values, 1).astype(np.float64))
+
+
+def read_samples(image: str | Path | Volume, mask: str | Path | Volume, shrink_factor: int) -> Samples:
+    """Take the samples of an image (of the mean over its frames) inside a mask, slab by slab.
+
+    Parameters
+    ----------
+    image, mask : path or Volume
+        On the same grid.
+    shrink_factor : int
+
+    Returns
+    -------
+    Samples
+
+    Raises
+    ------
+    InputError
+        A file cannot be read, the grids differ, or the mask is empty or mostly unusable.
+    """
+    volume = image if isinstance(image, Volume) else Volume(image)
+    mask = mask if isinstance(mask, Volume) else Volume(mask)
+    volume.check_same_grid(mask, "mask")
+    positions = sample_positions(volume.shape, shrink_factor)
+    log_image = np.zeros([len(p) for p in positions])
+    kept = np.zeros(log_image.shape, dtype=bool)
+    dropped: dict[str, int] = {}
+    mask_voxels = 0
+    for (slab, values), (_, mask_values) in zip(volume.mean_slabs(), mask.mean_slabs(), strict=True):
+        inside = mask_values != 0
+        usable, lost = usable_voxels(values, inside)
+        mask_voxels += int(inside.sum())
+        dropped = {reason: dropped.get(reason, 0) + n for reason, n in lost.items()}
+        hit = (positions[2] >= slab.start) & (positions[2] < slab.stop)
+        grid = np.ix_(positions[0], positions[1], positions[2][hit] - slab.start)
+        kept[:, :, hit] = usable[grid]
+        log_image[:, :, hit] = log_where(values[grid], usable[grid])
+    check_dropped(volume.path, dropped, mask_voxels)
+    return Samples(
+        log_image,
+        kept,
+        positions,
+        volume.shape,
+        volume.voxel_size_mm,
+        volume.affine,
+        dropped,
+        str(volume.path),
+    )
