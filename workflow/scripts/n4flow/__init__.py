@@ -1,21 +1,26 @@
 """n4flow: exact, reproducible N4 bias correction on a CPU or a GPU."""
 
-from n4flow.bspline import bspline_evaluate, bspline_fit
-from n4flow.correct import Correction, correct
-from n4flow.errors import InputError
-from n4flow.field import BiasField
-from n4flow.parameters import N4Parameters
-from n4flow.sharpening import sharpen_residual
+from importlib import import_module
+from typing import Any
 
 __version__ = "0.1.0"
 
-__all__ = [
-    "BiasField",
-    "Correction",
-    "InputError",
-    "N4Parameters",
-    "bspline_evaluate",
-    "bspline_fit",
-    "correct",
-    "sharpen_residual",
-]
+# loaded when asked for: the workflow itself needs none of the numeric libraries
+_ROOMS = {
+    "BiasField": "field",
+    "Correction": "correction",
+    "InputError": "errors",
+    "N4Parameters": "parameters",
+    "bspline_evaluate": "bspline",
+    "bspline_fit": "bspline",
+    "correct": "correction",
+    "sharpen_residual": "sharpening",
+}
+
+__all__ = sorted(_ROOMS)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _ROOMS:
+        raise AttributeError(f"module 'n4flow' has no attribute {name!r}")
+    return getattr(import_module(f"n4flow.{_ROOMS[name]}"), name)

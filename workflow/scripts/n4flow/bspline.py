@@ -43,9 +43,7 @@ def basis_matrix(coordinates: np.ndarray, spans: int) -> np.ndarray:
     inside = np.clip(coordinates, 0, spans)
     column = np.minimum(np.floor(inside).astype(np.intp), spans - 1)
     t = inside - column
-    weights = np.stack(
-        [(1 - t) ** 3, 3 * t**3 - 6 * t**2 + 4, -3 * t**3 + 3 * t**2 + 3 * t + 1, t**3], axis=1
-    )
+    weights = np.stack([(1 - t) ** 3, 3 * t**3 - 6 * t**2 + 4, -3 * t**3 + 3 * t**2 + 3 * t + 1, t**3], axis=1)
     basis = np.zeros((len(coordinates), spans + 3))
     np.put_along_axis(basis, column[:, None] + np.arange(4), weights / 6, axis=1)
     return basis
@@ -105,10 +103,7 @@ def fit_matrices(bases: Sequence[Any]) -> tuple[list[Any], list[Any]]:
     ITK's BSplineScatteredDataPointSetToImageFilter.
     """
     squares = [basis**2 for basis in bases]
-    cubes = [
-        basis * square / square.sum(axis=1, keepdims=True)
-        for basis, square in zip(bases, squares, strict=True)
-    ]
+    cubes = [basis * square / square.sum(axis=1, keepdims=True) for basis, square in zip(bases, squares, strict=True)]
     return squares, cubes
 
 

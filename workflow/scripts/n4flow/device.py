@@ -28,10 +28,6 @@ class Device:
     reason: str
     lock: IO[str] | None = None  # held as long as the device is in use; freed with the process
 
-    def to_host(self, array: Any) -> np.ndarray:
-        """Give the array as a NumPy array."""
-        return array.get() if self.kind == "gpu" else np.asarray(array)
-
 
 def select_device(choice: DeviceChoice = "auto") -> Device:
     """Choose the device: ``auto`` takes a free GPU, or the CPU where there is none.
@@ -55,7 +51,9 @@ def select_device(choice: DeviceChoice = "auto") -> Device:
     except Exception as error:  # CuPy raises classes of its own that cannot be named without it
         count, problem = 0, f"CuPy cannot use a GPU ({error})"
     if problem and choice == "gpu":
-        raise InputError("device: gpu", problem, "install envs/requirements-gpu.txt on a machine with a GPU, or use auto")
+        raise InputError(
+            "device: gpu", problem, "install envs/requirements-gpu.txt on a machine with a GPU, or use auto"
+        )
     if problem:
         return Device("cpu", np, "CPU", problem)
     index, lock = claim_gpu(count)
@@ -89,7 +87,7 @@ def claim_gpu(count: int, folder: Path | None = None) -> tuple[int, IO[str] | No
     for index in range(count):
         entry = visible[index].strip() if index < len(visible) and visible[index] else str(index)
         try:
-            lock = open(folder / f"n4flow-gpu-{entry.replace('/', '_')}.lock", "a")
+            lock = open(folder / f"n4flow-gpu-{entry.replace('/', '_')}.lock", "a")  # noqa: SIM115 (open as long as the GPU is held)
         except OSError:  # another user's file: that user holds or held the GPU
             continue
         try:
@@ -105,3 +103,13 @@ def array_module(array: Any) -> ModuleType:
     """NumPy or CuPy, whichever the array belongs to (CuPy is not imported for this)."""
     cupy = sys.modules.get("cupy")
     return cupy if cupy is not None and isinstance(array, cupy.ndarray) else np
+
+
+def to_host(array: Any) -> np.ndarray:
+    """The array as a NumPy array: itself, or copied from the GPU."""
+    return array if isinstance(array, np.ndarray) else array.get()
+
+
+def to_module(array: Any, module: ModuleType) -> Any:
+    """The array as one of NumPy or CuPy: itself, or copied to or from the GPU."""
+    return to_host(array) if module is np else module.asarray(array)

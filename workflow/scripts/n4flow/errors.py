@@ -2,9 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Self
+
 
 class InputError(ValueError):
     """Something the user can mend: names the file, what is wrong and what to do, in one line."""
 
     def __init__(self, source: object, problem: str, remedy: str) -> None:
         super().__init__(" ".join(f"{source}: {problem}; {remedy}".split()))
+
+    @classmethod
+    def of_lines(cls, lines: Sequence[str]) -> Self:
+        """Several at once, a line each (those of a sample sheet)."""
+        error = cls.__new__(cls)
+        ValueError.__init__(error, "\n".join(" ".join(line.split()) for line in lines))
+        return error

@@ -18,6 +18,7 @@ from n4flow.sharpening import expected_log_values
 
 log = logging.getLogger(__name__)
 
+
 class Iteration(NamedTuple):
     """One line of the history."""
 
@@ -33,9 +34,7 @@ class Estimate(NamedTuple):
     history: list[Iteration]
 
 
-def estimate_field(
-    samples: Samples, parameters: N4Parameters, *, xp: Any = np, mesh: Mesh | None = None
-) -> Estimate:
+def estimate_field(samples: Samples, parameters: N4Parameters, *, xp: Any = np, mesh: Mesh | None = None) -> Estimate:
     """Estimate the log bias field that best sharpens the histogram of the samples.
 
     Parameters
@@ -50,7 +49,7 @@ def estimate_field(
     Returns
     -------
     Estimate
-        The field, scaled so that the mean intensity of the samples is kept, and the history.
+        The field, whose mean is free (see `correction.keep_mean_intensity`), and the history.
 
     Raises
     ------
@@ -69,7 +68,6 @@ def estimate_field(
     # a fixed number of BLAS threads: the order of its sums may depend on it
     with threadpool_limits(1, user_api="blas"):
         kernels = make_kernels(samples.log_image, samples.mask, xp)
-        mean_before = kernels.mean_intensity()
         lattice = np.zeros(mesh.lattice_shape)
         history: list[Iteration] = []
         for level, most_iterations in enumerate(parameters.iterations):
@@ -100,8 +98,6 @@ def estimate_field(
                 )
                 if cv <= parameters.convergence_threshold:
                     break
-        # a constant may move freely between image and field: choose it so that the mean stays
-        lattice += np.log(kernels.mean_intensity() / mean_before)
     return Estimate(BiasField(lattice, mesh, samples.image_shape, samples.affine), history)
 
 

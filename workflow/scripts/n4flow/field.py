@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -38,9 +38,7 @@ class Mesh:
     span_voxels: tuple[float, ...]
 
     @classmethod
-    def of_distance(
-        cls, shape: Sequence[int], voxel_size_mm: Sequence[float], spline_distance_mm: float
-    ) -> Mesh:
+    def of_distance(cls, shape: Sequence[int], voxel_size_mm: Sequence[float], spline_distance_mm: float) -> Mesh:
         """Spans of exactly `spline_distance_mm` on a virtual domain centred on the image.
 
         Each axis has as many spans as cover the distance between its outermost voxel centres.
@@ -71,16 +69,12 @@ class Mesh:
         """Basis matrices at these voxel indices (any real numbers), per axis."""
         return [
             basis_matrix((np.asarray(index, dtype=np.float64) - start) / length, spans)
-            for index, start, length, spans in zip(
-                positions, self.start, self.span_voxels, self.spans, strict=True
-            )
+            for index, start, length, spans in zip(positions, self.start, self.span_voxels, self.spans, strict=True)
         ]
 
     def refined(self) -> Mesh:
         """The mesh with twice as many spans on the same domain."""
-        return Mesh(
-            tuple(2 * s for s in self.spans), self.start, tuple(length / 2 for length in self.span_voxels)
-        )
+        return Mesh(tuple(2 * s for s in self.spans), self.start, tuple(length / 2 for length in self.span_voxels))
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,7 +84,7 @@ class BiasField:
     Parameters
     ----------
     lattice : (m0, m1, m2) float64 array
-        Control points of the log bias field. The field keeps the mean intensity inside the mask.
+        Control points of the log bias field.
     mesh : Mesh
     image_shape : tuple of int
         Voxels per axis of the image the field belongs to.
@@ -134,6 +128,10 @@ class BiasField:
     def ratio_tile(self, tile: Sequence[slice], xp: Any = np) -> Any:
         """Multiplicative bias field ``exp(B)`` on a tile, float32: what an image is divided by."""
         return xp.exp(self.log_tile(tile, xp)).astype(np.float32)
+
+    def shifted(self, log_offset: float) -> BiasField:
+        """The same field plus a constant, which moves every control point alike."""
+        return replace(self, lattice=self.lattice + log_offset)
 
     def to_mapping(self) -> dict[str, Any]:
         """Plain values, ready for JSON; floats keep all their digits."""

@@ -48,9 +48,7 @@ def otsu_threshold(values: np.ndarray, bins: int = 256) -> float:
     return float(edges[1 + np.argmax(between)])
 
 
-def foreground_threshold(
-    volume: Volume, method: MaskMethod = "otsu", percentile: float = 50.0
-) -> float:
+def foreground_threshold(volume: Volume, method: MaskMethod = "otsu", percentile: float = 50.0) -> float:
     """Intensity above which a voxel is foreground.
 
     Parameters
@@ -155,9 +153,7 @@ def adopt_mask(image: str | Path, mask: str | Path, output: str | Path) -> dict[
     return {"Method": "given", "Voxels": count}
 
 
-def _write(
-    output: str | Path, like: Volume, slabs: Iterator[np.ndarray], source: str | Path | None = None
-) -> int:
+def _write(output: str | Path, like: Volume, slabs: Iterator[np.ndarray], source: str | Path | None = None) -> int:
     count = 0
     with VolumeWriter(output, like, np.uint8, frames=1) as writer:
         for inside in slabs:

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from n4flow.device import array_module
+from n4flow.device import array_module, to_host
 
 #: Shares of a voxel between two bins are counted in units of 2**-24. Sums of whole numbers below
 #: 2**53 are exact in float64, so a histogram is the same in whatever order its voxels come.
@@ -112,9 +112,7 @@ def look_up(values: Any, table: Any, low: float, high: float) -> Any:
     return base + (position - index) * (table[index + 1] - base)
 
 
-def sharpen_residual(
-    log_values: Any, *, bins: int = 200, fwhm: float = 0.15, wiener_noise: float = 0.01
-) -> Any:
+def sharpen_residual(log_values: Any, *, bins: int = 200, fwhm: float = 0.15, wiener_noise: float = 0.01) -> Any:
     """Difference between log intensities and their expected sharp values: what the field may explain.
 
     Parameters
@@ -142,6 +140,6 @@ def sharpen_residual(
     if low == high:
         return xp.zeros(log_values.shape)
     histogram = linear_histogram(values, low, high, bins)
-    host = histogram.get() if xp is not np else histogram
+    host = to_host(histogram)
     table = expected_log_values(host, low, high, fwhm=fwhm, wiener_noise=wiener_noise)
     return (values - look_up(values, xp.asarray(table), low, high)).reshape(log_values.shape)

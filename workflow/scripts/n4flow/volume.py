@@ -8,13 +8,13 @@ import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import nibabel as nib
 import numpy as np
 from isal import igzip
-from nibabel.fileholders import FileHolder
 from nibabel.filebasedimages import ImageFileError
+from nibabel.fileholders import FileHolder
 from nibabel.spatialimages import HeaderDataError
 from nibabel.wrapstruct import WrapStructError
 
@@ -28,6 +28,7 @@ GZIP_LEVEL = 2
 
 #: An unknown unit is taken for mm, as every reader does.
 MM_PER_UNIT = {"meter": 1e3, "mm": 1.0, "micron": 1e-3}
+SECONDS_PER_UNIT = {"sec": 1.0, "msec": 1e-3, "usec": 1e-6}
 
 
 class Volume:
@@ -48,6 +49,8 @@ class Volume:
     affine : (4, 4) float64 array
     voxel_size_mm : tuple of three floats
         From the header's zooms and units.
+    frame_time_s : float
+        Time between frames; 0 for one frame.
     header : nibabel header
     dtype : numpy dtype
         As stored, before scl_slope and scl_inter are applied.
@@ -74,15 +77,16 @@ class Volume:
         self.affine = image.affine
         self.dtype = image.get_data_dtype()
         self._check(image)
-        shape = image.shape
-        self.shape: tuple[int, int, int] = (*shape[:3], 1)[:3] if len(shape) == 2 else shape[:3]
-        self.frames = shape[3] if len(shape) == 4 else 1
+        n0, n1, n2, self.frames = (*image.shape, 1, 1)[:4]
+        self.shape = (n0, n1, n2)
         scale = MM_PER_UNIT.get(self._unit(), 1.0)
         zooms = [float(z) * scale for z in self.header.get_zooms()[:3]]
         self.voxel_size_mm = tuple((*zooms, 1.0)[:3])
+        scale = SECONDS_PER_UNIT.get(self._unit(1), 1.0)
+        self.frame_time_s = float(self.header.get_zooms()[3]) * scale if self.frames > 1 else 0.0
 
     def _open(self) -> nib.Nifti1Image:
-        stream: Any = igzip.open(self.path) if self.path.suffix == ".gz" else open(self.path, "rb")
+        stream: Any = igzip.open(self.path) if self.path.suffix == ".gz" else open(self.path, "rb")  # noqa: SIM115 (the image reads from it)
         start = stream.read(4)
         stream.seek(0)
         # a NIfTI header starts with its own size, in either byte order: 348 or 540
@@ -93,9 +97,9 @@ class Volume:
         kind = nib.Nifti2Image if second else nib.Nifti1Image
         return kind.from_file_map({"image": FileHolder(fileobj=stream)})
 
-    def _unit(self) -> str:
+    def _unit(self, which: int = 0) -> str:
         try:
-            return self.header.get_xyzt_units()[0]
+            return self.header.get_xyzt_units()[which]
         except KeyError:  # a code that the standard does not know
             return "unknown"
 
@@ -117,7 +121,7 @@ class Volume:
         if not np.isfinite(self.affine).all() or abs(np.linalg.det(self.affine[:3, :3])) == 0:
             raise InputError(self.path, "its affine cannot be inverted", "mend qform or sform in its header")
         if self.path.suffix != ".gz":
-            wanted = image.dataobj.offset + int(np.prod(shape, dtype=object)) * self.dtype.itemsize
+            wanted = cast(Any, image.dataobj).offset + int(np.prod(shape, dtype=object)) * self.dtype.itemsize
             if self.path.stat().st_size < wanted:
                 raise InputError(
                     self.path, f"is cut off: {self.path.stat().st_size} of {wanted} bytes", "copy it again"

@@ -36,9 +36,6 @@ class Kernels(Protocol):
     def fit(self, table: np.ndarray, low: float, high: float) -> np.ndarray:
         """Control points that approximate ``(u - B) - E(u - B)``, with E the look-up `table`."""
 
-    def mean_intensity(self) -> float:
-        """Mean of ``exp(u - B)`` inside the mask."""
-
 
 def make_kernels(log_image: np.ndarray, weights: np.ndarray, xp: Any) -> Kernels:
     """Kernels for the device that `xp` stands for."""

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from n4flow.bspline import contract, divide_where_seen, expand, fit_matrices
+from n4flow.device import to_host
 from n4flow.kernels import Statistics
 from n4flow.sharpening import linear_histogram, look_up
 
@@ -67,7 +68,7 @@ class PlainKernels:
 
     def histogram(self, low: float, high: float, bins: int) -> np.ndarray:
         parts = [linear_histogram(values, low, high, bins) for values, _ in self._inside()]
-        return _to_host(sum(parts))
+        return to_host(sum(parts))
 
     def fit(self, table: np.ndarray, low: float, high: float) -> np.ndarray:
         _, b, c = self.delta_matrices
@@ -79,16 +80,9 @@ class PlainKernels:
             residual[inside] = values - look_up(values, on_device, low, high)
             residual *= self.weights[block]
             delta = delta + contract(residual, (self.delta_matrices[0][block], b, c))
-        return _to_host(divide_where_seen(delta, self.omega))
-
-    def mean_intensity(self) -> float:
-        return sum(float(self.xp.exp(values).sum()) for values, _ in self._inside()) / self.count
+        return to_host(divide_where_seen(delta, self.omega))
 
     def _inside(self) -> Iterator[tuple[Any, slice]]:
         """Values inside the mask, block by block."""
         for block in self.blocks:
             yield self.values[block][self.weights[block] > 0], block
-
-
-def _to_host(array: Any) -> np.ndarray:
-    return array if isinstance(array, np.ndarray) else array.get()

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import logging
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from n4flow.device import DeviceChoice, array_module, select_device
+from n4flow.device import DeviceChoice, array_module, select_device, to_host, to_module
 from n4flow.estimate import Iteration, estimate_field
 from n4flow.field import BiasField
 from n4flow.parameters import N4Parameters
@@ -20,6 +21,36 @@ log = logging.getLogger(__name__)
 
 #: Voxels that `correct` works on at a time.
 TILE_VOXELS = 2**22
+
+
+def keep_mean_intensity(field: BiasField, volume: Volume, mask: Volume, xp: Any = np) -> BiasField:
+    """Fix the constant of the field so that the mean intensity inside the mask does not change.
+
+    A constant factor may move freely between image and field: N4 leaves it to drift.
+
+    Parameters
+    ----------
+    field : BiasField
+    volume, mask : Volume
+        The image that the field belongs to, and its mask.
+    xp : module
+
+    Returns
+    -------
+    BiasField
+    """
+    sums = np.zeros(2)
+    for (slab, values), (_, mask_values) in zip(volume.mean_slabs(), mask.mean_slabs(), strict=True):
+        ratio = to_host(field.ratio_tile((slice(None), slice(None), slab), xp))
+        sums += _sums_inside(values, ratio, mask_values != 0)
+    return field.shifted(np.log(sums[1] / sums[0]))
+
+
+def _sums_inside(values: np.ndarray, ratio: np.ndarray, inside: np.ndarray) -> np.ndarray:
+    """Sum of the usable intensities, before and after division by the field."""
+    usable, _ = usable_voxels(values, inside)
+    before = values[usable].astype(np.float64)
+    return np.array([before.sum(), (before / ratio[usable]).sum()])
 
 
 def write_corrected(
@@ -74,11 +105,13 @@ def write_corrected(
     return worst
 
 
-def _corrected_slabs(volume: Volume, field: BiasField, xp: Any) -> Any:
+def _corrected_slabs(
+    volume: Volume, field: BiasField, xp: Any
+) -> Iterator[tuple[slice, int, np.ndarray, np.ndarray, np.ndarray]]:
     for slab, frame, values in volume.slabs():
         ratio = field.ratio_tile((slice(None), slice(None), slab), xp)
         corrected = xp.asarray(values, dtype=np.float32) / ratio
-        yield slab, frame, values, _move(corrected, np), _move(ratio, np)
+        yield slab, frame, values, to_host(corrected), to_host(ratio)
 
 
 def _slope(volume: Volume, field: BiasField, dtype: np.dtype, xp: Any) -> float:
@@ -158,16 +191,25 @@ def correct(
 
     samples = _take_samples(volume, mask, voxel_size_mm, parameters.shrink_factor)
     field, history = estimate_field(samples, parameters, xp=xp)
-    # tiles of whole planes along the last axis, or the plane itself
-    planes = max(1, TILE_VOXELS // (shape[0] * shape[1])) if volume.ndim == 3 else 1
-    for start in range(0, samples.image_shape[2], planes):
-        part = slice(start, start + planes)
-        tile = (..., part) if volume.ndim == 3 else ...
-        ratio = _move(field.ratio_tile((slice(None), slice(None), part), xp), home)
-        ratio = ratio.reshape(volume[tile].shape)
+    sums = np.zeros(2)
+    for tile, ratio in _ratio_tiles(field, shape, xp):
+        inside = np.ones(ratio.shape, dtype=bool) if mask is None else to_host(mask[tile]) != 0
+        sums += _sums_inside(to_host(volume[tile]), to_host(ratio), inside)
+    field = field.shifted(np.log(sums[1] / sums[0]))
+    for tile, ratio in _ratio_tiles(field, shape, xp):
+        ratio = to_module(ratio, home)
         corrected = volume[tile].astype(np.float32) / ratio
         out[tile], bias_out[tile] = corrected, ratio
     return Correction(out, bias_out, field, history)
+
+
+def _ratio_tiles(field: BiasField, shape: tuple[int, ...], xp: Any) -> Iterator[tuple[Any, Any]]:
+    """The field in tiles of whole planes along the last axis (a 2-D array is one tile)."""
+    planes = max(1, TILE_VOXELS // (shape[0] * shape[1]))
+    for start in range(0, field.image_shape[2], planes):
+        part = slice(start, start + planes)
+        ratio = field.ratio_tile((slice(None), slice(None), part), xp)
+        yield (..., part) if len(shape) == 3 else (), ratio if len(shape) == 3 else ratio[:, :, 0]
 
 
 def _take_samples(volume: Any, mask: Any, voxel_size_mm: tuple[float, ...], shrink_factor: int) -> Samples:
@@ -179,7 +221,7 @@ def _take_samples(volume: Any, mask: Any, voxel_size_mm: tuple[float, ...], shri
 
     def sampled(array: Any) -> np.ndarray:
         index = tuple(array_module(array).asarray(axis) for axis in grid)
-        return _move(array.reshape(shape)[index], np)
+        return to_host(array.reshape(shape)[index])
 
     values = sampled(volume)
     inside = np.ones(values.shape, dtype=bool) if mask is None else sampled(mask) != 0
@@ -187,10 +229,3 @@ def _take_samples(volume: Any, mask: Any, voxel_size_mm: tuple[float, ...], shri
     check_dropped("volume", dropped, int(inside.sum()))
     affine = np.diag([*size, 1.0])
     return Samples(log_where(values, usable), usable, positions, shape, size, affine, dropped, "volume")
-
-
-def _move(array: Any, module: Any) -> Any:
-    """The array as one of NumPy or CuPy."""
-    if array_module(array) is module:
-        return array
-    return array.get() if module is np else module.asarray(array)

@@ -1,0 +1,165 @@
+# What the rules share: the package, the checked config and sample sheet, and input functions.
+import sys
+from pathlib import Path
+
+from snakemake.exceptions import WorkflowError
+
+# Every file of the package is named, so that it is also there when the workflow is a module that
+# comes from a remote repository: Snakemake fetches what is named.
+PACKAGE_FILES = [
+    "__init__.py",
+    "bids.py",
+    "bspline.py",
+    "console.py",
+    "correction.py",
+    "derivatives.py",
+    "device.py",
+    "errors.py",
+    "estimate.py",
+    "field.py",
+    "inputs.py",
+    "kernels/__init__.py",
+    "kernels/plain.py",
+    "mask.py",
+    "metrics.py",
+    "parameters.py",
+    "phantom.py",
+    "provenance.py",
+    "qc/__init__.py",
+    "qc/assets/index.js",
+    "qc/assets/style.css",
+    "qc/assets/subject.js",
+    "qc/pages.py",
+    "qc/panels.py",
+    "qc/templates/index.html",
+    "qc/templates/subject.html",
+    "reference.py",
+    "samples.py",
+    "sharpening.py",
+    "volume.py",
+]
+PACKAGE = [Path(workflow.source_path(f"../scripts/n4flow/{name}")) for name in PACKAGE_FILES]
+sys.path.insert(0, str(PACKAGE[0].parent.parent))
+
+from n4flow.bids import DATATYPE_OF
+from n4flow.errors import InputError
+from n4flow.console import last_error
+from n4flow.inputs import config_problems, in_fraction, load_schema, read_sheet, with_defaults
+from n4flow.provenance import package_digest
+
+CONFIG_SCHEMA = load_schema(workflow.source_path("../schemas/config.schema.yaml"))
+SHEET_SCHEMA = load_schema(workflow.source_path("../schemas/samples.schema.yaml"))
+
+# Where a run that failed reports; a complete report removes it.
+INCOMPLETE_PAGE = "incomplete.html"
+
+DEMO_ROOT = "resources/demo"
+DEMO_ANAT = f"{DEMO_ROOT}/sub-{{subject}}/anat/sub-{{subject}}"
+DEMO_IMAGES = expand(f"{DEMO_ANAT}_T1w.nii.gz", subject=["01", "02", "03", "04"])
+DEMO_TRUTH = expand(
+    f"{DEMO_ANAT}_desc-truth_{{what}}.nii.gz", subject=["01", "02", "03", "04"], what=["T1w", "biasfield"]
+)
+DEMO_MASK = f"{DEMO_ROOT}/sub-03/anat/sub-03_desc-brain_mask.nii.gz"
+
+if problems := config_problems(config, CONFIG_SCHEMA):
+    raise WorkflowError("\n".join(problems))
+config.update(with_defaults(config, CONFIG_SCHEMA))
+
+try:
+    SCANS = read_sheet(config["samples"], SHEET_SCHEMA, made=[*DEMO_IMAGES, DEMO_MASK])
+except InputError as error:
+    raise WorkflowError(str(error)) from None
+
+SCAN_OF = {scan.name: scan for scan in SCANS}
+
+
+wildcard_constraints:
+    folder=r"sub-[A-Za-z0-9]+(/ses-[A-Za-z0-9]+)?/[a-z]+",
+    entities=r"sub-[A-Za-z0-9_+-]+?",
+    suffix="|".join(DATATYPE_OF),
+
+
+def scan_of(wildcards):
+    """The row of the sheet that a job works on."""
+    name = f"{wildcards.entities}_{wildcards.suffix}"
+    if name not in SCAN_OF:
+        raise WorkflowError(f"{name}: no such scan in {config['samples']}; add a line for it")
+    return SCAN_OF[name]
+
+
+def image_of(wildcards):
+    return scan_of(wildcards).image
+
+
+def own_mask_of(wildcards):
+    """The mask that the sheet gives, if it gives one."""
+    return scan_of(wildcards).mask or []
+
+
+def derivative(scan, name):
+    return f"<results>/{scan.folder}/{scan.entities}_{name}"
+
+
+def corrected_path(scan):
+    return derivative(scan, f"desc-N4_{scan.suffix}.nii.gz")
+
+
+def page_path(scan):
+    return f"<results>/qc/{scan.name}.html"
+
+
+def metrics_path(scan):
+    return f"<results>/qc/data/{scan.name}.json"
+
+
+def qc_inputs(wildcards):
+    """What the page of a scan shows; SimpleITK's field for the scans that have one."""
+    scan = scan_of(wildcards)
+    inputs = {
+        "image": scan.image,
+        "mask": derivative(scan, f"desc-foreground{scan.suffix}_mask.nii.gz"),
+        "corrected": corrected_path(scan),
+        "sidecar": derivative(scan, f"desc-N4_{scan.suffix}.json"),
+        "field": derivative(scan, f"desc-N4{scan.suffix}_biasfield.json"),
+    }
+    if in_fraction(scan.name, config["reference"]["fraction"]):
+        inputs["reference_field"] = derivative(scan, f"desc-N4sitk{scan.suffix}_biasfield.json")
+    return inputs
+
+
+def memory_mb(baseline, per_mb):
+    """Memory of a job: a baseline, and more for each megabyte of the image's file.
+
+    It grows with each attempt, for executors that end a job that exceeds it.
+    """
+
+    def resource(wildcards, input, attempt):
+        image = Path(input.image)
+        size_mb = image.stat().st_size / 1e6 if image.is_file() else 0
+        return int(baseline + per_mb * size_mb) * attempt
+
+    return resource
+
+
+def report_failures():
+    """After a run that failed: a report over the scans that are done, with the failed ones named."""
+    results, logs = (Path(workflow.pathvars.apply(name)) for name in ("<results>", "<logs>"))
+    failed = []
+    for scan in SCANS:
+        for step in ("mask", "n4", "reference", "qc"):
+            place = logs / step / ("" if step == "qc" else scan.folder) / f"{scan.name}.log"
+            if error := last_error(place):
+                failed.append((scan.name, error))
+    done = [path for scan in SCANS if (path := results / "qc" / "data" / f"{scan.name}.json").is_file()]
+    page = results / "qc" / INCOMPLETE_PAGE
+    try:
+        from n4flow.qc.pages import make_index
+
+        page.parent.mkdir(parents=True, exist_ok=True)
+        make_index(done, page, page.with_suffix(".tsv"), failed=failed)
+    except ImportError as error:  # the workflow's own environment need not hold the QC's packages
+        logger.error(f"No report over the scans that are done: {error}")
+    else:
+        logger.error(f"{len(done)} of {len(SCANS)} scans are done, {len(failed)} failed: see {page}")
+    for name, error in failed:
+        logger.error(f"{name}: {error}")

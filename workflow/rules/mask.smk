@@ -1,0 +1,26 @@
+# Goes in: an image, and the user's own mask if the sheet names one. Comes out: a uint8 mask on the
+# image's grid. The names of masks and fields hold the suffix of their image (foregroundT1w), since a
+# subject may have several contrasts on different grids.
+
+
+rule mask:
+    """Find the foreground, or check and adopt the mask of the sample sheet."""
+    input:
+        image=image_of,
+        own=own_mask_of,
+    output:
+        mask="<results>/{folder}/{entities}_desc-foreground{suffix}_mask.nii.gz",
+        sidecar="<results>/{folder}/{entities}_desc-foreground{suffix}_mask.json",
+    log:
+        "<logs>/mask/{folder}/{entities}_{suffix}.log",
+    benchmark:
+        "<benchmarks>/mask/{folder}/{entities}_{suffix}.tsv"
+    conda:
+        "../../envs/n4.yaml"
+    resources:
+        mem_mb=memory_mb(baseline=300, per_mb=8),
+    params:
+        settings=config["mask"],
+        package=package_digest("derivatives"),
+    script:
+        "../scripts/mask.py"

@@ -1,0 +1,71 @@
+# Goes in: everything the chain made of a scan. Comes out: a page per scan with its metrics, the
+# report over all scans, and what makes the results a BIDS dataset.
+
+
+rule qc:
+    """Draw the panels of a scan, measure it and write its page."""
+    input:
+        unpack(qc_inputs),
+    output:
+        page=report(
+            "<results>/qc/{entities}_{suffix}.html",
+            caption="../report/subject.rst",
+            category="Scans",
+            labels={"scan": "{entities}_{suffix}"},
+        ),
+        metrics="<results>/qc/data/{entities}_{suffix}.json",
+    log:
+        "<logs>/qc/{entities}_{suffix}.log",
+    benchmark:
+        "<benchmarks>/qc/{entities}_{suffix}.tsv"
+    conda:
+        "../../envs/qc.yaml"
+    resources:
+        mem_mb=memory_mb(baseline=600, per_mb=80),
+    params:
+        settings=config["qc"],
+        package=package_digest("qc.pages"),
+    script:
+        "../scripts/qc.py"
+
+
+rule index:
+    """Gather the metrics of all scans into a table and the report's first page."""
+    input:
+        metrics=[metrics_path(scan) for scan in SCANS],
+    output:
+        page=report("<results>/qc/index.html", caption="../report/index.rst", category="Dataset"),
+        table="<results>/qc/metrics.tsv",
+    log:
+        "<logs>/index.log",
+    benchmark:
+        "<benchmarks>/index.tsv"
+    conda:
+        "../../envs/qc.yaml"
+    resources:
+        mem_mb=500,
+    params:
+        package=package_digest("qc.pages"),
+    script:
+        "../scripts/index.py"
+
+
+rule dataset:
+    """Describe the results as a BIDS derivative dataset."""
+    input:
+        images=[scan.image for scan in SCANS],
+    output:
+        description="<results>/dataset_description.json",
+        bidsignore="<results>/.bidsignore",
+    log:
+        "<logs>/dataset.log",
+    benchmark:
+        "<benchmarks>/dataset.tsv"
+    conda:
+        "../../envs/n4.yaml"
+    resources:
+        mem_mb=300,
+    params:
+        package=package_digest("derivatives"),
+    script:
+        "../scripts/dataset.py"

@@ -1,0 +1,27 @@
+# Goes in: an image and its mask. Comes out: what SimpleITK makes of them with the equivalent
+# parameters, in the same forms as ours. Only for the scans that config's reference.fraction selects.
+
+
+rule reference:
+    """Correct with SimpleITK, as the independent check."""
+    input:
+        image=image_of,
+        mask=rules.mask.output.mask,
+    output:
+        corrected="<results>/{folder}/{entities}_desc-N4sitk_{suffix}.nii.gz",
+        sidecar="<results>/{folder}/{entities}_desc-N4sitk_{suffix}.json",
+        lattice="<results>/{folder}/{entities}_desc-N4sitk{suffix}_biasfield.json",
+    log:
+        "<logs>/reference/{folder}/{entities}_{suffix}.log",
+    benchmark:
+        "<benchmarks>/reference/{folder}/{entities}_{suffix}.tsv"
+    conda:
+        "../../envs/reference.yaml"
+    resources:
+        mem_mb=memory_mb(baseline=500, per_mb=20),
+    params:
+        settings=config["n4"],
+        keep_dtype=config["output"]["keep_dtype"],
+        package=package_digest("derivatives", "reference"),
+    script:
+        "../scripts/reference.py"

@@ -1,0 +1,51 @@
+"""Turn a BIDS folder into a sample sheet.
+
+python workflow/scripts/bids_sheet.py /data/study --suffix T1w FLAIR --output config/study.tsv
+"""
+
+import argparse
+import csv
+import io
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+from n4flow.bids import DATATYPE_OF, index_dataset
+from n4flow.errors import InputError
+from n4flow.volume import atomic_text
+
+COLUMNS = ["subject", "session", "image", "mask", "modality"]
+
+
+def sheet_of(scans):
+    """The sheet as text."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, COLUMNS, delimiter="\t", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(asdict(scan) for scan in scans)
+    return text.getvalue()
+
+
+def main(arguments=None):
+    """Index the folder and write the sheet to a file or to standard output."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", type=Path, help="the BIDS dataset: the folder that holds sub-*")
+    parser.add_argument(
+        "--suffix", nargs="+", default=["T1w"], metavar="SUFFIX", help=f"which scans: {' '.join(DATATYPE_OF)}"
+    )
+    parser.add_argument("--output", type=Path, help="the sheet to write; standard output by default")
+    given = parser.parse_args(arguments)
+    try:
+        scans = index_dataset(given.folder, given.suffix)
+    except InputError as error:
+        sys.exit(f"n4flow: {error}")
+    if not given.output:
+        sys.stdout.write(sheet_of(scans))
+        return
+    with atomic_text(given.output) as file:
+        file.write(sheet_of(scans))
+    print(f"{len(scans)} scans; next: snakemake --cores 8 --config samples={given.output}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()

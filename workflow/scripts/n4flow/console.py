@@ -1,0 +1,54 @@
+"""What a job says: everything into its log, and the line that matters to the user's terminal."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import sys
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+
+from n4flow.errors import InputError
+
+#: How the one line of a failed job begins.
+PREFIX = "n4flow: "
+
+
+@contextlib.contextmanager
+def reporting(log_path: str | Path) -> Iterator[None]:
+    """Log to a file; end with exit status 1 and one line if the input is at fault.
+
+    The one line goes to the log and to the terminal. Any other exception is a defect: its
+    traceback goes to the log, its last line to the terminal.
+    """
+    terminal = sys.stderr
+    with open(log_path, "w", buffering=1, encoding="utf-8") as file, contextlib.redirect_stderr(file):
+        handler = logging.StreamHandler(file)
+        handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+        logger = logging.getLogger("n4flow")
+        logger.addHandler(handler)
+        logger.setLevel(logging.INFO)
+        try:
+            yield
+        except InputError as error:
+            print(f"{PREFIX}{error}", file=file)
+            print(f"{PREFIX}{error}", file=terminal)
+            sys.exit(1)
+        except Exception as error:
+            traceback.print_exc(file=file)
+            line = f"{PREFIX}{type(error).__name__}: {error}; see {log_path}"
+            print(line, file=file)
+            print(line, file=terminal)
+            sys.exit(1)
+        finally:
+            logger.removeHandler(handler)
+
+
+def last_error(log_path: str | Path) -> str:
+    """The line with which a job failed, or nothing if it did not (or has not run)."""
+    try:
+        lines = Path(log_path).read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return ""
+    return lines[-1].removeprefix(PREFIX) if lines and lines[-1].startswith(PREFIX) else ""

@@ -1,0 +1,278 @@
+"""The steps of the chain on files: an image goes in, BIDS derivatives with their sidecars come out."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import time
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from n4flow.bids import dataset_root
+from n4flow.correction import keep_mean_intensity, write_corrected
+from n4flow.device import DeviceChoice, select_device
+from n4flow.estimate import Estimate, estimate_field
+from n4flow.field import BiasField
+from n4flow.mask import MaskMethod, adopt_mask, make_mask
+from n4flow.parameters import N4Parameters
+from n4flow.provenance import provenance, write_json
+from n4flow.samples import Samples, read_samples, shrink_per_axis
+from n4flow.volume import Volume
+
+log = logging.getLogger(__name__)
+
+BIDS_VERSION = "1.10.0"
+
+#: Files that BIDS has no name for yet.
+BIDSIGNORE = "*_biasfield.*\nqc/\n"
+
+
+def mask_scan(
+    image: Path, own_mask: Path | None, output: Path, sidecar: Path, *, method: MaskMethod, percentile: float
+) -> None:
+    """Write the mask of a scan and its sidecar; the user's own mask wins over `method`.
+
+    Raises
+    ------
+    InputError
+        As `mask.make_mask` and `mask.adopt_mask`.
+    """
+    if own_mask:
+        made = adopt_mask(image, own_mask, output)
+    else:
+        made = make_mask(image, output, method=method, percentile=percentile)
+    sources = {"image": image} | ({"mask": own_mask} if own_mask else {})
+    write_json(
+        sidecar,
+        {
+            "Type": "ROI",
+            "Sources": _uris(sources),
+            "Mask": made,
+            "Provenance": provenance(sources, ("numpy", "nibabel")),
+        },
+    )
+    log.info("%s: %s", image, made)
+
+
+def correct_scan(
+    image: Path,
+    mask: Path,
+    output: Path,
+    sidecar: Path,
+    lattice: Path,
+    bias: Path | None = None,
+    *,
+    parameters: N4Parameters,
+    device: DeviceChoice = "auto",
+    keep_dtype: bool = False,
+) -> None:
+    """Estimate the field of a scan, divide the scan by it and write what came about.
+
+    Parameters
+    ----------
+    image, mask : Path
+    output, sidecar : Path
+        Corrected image and its JSON.
+    lattice : Path
+        JSON of the field (see `BiasField.load`).
+    bias : Path, optional
+        The multiplicative field as an image.
+    parameters : N4Parameters
+    device : {"auto", "gpu", "cpu"}
+    keep_dtype : bool
+        See `correction.write_corrected`.
+
+    Raises
+    ------
+    InputError
+        The scan or its mask is unusable, or the device is not there.
+    """
+    start = time.perf_counter()
+    chosen = select_device(device)
+    log.info("%s: computing on %s (%s)", image, chosen.name, chosen.reason)
+    samples = read_samples(image, mask, parameters.shrink_factor)
+    estimate = estimate_field(samples, parameters, xp=chosen.xp)
+    volume = Volume(image)
+    field = keep_mean_intensity(estimate.field, volume, Volume(mask), chosen.xp)
+    self_check = write_corrected(volume, field, output, bias, keep_dtype=keep_dtype, xp=chosen.xp)
+    content = {
+        **_estimate_facts(Estimate(field, estimate.history), samples, parameters),
+        "SelfCheck": self_check,
+        "Device": chosen.name,
+        "DeviceReason": chosen.reason,
+        "WallTimeSeconds": round(time.perf_counter() - start, 3),
+    }
+    sources = {"image": image, "mask": mask}
+    made_by = provenance(sources, ("numpy", "nibabel", "isal", *(["cupy"] if chosen.kind == "gpu" else [])))
+    _write_field(lattice, field, sources, content, made_by)
+    write_json(
+        sidecar,
+        {**_image_metadata(volume), "Sources": _uris(sources), "N4": content, "Provenance": made_by},
+    )
+
+
+def reference_scan(
+    image: Path,
+    mask: Path,
+    output: Path,
+    sidecar: Path,
+    lattice: Path,
+    *,
+    parameters: N4Parameters,
+    keep_dtype: bool = False,
+) -> None:
+    """As `correct_scan`, with the field that SimpleITK estimates."""
+    from n4flow.reference import THREADS, reference_field
+
+    start = time.perf_counter()
+    samples = read_samples(image, mask, parameters.shrink_factor)
+    estimate = reference_field(samples, parameters)
+    volume = Volume(image)
+    field = keep_mean_intensity(estimate.field, volume, Volume(mask))
+    self_check = write_corrected(volume, field, output, keep_dtype=keep_dtype)
+    content = {
+        **_estimate_facts(Estimate(field, estimate.history), samples, parameters),
+        "SelfCheck": self_check,
+        "Threads": THREADS,
+        "WallTimeSeconds": round(time.perf_counter() - start, 3),
+    }
+    sources = {"image": image, "mask": mask}
+    made_by = provenance(sources, ("numpy", "nibabel", "isal", "SimpleITK"))
+    _write_field(lattice, field, sources, content, made_by)
+    write_json(
+        sidecar,
+        {**_image_metadata(volume), "Sources": _uris(sources), "N4": content, "Provenance": made_by},
+    )
+
+
+def _write_field(
+    path: Path, field: BiasField, sources: Mapping[str, Path], content: Mapping[str, Any], made_by: Mapping[str, Any]
+) -> None:
+    write_json(path, {"Sources": _uris(sources), **field.to_mapping(), "N4": content, "Provenance": made_by})
+
+
+def _estimate_facts(estimate: Estimate, samples: Samples, parameters: N4Parameters) -> dict[str, Any]:
+    """Parameters, and what the estimate did with them, for the sidecar."""
+    last = {line.level: line.cv for line in estimate.history}
+    return {
+        "Parameters": parameters.to_mapping(),
+        "Shrink": list(shrink_per_axis(samples.image_shape, parameters.shrink_factor)),
+        "Spans": list(estimate.field.mesh.spans),
+        "Samples": int(samples.mask.sum()),
+        "Dropped": samples.dropped,
+        "History": [{"Level": n.level, "Iteration": n.iteration, "CV": float(n.cv)} for n in estimate.history],
+        "Converged": [bool(cv <= parameters.convergence_threshold) for cv in last.values()],
+    }
+
+
+def _image_metadata(volume: Volume) -> dict[str, Any]:
+    """What the raw image's own sidecar says, and what BIDS asks of a derivative beside it."""
+    own = volume.path.with_name(volume.path.name.removesuffix(".gz").removesuffix(".nii") + ".json")
+    try:
+        metadata = json.loads(own.read_text(encoding="utf-8")) if own.is_file() else {}
+    except (OSError, ValueError) as error:
+        log.warning("%s: left out of the sidecar, cannot be read (%s)", own, error)
+        metadata = {}
+    task = re.search(r"_task-([A-Za-z0-9]+)_", volume.path.name)
+    if task:
+        metadata.setdefault("TaskName", task[1])
+    if volume.frames > 1 and volume.frame_time_s > 0:
+        metadata.setdefault("RepetitionTime", volume.frame_time_s)
+    metadata.setdefault("SkullStripped", False)
+    return metadata
+
+
+def _uris(sources: Mapping[str, Path]) -> list[str]:
+    """BIDS URIs of files: in the dataset that they lie in, or beside the outputs."""
+    uris = []
+    for path in sources.values():
+        root = dataset_root(path)
+        uris.append(f"bids:{_link_name(root)}:{path.resolve().relative_to(root).as_posix()}" if root else path.name)
+    return uris
+
+
+def _link_name(root: Path) -> str:
+    """How DatasetLinks and URIs call a dataset: by its folder."""
+    return re.sub(r"[^A-Za-z0-9._-]", "", root.name) or "raw"
+
+
+def describe_dataset(images: Iterable[str | Path], description: Path, bidsignore: Path) -> None:
+    """Write dataset_description.json, with links to the raw datasets, and .bidsignore.
+
+    Parameters
+    ----------
+    images : iterable of path-like
+        All raw images.
+    description, bidsignore : Path
+        In the folder of the derivatives.
+    """
+    from n4flow import __version__
+
+    folder = description.parent.resolve()
+    roots = {root for image in images if (root := dataset_root(image))}
+    write_json(
+        description,
+        {
+            "Name": "N4 bias-corrected images",
+            "BIDSVersion": BIDS_VERSION,
+            "DatasetType": "derivative",
+            "GeneratedBy": [{"Name": "n4flow", "Version": __version__}],
+            "DatasetLinks": {
+                _link_name(folder): ".",
+                **{_link_name(root): os.path.relpath(root, folder) for root in sorted(roots)},
+            },
+        },
+    )
+    bidsignore.write_text(BIDSIGNORE, encoding="utf-8")
+
+
+def demo_dataset(tissues: Path, folder: Path) -> None:
+    """Write the built-in dataset: four simulated heads with known fields, in BIDS.
+
+    The fields have 0, 20, 40 and 100 % INU. Subject 03 comes with a brain mask, subject 04 as int16
+    with a scl_slope, its axes pointing to posterior, superior and right. The truth lies beside the
+    images, as ``desc-truth_biasfield`` and ``desc-truth_T1w``.
+
+    Parameters
+    ----------
+    tissues : Path
+        4-D image of grey matter, white matter and fluid, 0 to 255.
+    folder : Path
+    """
+    import nibabel as nib
+    from nibabel.orientations import axcodes2ornt, io_orientation, ornt_transform
+
+    from n4flow.phantom import make_phantom
+
+    template: Any = nib.load(tissues)
+    shares = np.asarray(template.dataobj)
+    size = float(template.header.get_zooms()[0])
+
+    def save(array: np.ndarray, path: Path, axes: str) -> None:
+        image = nib.Nifti1Image(array, template.affine)
+        image = image.as_reoriented(ornt_transform(io_orientation(image.affine), axcodes2ornt(axes)))
+        image.header.set_xyzt_units("mm", "sec")
+        image.set_qform(image.affine, 1)
+        image.set_sform(image.affine, 1)
+        if array.dtype == np.int16:
+            image.header.set_slope_inter(0.25, 0)
+        nib.save(image, path)
+
+    for number, inu_percent in enumerate((0, 20, 40, 100), start=1):
+        subject = f"sub-{number:02d}"
+        anat = folder / subject / "anat"
+        anat.mkdir(parents=True, exist_ok=True)
+        phantom = make_phantom(shares, size, inu_percent=inu_percent, noise_percent=3, seed=number)
+        axes = "PSR" if number == 4 else "RAS"
+        stored = np.rint(phantom.image / 0.25).astype(np.int16) if number == 4 else phantom.image
+        save(stored, anat / f"{subject}_T1w.nii.gz", axes)
+        save(phantom.truth, anat / f"{subject}_desc-truth_T1w.nii.gz", axes)
+        save(phantom.bias.astype(np.float32), anat / f"{subject}_desc-truth_biasfield.nii.gz", axes)
+        if number == 3:
+            save(phantom.brain.astype(np.uint8), anat / f"{subject}_desc-brain_mask.nii.gz", axes)
+    write_json(folder / "dataset_description.json", {"Name": "n4flow's built-in dataset", "BIDSVersion": BIDS_VERSION})

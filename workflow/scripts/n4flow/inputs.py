@@ -1,0 +1,136 @@
+"""Config and sample sheet, checked before anything runs; every problem is one line."""
+
+from __future__ import annotations
+
+import csv
+import difflib
+from collections.abc import Collection, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from n4flow.bids import Scan
+from n4flow.errors import InputError
+
+
+def load_schema(path: str | Path) -> dict[str, Any]:
+    """Read a JSON schema that is written as YAML."""
+    import yaml
+
+    return yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+
+
+def with_defaults(config: Mapping[str, Any], schema: Mapping[str, Any]) -> dict[str, Any]:
+    """The config with the schema's defaults for every key that it does not give."""
+    filled = dict(config)
+    for key, part in schema["properties"].items():
+        if part.get("type") == "object" and "properties" in part:
+            given = filled.get(key, {})
+            filled[key] = with_defaults(given, part) if isinstance(given, Mapping) else given
+        elif "default" in part:
+            filled.setdefault(key, part["default"])
+    return filled
+
+
+def schema_problems(content: Any, schema: Mapping[str, Any]) -> Iterator[str]:
+    """What in a config or a row breaks its schema, in words."""
+    from jsonschema import Draft202012Validator
+
+    for error in sorted(Draft202012Validator(schema).iter_errors(content), key=lambda e: str(e.path)):
+        place = ".".join(str(part) for part in error.path)
+        if error.validator == "additionalProperties":
+            known = error.schema["properties"]
+            for key in sorted(set(error.instance) - set(known), key=str):
+                near = difflib.get_close_matches(str(key), known, n=1)
+                hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(known)}"
+                yield f"{'.'.join(filter(None, [place, str(key)]))}: there is no such key; {hint}"
+        else:
+            message = error.message.replace("\n", " ")
+            yield f"{place + ': ' if place else ''}{message}; {error.schema.get('description', 'see config/README.md')}"
+
+
+def config_problems(config: Mapping[str, Any], schema: Mapping[str, Any]) -> list[str]:
+    """What is wrong with the config, a line each."""
+    return [f"config: {problem}" for problem in schema_problems(config, schema)]
+
+
+def read_sheet(path: str | Path, schema: Mapping[str, Any], made: Collection[str] = ()) -> list[Scan]:
+    """Read and check the sample sheet.
+
+    Parameters
+    ----------
+    path : path-like
+        Tab-separated, with a header line.
+    schema : mapping
+        JSON schema of a row.
+    made : collection of str
+        Paths that need not be there yet, because the workflow makes them.
+
+    Returns
+    -------
+    list of Scan
+
+    Raises
+    ------
+    InputError
+        The file cannot be read, or lines of it are wrong: the message has a line for each.
+    """
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            reader = csv.DictReader(file, delimiter="\t", strict=True)
+            rows = [(reader.line_num, row) for row in reader]
+            columns = reader.fieldnames or []
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise InputError(path, f"cannot be read ({error})", "give a tab-separated sheet") from None
+    problems = [
+        f"{path}: unknown column {column!r}; known are {', '.join(schema['properties'])}"
+        for column in columns
+        if column not in schema["properties"]
+    ]
+    problems += [
+        f"{path}: there is no column {column!r}; add it (columns are separated by tabs)"
+        for column in schema["required"]
+        if column not in columns
+    ]
+    if not rows and not problems:
+        problems.append(f"{path}: the sheet has no rows; add a line per scan")
+    scans: dict[str, tuple[int, Scan]] = {}
+    for line, row in [] if problems else rows:
+        found, scan = _read_row(row, schema, made)
+        if scan and scan.name in scans:
+            found.append(
+                f"{scan.name} stands in line {scans[scan.name][0]} already; remove one, or tell them apart "
+                "by session or modality (run-1_T1w, run-2_T1w)"
+            )
+        elif scan:
+            scans[scan.name] = (line, scan)
+        problems += [f"{path}, line {line}: {problem}" for problem in found]
+    if problems:
+        raise InputError.of_lines(problems)
+    return [scan for _, scan in scans.values()]
+
+
+def _read_row(row: dict[Any, Any], schema: Mapping[str, Any], made: Collection[str]) -> tuple[list[str], Scan | None]:
+    if None in row or None in row.values():
+        return ["has another number of columns than the header; separate them by tabs"], None
+    given = {key: value.strip() for key, value in row.items() if value.strip()}
+    found = list(schema_problems(given, schema))
+    if found:
+        return found, None
+    values = {key: part["default"] for key, part in schema["properties"].items() if "default" in part} | given
+    scan = Scan(**values)
+    found = [f"{problem}" for problem in scan.problems()]
+    for role in ("image", "mask"):
+        path = getattr(scan, role)
+        if path and path not in made and not Path(path).is_file():
+            found.append(f"{role} {path} is not there; check the path (it is taken from the working directory)")
+    return found, None if found else scan
+
+
+def in_fraction(name: str, fraction: float) -> bool:
+    """Whether a scan belongs to a stable random part of all scans.
+
+    The choice hangs on the name alone, so that it stays when scans are added.
+    """
+    import hashlib
+
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") < fraction * 2**64

@@ -1,0 +1,481 @@
+"""The pictures of a subject: planes of the file laid out upright, and a few plots, as WebP bytes.
+
+Nothing is resampled to another grid: a picture shows index planes of the file, flipped and
+transposed so that anatomy stands upright (superior or anterior up, the subject's right on the right).
+"""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import nibabel as nib
+import numpy as np
+from contourpy import FillType, contour_generator
+from matplotlib import colormaps
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import LogNorm
+from matplotlib.figure import Figure
+from matplotlib.path import Path as Outline
+from matplotlib.patheffects import withStroke
+from PIL import Image
+
+WORLD = (("L", "R"), ("P", "A"), ("I", "S"))
+PLANE_NAMES = ("sagittal", "coronal", "axial")
+
+#: Where the slices of a plane lie, as a share of the mask's voxels; field panels show the middle two.
+SLICE_QUANTILES = (0.12, 0.37, 0.63, 0.88)
+FIELD_SLICES = slice(1, 3)
+
+#: Radius by which the mask is closed to a silhouette.
+CLOSING_MM = 5.0
+
+# Okabe & Ito's colour-blind safe pair, told apart by line style too
+BEFORE, AFTER, INK, FAINT = "#B4500A", "#0060A0", "#222222", "#8a8a8a"
+OUTSIDE = "#b9bcc0"
+
+#: Width of the two mosaics of the image in pixels; half of it fits a field panel with half the slices, row by row.
+WIDTH = 1120
+
+#: Height of all rows of a mosaic together, in pixels, if they would be taller.
+TALLEST = 1100
+DPI = 200  # of the plots
+
+
+@dataclass(frozen=True)
+class Plane:
+    """How an index plane of the file is shown.
+
+    Parameters
+    ----------
+    name : str
+        Nearest anatomical plane.
+    normal, across, up : int
+        Voxel axes: through the plane, to the right and upwards in the picture.
+    flip_normal, flip_across, flip_up : bool
+        The axis runs from R to L, A to P or S to I.
+    labels : (left, right, bottom, top)
+        Anatomical directions.
+    size_mm : (across, up)
+        Of a voxel.
+    """
+
+    name: str
+    normal: int
+    across: int
+    up: int
+    flip_normal: bool
+    flip_across: bool
+    flip_up: bool
+    labels: tuple[str, str, str, str]
+    size_mm: tuple[float, float]
+
+    def upright(self, plane: np.ndarray) -> np.ndarray:
+        """An index plane (its two axes in the file's order) as rows from bottom to top."""
+        picture = plane.T if self.across < self.up else plane
+        return picture[:: -1 if self.flip_up else 1, :: -1 if self.flip_across else 1]
+
+
+@dataclass(frozen=True)
+class Slice:
+    """One index plane, and the part of it that is shown."""
+
+    plane: Plane
+    index: int
+    box: tuple[slice, slice, slice]
+
+    @property
+    def tile(self) -> tuple[slice, slice, slice]:
+        """The voxels of the slice."""
+        box = list(self.box)
+        box[self.plane.normal] = slice(self.index, self.index + 1)
+        return box[0], box[1], box[2]
+
+    def picture(self, values: np.ndarray) -> np.ndarray:
+        """The voxels of `tile` as a picture, rows from bottom to top."""
+        return self.plane.upright(np.squeeze(values, axis=self.plane.normal))
+
+    def cut(self, volume: np.ndarray) -> np.ndarray:
+        """The slice of a whole volume as a picture, rows from bottom to top."""
+        return self.picture(volume[self.tile])
+
+
+def upright_planes(affine: np.ndarray, shape: Sequence[int], voxel_size_mm: Sequence[float]) -> list[Plane]:
+    """Axial, coronal and sagittal planes, as near as the file's axes come to them.
+
+    Planes with an axis of fewer than 4 voxels are left out; a 2-D image has one plane.
+
+    Parameters
+    ----------
+    affine : (4, 4) array
+    shape : (n0, n1, n2)
+    voxel_size_mm : three floats
+    """
+    codes = nib.aff2axcodes(affine)
+    world = [next(w for w, pair in enumerate(WORLD) if code in pair) for code in codes]
+    thin = [axis for axis in range(3) if shape[axis] < 4]
+    planes = []
+    for normal in sorted(range(3), key=lambda axis: -world[axis]):
+        if thin and normal != min(thin, key=lambda axis: shape[axis]):
+            continue
+        across, up = sorted((axis for axis in range(3) if axis != normal), key=lambda axis: world[axis])
+        flips = [codes[axis] == WORLD[world[axis]][0] for axis in (normal, across, up)]
+        labels = (*WORLD[world[across]], *WORLD[world[up]])
+        size_mm = (float(voxel_size_mm[across]), float(voxel_size_mm[up]))
+        planes.append(Plane(PLANE_NAMES[world[normal]], normal, across, up, *flips, labels, size_mm))
+    return planes
+
+
+def oblique_degrees(affine: np.ndarray) -> float:
+    """Largest angle between an axis of the file and the anatomical axis it is named after."""
+    axes = affine[:3, :3] / np.linalg.norm(affine[:3, :3], axis=0)
+    ornt = nib.io_orientation(affine)[:, 0].astype(int)
+    return float(np.degrees(np.arccos(np.clip(np.abs(axes[ornt, range(3)]), 0, 1)).max()))
+
+
+def choose_slices(mask: np.ndarray, planes: Sequence[Plane], voxel_size_mm: Sequence[float]) -> list[list[Slice]]:
+    """Slices through the mask, one list per plane, cropped to the mask and a margin.
+
+    Parameters
+    ----------
+    mask : (n0, n1, n2) bool array
+        Not empty.
+    """
+    counts = [mask.sum(axis=tuple(a for a in range(3) if a != axis)) for axis in range(3)]
+    box = []
+    for axis, count in enumerate(counts):
+        hit, margin = np.flatnonzero(count), round(CLOSING_MM / voxel_size_mm[axis])
+        box.append(slice(max(0, int(hit[0]) - margin), min(len(count), int(hit[-1]) + margin + 1)))
+    chosen = []
+    for plane in planes:
+        share = np.cumsum(counts[plane.normal]) / counts[plane.normal].sum()
+        indices = sorted({int(np.searchsorted(share, q)) for q in SLICE_QUANTILES})
+        ordered = indices[:: -1 if plane.flip_normal else 1]
+        chosen.append([Slice(plane, index, (box[0], box[1], box[2])) for index in ordered])
+    return chosen
+
+
+def silhouette(mask: np.ndarray, size_mm: Sequence[float]) -> list[np.ndarray]:
+    """Outer outlines of a mask in a plane, closed by `CLOSING_MM`, holes and specks left out.
+
+    Parameters
+    ----------
+    mask : (rows, columns) bool array
+    size_mm : (across, up)
+        Of a pixel.
+
+    Returns
+    -------
+    list of (n, 2) arrays
+        Closed rings, largest first, x and y as shares of the picture's width and height.
+    """
+    radii = [max(1, round(CLOSING_MM / size)) for size in size_mm[::-1]]
+    pad = [r + 2 for r in radii]
+    grown = np.pad(mask, [(p, p) for p in pad])
+    for axis, radius in enumerate(radii):
+        grown = _spread(grown, axis, radius)
+    for axis, radius in enumerate(radii):
+        grown = ~_spread(~grown, axis, radius)
+    smooth: np.ndarray = grown.astype(np.float32)
+    for axis in (0, 1):
+        smooth = (np.roll(smooth, 1, axis) + 2 * smooth + np.roll(smooth, -1, axis)) / 4
+    points, offsets = contour_generator(z=smooth, fill_type=FillType.OuterOffset).filled(0.5, 2)
+    rings = [ring[: ends[1]] for ring, ends in zip(points, offsets, strict=True)]
+    shares = [(ring - pad[::-1] + 0.5) / mask.shape[::-1] for ring in rings]
+    shares.sort(key=_area, reverse=True)
+    kept: list[np.ndarray] = []
+    for ring in shares:
+        if _area(ring) >= 0.005 and not any(Outline(other).contains_point(ring[0]) for other in kept):
+            kept.append(ring)
+    return kept
+
+
+def _spread(mask: np.ndarray, axis: int, radius: int) -> np.ndarray:
+    """Dilation by a line; what lies beyond the border counts as the border does."""
+    result = mask.copy()
+    for step in range(1, radius + 1):
+        result |= np.roll(mask, step, axis) | np.roll(mask, -step, axis)
+    return result
+
+
+def _area(ring: np.ndarray) -> float:
+    x, y = ring.T
+    return 0.5 * abs(float(np.dot(x, np.roll(y, 1)) - np.dot(y, np.roll(x, 1))))
+
+
+class ColourScale(NamedTuple):
+    """What the colours of a mosaic mean."""
+
+    cmap: str
+    low: float
+    high: float
+    ticks: list[tuple[float, str]]
+    label: str
+
+
+def intensity_scale(high: float) -> ColourScale:
+    """Grey from 0 to `high`."""
+    return ColourScale("gray", 0, high, [(0, "0"), (high, f"{high:.4g}")], "intensity")
+
+
+def ratio_ticks(window_log: float) -> list[tuple[float, str]]:
+    """Ticks of a log field at plain ratios, symmetric about ×1, the outermost that fit and one half as far."""
+    steps = [r for r in (1.002, 1.005, 1.01, 1.02, 1.05, 1.1, 1.25, 1.5, 2, 3, 5, 10) if math.log(r) <= window_log]
+    outer = steps[-1:]
+    inner = [r for r in steps if 0.25 <= math.log(r) / window_log <= 0.6][-1:]
+    ticks = [(0.0, "×1")]
+    for ratio in {*outer, *inner}:
+        digits = 2 if ratio >= 1.05 else 3
+        ticks += [(math.log(value), f"×{value:.{digits}f}".rstrip("0").rstrip(".")) for value in (ratio, 1 / ratio)]
+    return sorted(ticks)
+
+
+def field_scale(window_log: float) -> ColourScale:
+    """Red where the field is above 1 (brighter than it should be), blue below."""
+    return ColourScale("RdBu_r", -window_log, window_log, ratio_ticks(window_log), "log scale")
+
+
+def difference_scale(window_log: float) -> ColourScale:
+    """Purple where ours is above the reference, orange below."""
+    return ColourScale("PuOr", -window_log, window_log, ratio_ticks(window_log), "ours / reference")
+
+
+def mosaic(
+    pictures: Sequence[Sequence[np.ndarray]],
+    slices: Sequence[Sequence[Slice]],
+    scale: ColourScale,
+    *,
+    width: int,
+    title: str,
+    outlines: Sequence[Sequence[list[np.ndarray]]] | None = None,
+    clip: bool = False,
+) -> Image.Image:
+    """Rows of slices, one row per plane, with anatomical labels and a colour bar.
+
+    Parameters
+    ----------
+    pictures : per plane, per slice, a (rows, columns) array
+        Rows from bottom to top.
+    slices : per plane, per slice
+    scale : ColourScale
+    width : int
+        Of the mosaic in pixels.
+    title : str
+        Printed in the corner, so that a screenshot speaks for itself.
+    outlines : per plane, per slice, rings of `silhouette`, optional
+    clip : bool
+        Show nothing outside the outlines, instead of drawing them on the picture.
+    """
+    gap, bar = 6, 56
+    rows, y = [], bar
+    most = TALLEST / len(slices)
+    for row in reversed(slices):
+        aspects = [_aspect(s) for s in row]
+        height = min((width - gap * (len(row) + 1)) / sum(aspects), most)
+        rows.append((y, height, aspects))
+        y += round(height) + gap
+    total = y + 34
+    dark = not clip
+    figure = Figure(figsize=(width / 100, total / 100), dpi=100, facecolor="black" if dark else OUTSIDE)
+    FigureCanvasAgg(figure)
+    axes = figure.add_axes((0, 0, 1, 1), xlim=(0, width), ylim=(0, total))
+    axes.axis("off")
+    ink = "white" if dark else "black"
+    halo = [withStroke(linewidth=2.5, foreground="black" if dark else OUTSIDE)]
+    style: dict[str, Any] = {"color": ink, "fontsize": 13, "path_effects": halo}
+    for number, (bottom, height, aspects) in zip(reversed(range(len(slices))), rows, strict=True):
+        x = (width - height * sum(aspects) - gap * (len(aspects) - 1)) / 2
+        for column, aspect in enumerate(aspects):
+            extent = (x, x + height * aspect, bottom, bottom + height)
+            where = slices[number][column]
+            shown = axes.imshow(
+                pictures[number][column],
+                cmap=scale.cmap,
+                vmin=scale.low,
+                vmax=scale.high,
+                extent=extent,
+                origin="lower",
+                interpolation="bilinear",
+                aspect="auto",
+            )
+            rings = (
+                [ring * (height * aspect, height) + (x, bottom) for ring in outlines[number][column]]
+                if outlines
+                else []
+            )
+            if clip and rings:
+                path = Outline.make_compound_path(*[Outline(ring, closed=True) for ring in rings])
+                shown.set_clip_path(path, transform=axes.transData)
+            elif clip:
+                shown.set_visible(False)
+            for ring in rings:
+                axes.plot(*ring.T, color="#3c3c3c" if clip else "#ffd23c", linewidth=0.8 if clip else 1.1)
+            _label_slice(axes, where, extent, style, full=column == 0)
+            x += height * aspect + gap
+    axes.text(10, total - 17, title, va="center", weight="bold", **{**style, "fontsize": 14})
+    _colour_bar(axes, scale, width, style)
+    axes.set(xlim=(0, width), ylim=(0, total))
+    return _render(figure)
+
+
+def _aspect(where: Slice) -> float:
+    plane = where.plane
+    across, up = (
+        (where.box[axis].stop - where.box[axis].start) * size
+        for axis, size in zip((plane.across, plane.up), plane.size_mm, strict=True)
+    )
+    return across / up
+
+
+def _label_slice(axes: Any, where: Slice, extent: tuple[float, ...], style: dict[str, Any], full: bool) -> None:
+    x0, x1, y0, y1 = extent
+    left, right, bottom, top = where.plane.labels
+    axes.text(
+        x1 - 4,
+        y0 + 3,
+        f"{'ijk'[where.plane.normal]} {where.index}",
+        ha="right",
+        va="bottom",
+        **{**style, "fontsize": 10},
+    )
+    if full:  # every slice of a row is turned the same way
+        middle = ((x0 + x1) / 2, (y0 + y1) / 2)
+        axes.text(x0 + 5, middle[1], left, ha="left", va="center", **style)
+        axes.text(x1 - 5, middle[1], right, ha="right", va="center", **style)
+        axes.text(middle[0], y0 + 3, bottom, ha="center", va="bottom", **style)
+        axes.text(middle[0], y1 - 3, top, ha="center", va="top", **style)
+
+
+def _colour_bar(axes: Any, scale: ColourScale, width: int, style: dict[str, Any]) -> None:
+    x0, x1 = 0.1 * width, 0.9 * width
+    axes.imshow(
+        np.linspace(0, 1, 256)[None], cmap=scale.cmap, extent=(x0, x1, 32, 46), aspect="auto", interpolation="bilinear"
+    )
+    axes.plot([x0, x1, x1, x0, x0], [32, 32, 46, 46, 32], color=style["color"], linewidth=0.6)
+    for value, text in scale.ticks:
+        x = x0 + (value - scale.low) / (scale.high - scale.low) * (x1 - x0)
+        axes.plot([x, x], [27, 32], color=style["color"], linewidth=1)
+        axes.text(x, 25, text, ha="center", va="top", **{**style, "fontsize": 12})
+
+
+def _render(figure: Figure) -> Image.Image:
+    figure.canvas.draw()
+    return Image.fromarray(np.asarray(figure.canvas.buffer_rgba())[:, :, :3])  # type: ignore[attr-defined]
+
+
+def webp(picture: Image.Image, quality: int | None = None) -> bytes:
+    """WebP bytes; without a quality lossless, which suits lines and text."""
+    stream = io.BytesIO()
+    if quality is None:
+        picture.save(stream, "WEBP", lossless=True, quality=40, method=2)
+    else:
+        picture.save(stream, "WEBP", quality=quality, method=4)
+    return stream.getvalue()
+
+
+def _plot() -> tuple[Figure, Any]:
+    # fixed margins: a layout engine takes 0.1 s a plot
+    figure = Figure(figsize=(3.2, 2.2), dpi=DPI, facecolor="white")
+    FigureCanvasAgg(figure)
+    axes = figure.add_axes((0.2, 0.17, 0.77, 0.8))
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.tick_params(which="both", labelsize=7, length=2)
+    axes.xaxis.label.set_fontsize(8)
+    axes.yaxis.label.set_fontsize(8)
+    return figure, axes
+
+
+def histogram_plot(original: np.ndarray, corrected: np.ndarray, high: float, limits: Sequence[float]) -> Image.Image:
+    """In-mask histograms before and after, with the limits of the intensity classes.
+
+    Parameters
+    ----------
+    original, corrected : (n,) arrays
+    high : float
+        Right end: the top of the display window.
+    limits : floats
+        Drawn as thin lines where they are finite.
+    """
+    figure, axes = _plot()
+    width = 1.05 * high / 120
+    whole = original[:10_000]
+    if (whole == np.rint(whole)).all():  # bins of whole numbers: others would catch one integer more or less, a comb
+        width = float(max(1, math.ceil(width)))
+    edges = np.arange(0, 1.05 * high + width, width)
+    for values, colour, line, label in ((original, BEFORE, "--", "original"), (corrected, AFTER, "-", "corrected")):
+        counts, _ = np.histogram(values, bins=edges)
+        axes.stairs(100 * counts / max(1, values.size), edges, color=colour, linestyle=line, linewidth=1.2, label=label)
+    for limit in limits:
+        if math.isfinite(limit):
+            axes.axvline(limit, color=FAINT, linewidth=0.7, linestyle=":")
+    axes.set(xlabel="intensity", ylabel="% of the mask", xlim=(0, 1.05 * high), ylim=(0, None))
+    axes.legend(fontsize=7, frameon=False)
+    return _render(figure)
+
+
+class Profile(NamedTuple):
+    """Mean intensity of the bright class, plane by plane along one axis, over its mean."""
+
+    position_mm: np.ndarray
+    original: np.ndarray
+    corrected: np.ndarray
+    field: np.ndarray
+    ends: tuple[str, str]
+
+
+def profile_plot(profile: Profile) -> Image.Image:
+    """How the bright class runs along the axis of the largest gradient, before and after."""
+    figure, axes = _plot()
+    x = profile.position_mm
+    axes.axhline(1, color=FAINT, linewidth=0.7)
+    axes.plot(x, profile.field, color=INK, linewidth=1, linestyle=":", label="field")
+    axes.plot(x, profile.original, color=BEFORE, linewidth=1.2, linestyle="--", label="original")
+    axes.plot(x, profile.corrected, color=AFTER, linewidth=1.4, label="corrected")
+    axes.set(xlabel=f"mm from {profile.ends[0]} to {profile.ends[1]}", ylabel="over its mean", xlim=(x.min(), x.max()))
+    axes.legend(fontsize=7, frameon=False)
+    return _render(figure)
+
+
+def convergence_plot(
+    history: Sequence[dict[str, Any]], threshold: float | None, reference: Sequence[dict[str, Any]] = ()
+) -> Image.Image:
+    """Coefficient of variation of each update, one run of points per level."""
+    figure, axes = _plot()
+    if reference:
+        axes.plot(
+            range(1, len(reference) + 1), [i["CV"] for i in reference], color=FAINT, linewidth=1, linestyle=":",
+            label="reference",
+        )  # fmt: skip
+    steps = list(enumerate(history, start=1))
+    for level in sorted({i["Level"] for i in history}):
+        points = [(n, i["CV"]) for n, i in steps if i["Level"] == level]
+        axes.plot(
+            *zip(*points, strict=True), color=AFTER, linewidth=1.2, marker="osD^v"[(level - 1) % 5], markersize=2.5,
+            label=f"level {level}",
+        )  # fmt: skip
+    if threshold:
+        axes.axhline(threshold, color=INK, linewidth=0.9, linestyle="--", label=f"threshold {threshold:g}")
+    if any(i["CV"] > 0 for i in history):
+        axes.set_yscale("log")
+    axes.set(xlabel="iteration", ylabel="CV of the update")
+    axes.legend(fontsize=7, edgecolor="none", framealpha=0.8)
+    return _render(figure)
+
+
+def agreement_plot(log_field: np.ndarray, log_reference: np.ndarray, r: float, slope: float) -> Image.Image:
+    """Our field against the reference, both demeaned, density of voxels."""
+    figure, axes = _plot()
+    step = max(1, log_field.size // 100_000)
+    ours, reference = (v[::step] - v.mean(dtype=np.float64) for v in (log_field, log_reference))
+    edge = max(1e-6, float(np.abs([ours.min(), ours.max(), reference.min(), reference.max()]).max()))
+    axes.hexbin(
+        reference, ours, gridsize=60, extent=(-edge, edge, -edge, edge), mincnt=1, norm=LogNorm(),
+        cmap=colormaps["cividis"], linewidths=0.1,
+    )  # fmt: skip
+    axes.plot([-edge, edge], [-edge, edge], color=INK, linewidth=0.8, linestyle="--")
+    axes.set(xlabel="log reference", ylabel="log ours", xlim=(-edge, edge), ylim=(-edge, edge), aspect="equal")
+    axes.text(0.04, 0.96, f"r {r:.3f}\nslope {slope:.2f}", transform=axes.transAxes, va="top", fontsize=7)
+    return _render(figure)

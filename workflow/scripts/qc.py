@@ -1,0 +1,27 @@
+"""Rule qc: the page and the metrics of a scan."""
+
+from pathlib import Path
+
+from n4flow.console import reporting
+from n4flow.qc.pages import make_subject
+
+
+def main(snakemake):
+    reference = snakemake.input.get("reference_field")
+    make_subject(
+        name=Path(snakemake.output.metrics).stem,
+        image=Path(snakemake.input.image),
+        mask=Path(snakemake.input.mask),
+        corrected=Path(snakemake.input.corrected),
+        field=Path(snakemake.input.field),
+        sidecar=Path(snakemake.input.sidecar),
+        reference_field=Path(reference) if reference else None,
+        page=Path(snakemake.output.page),
+        metrics=Path(snakemake.output.metrics),
+        **snakemake.params.settings,
+    )
+
+
+if __name__ == "__main__":
+    with reporting(snakemake.log[0]):  # noqa: F821
+        main(snakemake)  # noqa: F821

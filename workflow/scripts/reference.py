@@ -1,0 +1,24 @@
+"""Rule reference: correct a scan with SimpleITK."""
+
+from pathlib import Path
+
+from n4flow.console import reporting
+from n4flow.derivatives import reference_scan
+from n4flow.parameters import N4Parameters
+
+
+def main(snakemake):
+    reference_scan(
+        Path(snakemake.input.image),
+        Path(snakemake.input.mask),
+        Path(snakemake.output.corrected),
+        Path(snakemake.output.sidecar),
+        Path(snakemake.output.lattice),
+        parameters=N4Parameters.from_mapping(snakemake.params.settings),
+        keep_dtype=snakemake.params.keep_dtype,
+    )
+
+
+if __name__ == "__main__":
+    with reporting(snakemake.log[0]):  # noqa: F821
+        main(snakemake)  # noqa: F821
