@@ -8,13 +8,25 @@ goes through the same code.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import reduce
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import numpy as np
+from threadpoolctl import threadpool_limits
 
 from n4flow.device import array_module
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def one_blas_thread(function: Function) -> Function:
+    """Run a function that fits or evaluates with one BLAS thread.
+
+    The last bits of a matrix product may depend on the number of threads, which is the machine's
+    business and not the result's.
+    """
+    return cast(Function, threadpool_limits.wrap(limits=1, user_api="blas")(function))
 
 
 def control_points(spans: int) -> int:

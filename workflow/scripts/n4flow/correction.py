@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from n4flow.bspline import one_blas_thread
 from n4flow.device import DeviceChoice, array_module, select_device, to_host, to_module
 from n4flow.estimate import Iteration, estimate_field
 from n4flow.field import BiasField
@@ -23,6 +24,7 @@ log = logging.getLogger(__name__)
 TILE_VOXELS = 2**22
 
 
+@one_blas_thread
 def keep_mean_intensity(field: BiasField, volume: Volume, mask: Volume, xp: Any = np) -> BiasField:
     """Fix the constant of the field so that the mean intensity inside the mask does not change.
 
@@ -42,17 +44,23 @@ def keep_mean_intensity(field: BiasField, volume: Volume, mask: Volume, xp: Any 
     sums = np.zeros(2)
     for (slab, values), (_, mask_values) in zip(volume.mean_slabs(), mask.mean_slabs(), strict=True):
         ratio = to_host(field.ratio_tile((slice(None), slice(None), slab), xp))
-        sums += _sums_inside(values, ratio, mask_values != 0)
+        for plane in _sums_inside(values, ratio, mask_values != 0):
+            sums += plane
     return field.shifted(np.log(sums[1] / sums[0]))
 
 
-def _sums_inside(values: np.ndarray, ratio: np.ndarray, inside: np.ndarray) -> np.ndarray:
-    """Sum of the usable intensities, before and after division by the field."""
+def _sums_inside(values: np.ndarray, ratio: np.ndarray, inside: np.ndarray) -> Iterator[np.ndarray]:
+    """Sum of the usable intensities before and after division by the field, plane by plane.
+
+    So the order of the additions is the image's, and not that of the slabs or tiles it comes in.
+    """
     usable, _ = usable_voxels(values, inside)
-    before = values[usable].astype(np.float64)
-    return np.array([before.sum(), (before / ratio[usable]).sum()])
+    for k in range(values.shape[2]):
+        before = values[:, :, k][usable[:, :, k]].astype(np.float64)
+        yield np.array([before.sum(), (before / ratio[:, :, k][usable[:, :, k]]).sum()])
 
 
+@one_blas_thread
 def write_corrected(
     volume: Volume,
     field: BiasField,
@@ -135,6 +143,7 @@ class Correction(NamedTuple):
     history: list[Iteration]
 
 
+@one_blas_thread
 def correct(
     volume: Any,
     mask: Any = None,
@@ -189,43 +198,46 @@ def correct(
     out = home.empty(shape, dtype=np.float32) if out is None else out
     bias_out = home.empty(shape, dtype=np.float32) if bias_out is None else bias_out
 
-    samples = _take_samples(volume, mask, voxel_size_mm, parameters.shrink_factor)
+    # from here on a plane is a volume of one plane; the views share memory with what the user gave
+    flat = volume.ndim == 2
+    image, inside, corrected, bias = (
+        array[..., None] if flat and array is not None else array for array in (volume, mask, out, bias_out)
+    )
+    samples = _take_samples(image, inside, (*voxel_size_mm, 1.0)[:3], parameters.shrink_factor)
     field, history = estimate_field(samples, parameters, xp=xp)
     sums = np.zeros(2)
-    for tile, ratio in _ratio_tiles(field, shape, xp):
-        inside = np.ones(ratio.shape, dtype=bool) if mask is None else to_host(mask[tile]) != 0
-        sums += _sums_inside(to_host(volume[tile]), to_host(ratio), inside)
+    for tile, ratio in _ratio_tiles(field, xp):
+        within = np.ones(ratio.shape, dtype=bool) if inside is None else to_host(inside[tile]) != 0
+        for plane in _sums_inside(to_host(image[tile]), to_host(ratio), within):
+            sums += plane
     field = field.shifted(np.log(sums[1] / sums[0]))
-    for tile, ratio in _ratio_tiles(field, shape, xp):
+    for tile, ratio in _ratio_tiles(field, xp):
         ratio = to_module(ratio, home)
-        corrected = volume[tile].astype(np.float32) / ratio
-        out[tile], bias_out[tile] = corrected, ratio
+        divided = image[tile].astype(np.float32) / ratio  # first: the image may be one of the outputs
+        corrected[tile], bias[tile] = divided, ratio
     return Correction(out, bias_out, field, history)
 
 
-def _ratio_tiles(field: BiasField, shape: tuple[int, ...], xp: Any) -> Iterator[tuple[Any, Any]]:
-    """The field in tiles of whole planes along the last axis (a 2-D array is one tile)."""
-    planes = max(1, TILE_VOXELS // (shape[0] * shape[1]))
-    for start in range(0, field.image_shape[2], planes):
-        part = slice(start, start + planes)
-        ratio = field.ratio_tile((slice(None), slice(None), part), xp)
-        yield (..., part) if len(shape) == 3 else (), ratio if len(shape) == 3 else ratio[:, :, 0]
+def _ratio_tiles(field: BiasField, xp: Any) -> Iterator[tuple[tuple[slice, ...], Any]]:
+    """The field in tiles of whole planes along the last axis."""
+    n0, n1, n2 = field.image_shape
+    planes = max(1, TILE_VOXELS // (n0 * n1))
+    for start in range(0, n2, planes):
+        tile = (slice(None), slice(None), slice(start, start + planes))
+        yield tile, field.ratio_tile(tile, xp)
 
 
-def _take_samples(volume: Any, mask: Any, voxel_size_mm: tuple[float, ...], shrink_factor: int) -> Samples:
-    """What `read_samples` does for files; a 2-D array becomes a single plane."""
-    shape = (*volume.shape, 1)[:3]
-    size = (*voxel_size_mm, 1.0)[:3]
-    positions = sample_positions(shape, shrink_factor)
+def _take_samples(image: Any, mask: Any, voxel_size_mm: tuple[float, ...], shrink_factor: int) -> Samples:
+    """What `read_samples` does for files."""
+    positions = sample_positions(image.shape, shrink_factor)
     grid = np.ix_(*positions)
 
     def sampled(array: Any) -> np.ndarray:
-        index = tuple(array_module(array).asarray(axis) for axis in grid)
-        return to_host(array.reshape(shape)[index])
+        return to_host(array[tuple(array_module(array).asarray(axis) for axis in grid)])
 
-    values = sampled(volume)
+    values = sampled(image)
     inside = np.ones(values.shape, dtype=bool) if mask is None else sampled(mask) != 0
     usable, dropped = usable_voxels(values, inside)
     check_dropped("volume", dropped, int(inside.sum()))
-    affine = np.diag([*size, 1.0])
-    return Samples(log_where(values, usable), usable, positions, shape, size, affine, dropped, "volume")
+    affine = np.diag([*voxel_size_mm, 1.0])
+    return Samples(log_where(values, usable), usable, positions, image.shape, voxel_size_mm, affine, dropped, "volume")

@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 BIDS_VERSION = "1.10.0"
 
 #: Files that BIDS has no name for yet.
-BIDSIGNORE = "*_biasfield.*\nqc/\n"
+BIDSIGNORE = "*_biasfield.*\n**/perf/*_mask.*\n**/micr/*_mask.*\nqc\n"
 
 
 def mask_scan(

@@ -6,9 +6,8 @@ import logging
 from typing import Any, NamedTuple
 
 import numpy as np
-from threadpoolctl import threadpool_limits
 
-from n4flow.bspline import refine
+from n4flow.bspline import one_blas_thread, refine
 from n4flow.errors import InputError
 from n4flow.field import BiasField, Mesh
 from n4flow.kernels import make_kernels
@@ -34,6 +33,7 @@ class Estimate(NamedTuple):
     history: list[Iteration]
 
 
+@one_blas_thread
 def estimate_field(samples: Samples, parameters: N4Parameters, *, xp: Any = np, mesh: Mesh | None = None) -> Estimate:
     """Estimate the log bias field that best sharpens the histogram of the samples.
 
@@ -65,39 +65,37 @@ def estimate_field(samples: Samples, parameters: N4Parameters, *, xp: Any = np, 
         mesh = Mesh.of_distance(samples.image_shape, samples.voxel_size_mm, parameters.spline_distance_mm)
     check_mesh(samples, mesh, parameters)
 
-    # a fixed number of BLAS threads: the order of its sums may depend on it
-    with threadpool_limits(1, user_api="blas"):
-        kernels = make_kernels(samples.log_image, samples.mask, xp)
-        lattice = np.zeros(mesh.lattice_shape)
-        history: list[Iteration] = []
-        for level, most_iterations in enumerate(parameters.iterations):
-            if level > 0 and parameters.mesh == "refined":
-                lattice, mesh = refine(lattice), mesh.refined()
-            kernels.set_mesh(mesh.bases(samples.positions))
-            low, high, _ = kernels.subtract(np.zeros_like(lattice))
-            for iteration in range(1, most_iterations + 1):
-                if low == high:
-                    break
-                histogram = kernels.histogram(low, high, parameters.histogram_bins)
-                table = expected_log_values(
-                    histogram, low, high, fwhm=parameters.fwhm, wiener_noise=parameters.wiener_noise
-                )
-                update = kernels.fit(table, low, high)
-                low, high, cv = kernels.subtract(update)
-                lattice += update
-                history.append(Iteration(level + 1, iteration, cv))
-                log.info(
-                    "%s: level %d of %d, %s spans, iteration %d of at most %d, cv %.2e",
-                    samples.source,
-                    level + 1,
-                    len(parameters.iterations),
-                    "x".join(map(str, mesh.spans)),
-                    iteration,
-                    most_iterations,
-                    cv,
-                )
-                if cv <= parameters.convergence_threshold:
-                    break
+    kernels = make_kernels(samples.log_image, samples.mask, xp)
+    lattice = np.zeros(mesh.lattice_shape)
+    history: list[Iteration] = []
+    for level, most_iterations in enumerate(parameters.iterations):
+        if level > 0 and parameters.mesh == "refined":
+            lattice, mesh = refine(lattice), mesh.refined()
+        kernels.set_mesh(mesh.bases(samples.positions))
+        low, high, _ = kernels.subtract(np.zeros_like(lattice))
+        for iteration in range(1, most_iterations + 1):
+            if low == high:
+                break
+            histogram = kernels.histogram(low, high, parameters.histogram_bins)
+            table = expected_log_values(
+                histogram, low, high, fwhm=parameters.fwhm, wiener_noise=parameters.wiener_noise
+            )
+            update = kernels.fit(table, low, high)
+            low, high, cv = kernels.subtract(update)
+            lattice += update
+            history.append(Iteration(level + 1, iteration, cv))
+            log.info(
+                "%s: level %d of %d, %s spans, iteration %d of at most %d, cv %.2e",
+                samples.source,
+                level + 1,
+                len(parameters.iterations),
+                "x".join(map(str, mesh.spans)),
+                iteration,
+                most_iterations,
+                cv,
+            )
+            if cv <= parameters.convergence_threshold:
+                break
     return Estimate(BiasField(lattice, mesh, samples.image_shape, samples.affine), history)
 
 

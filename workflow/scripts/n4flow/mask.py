@@ -13,6 +13,9 @@ from n4flow.volume import Volume, VolumeWriter
 
 MaskMethod = Literal["otsu", "head", "percentile"]
 
+#: Radius by which ``head`` closes: scalp and brain become one across skull and fluid.
+CLOSING_MM = 6.0
+
 #: A threshold is found on about so many voxels, on a regular sub-grid of the image.
 THRESHOLD_VOXELS = 2**21
 
@@ -82,7 +85,7 @@ def foreground_threshold(volume: Volume, method: MaskMethod = "otsu", percentile
 
 
 def head_from_foreground(foreground: np.ndarray, voxel_size_mm: tuple[float, ...]) -> np.ndarray:
-    """The largest component of a foreground, closed by 5 mm and filled: the head as a whole.
+    """The head as a whole: the foreground closed over skull and airways, its largest piece filled.
 
     Parameters
     ----------
@@ -95,13 +98,12 @@ def head_from_foreground(foreground: np.ndarray, voxel_size_mm: tuple[float, ...
     """
     import SimpleITK as sitk
 
-    image = sitk.GetImageFromArray(foreground.astype(np.uint8))
-    components = sitk.RelabelComponent(sitk.ConnectedComponent(image))
-    radius = [max(1, round(5.0 / size)) for size in voxel_size_mm[::-1]]
-    # the border of the image must not count as tissue or air while closing
-    padded = sitk.ConstantPad(components == 1, radius, radius, 0)
-    closed = sitk.BinaryMorphologicalClosing(padded, radius, sitk.sitkBall)
-    return sitk.GetArrayFromImage(sitk.Crop(sitk.BinaryFillhole(closed), radius, radius)).astype(bool)
+    radius = [max(1, round(CLOSING_MM / size)) for size in voxel_size_mm[::-1]]
+    # padded, so that closing does not take the border of the image for air
+    image = sitk.ConstantPad(sitk.GetImageFromArray(foreground.astype(np.uint8)), radius, radius, 0)
+    closed = sitk.BinaryMorphologicalClosing(image, radius, sitk.sitkBall)
+    largest = sitk.RelabelComponent(sitk.ConnectedComponent(closed)) == 1
+    return sitk.GetArrayFromImage(sitk.Crop(sitk.BinaryFillhole(largest), radius, radius)).astype(bool)
 
 
 def make_mask(

@@ -22,6 +22,7 @@ FLAG_LIMITS = {
     "field_range": 6.0,  # largest / smallest ratio in the mask
     "field_flat": 0.005,  # inu_range: nothing was corrected
     "cjv_worse": 1.02,  # after / before
+    "entropy_worse": 0.05,  # bits, after - before
     "mean_drift": 0.01,  # of the mean intensity in the mask
     "dropped_voxels": 0.01,  # of the mask
     "reference_r": 0.9,
@@ -327,6 +328,10 @@ def find_flags(metrics: Mapping[str, Any]) -> list[str]:
         flags.append(f"field_flat: inu_range {inu[0]:.4f}, next to nothing was corrected")
     if (cjv := known("cjv_before", "cjv_after")) and cjv[1] > limits["cjv_worse"] * cjv[0]:
         flags.append(f"cjv_worse: rose from {cjv[0]:.3f} to {cjv[1]:.3f}, tissue contrast suffered")
+    # the classes of the CJV come from the corrected image and favour it; the entropy has no classes
+    entropy = known("log_entropy_before_bits", "log_entropy_after_bits")
+    if entropy and entropy[1] > entropy[0] + limits["entropy_worse"]:
+        flags.append(f"entropy_worse: the histogram spread, from {entropy[0]:.2f} to {entropy[1]:.2f} bits")
     if (mean := known("mean_ratio")) and abs(mean[0] - 1) > limits["mean_drift"]:
         flags.append(f"mean_drift: mean intensity in the mask changed by {100 * (mean[0] - 1):+.1f} %")
     if (dropped := known("dropped_fraction")) and dropped[0] > limits["dropped_voxels"]:

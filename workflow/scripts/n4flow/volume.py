@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import zlib
 from collections.abc import Iterator
@@ -25,6 +26,8 @@ SLAB_VOXELS = 2**20
 
 #: Level 2 of 3 (ISA-L): half the size of level 0 at a tenth of zlib's time.
 GZIP_LEVEL = 2
+
+WRITE_BYTES = 2**20
 
 #: An unknown unit is taken for mm, as every reader does.
 MM_PER_UNIT = {"meter": 1e3, "mm": 1.0, "micron": 1e-3}
@@ -71,13 +74,13 @@ class Volume:
                 "is a link to a file that is not there" if broken else "there is no such file",
                 "fetch the data it points to" if broken else "check the path in the sample sheet",
             )
-        with self._errors():
-            image = self._open()
-        self.header = image.header
-        self.affine = image.affine
-        self.dtype = image.get_data_dtype()
-        self._check(image)
-        n0, n1, n2, self.frames = (*image.shape, 1, 1)[:4]
+        with self._opened() as image:
+            self.header = image.header
+            self.affine = image.affine
+            self.dtype = image.get_data_dtype()
+            self._check(image)
+            shape = image.shape
+        n0, n1, n2, self.frames = (*shape, 1, 1)[:4]
         self.shape = (n0, n1, n2)
         scale = MM_PER_UNIT.get(self._unit(), 1.0)
         zooms = [float(z) * scale for z in self.header.get_zooms()[:3]]
@@ -85,17 +88,19 @@ class Volume:
         scale = SECONDS_PER_UNIT.get(self._unit(1), 1.0)
         self.frame_time_s = float(self.header.get_zooms()[3]) * scale if self.frames > 1 else 0.0
 
-    def _open(self) -> nib.Nifti1Image:
-        stream: Any = igzip.open(self.path) if self.path.suffix == ".gz" else open(self.path, "rb")  # noqa: SIM115 (the image reads from it)
-        start = stream.read(4)
-        stream.seek(0)
-        # a NIfTI header starts with its own size, in either byte order: 348 or 540
-        sizes = {n.to_bytes(4, order) for n in (348, 540) for order in ("little", "big")}
-        if start not in sizes:
-            raise ImageFileError("it does not start with a NIfTI header")
-        second = start in {(540).to_bytes(4, order) for order in ("little", "big")}
-        kind = nib.Nifti2Image if second else nib.Nifti1Image
-        return kind.from_file_map({"image": FileHolder(fileobj=stream)})
+    @contextlib.contextmanager
+    def _opened(self) -> Iterator[nib.Nifti1Image]:
+        """The image, whose data can be read as long as the context lasts."""
+        opener: Any = igzip.open if self.path.suffix == ".gz" else open
+        with self._errors(), opener(self.path, "rb") as stream:
+            start = stream.read(4)
+            stream.seek(0)
+            # a NIfTI header starts with its own size, in either byte order: 348 or 540
+            sizes = {n: {n.to_bytes(4, order) for order in ("little", "big")} for n in (348, 540)}
+            if start not in sizes[348] | sizes[540]:
+                raise ImageFileError("it does not start with a NIfTI header")
+            kind = nib.Nifti2Image if start in sizes[540] else nib.Nifti1Image
+            yield kind.from_file_map({"image": FileHolder(fileobj=stream)})
 
     def _unit(self, which: int = 0) -> str:
         try:
@@ -160,8 +165,8 @@ class Volume:
             Real values (scl_slope and scl_inter applied).
         """
         planes = planes or max(1, SLAB_VOXELS // (self.shape[0] * self.shape[1]))
-        with self._errors():
-            data = self._open().dataobj
+        with self._opened() as image:
+            data = image.dataobj
             for frame in range(self.frames):
                 for start in range(0, self.shape[2], planes):
                     slab = slice(start, min(start + planes, self.shape[2]))
@@ -263,26 +268,39 @@ class VolumeWriter:
         if self.path.suffix == ".gz":
             # neither name nor time in the gzip header: the same image is the same file
             self._stream = igzip.IGzipFile("", "wb", GZIP_LEVEL, self._file, mtime=0)
-        self.header.write_to(self._stream)
-        self._stream.write(b"\0" * (self.header.get_data_offset() - self._stream.tell()))
+        self._pending = bytearray()
+        start = io.BytesIO()
+        self.header.write_to(start)
+        self._put(start.getvalue().ljust(self.header.get_data_offset(), b"\0"))
         return self
+
+    def _put(self, content: bytes) -> None:
+        """Hand bytes on in pieces of one size: what a compressor makes of them hangs on the pieces."""
+        self._pending += content
+        whole = len(self._pending) - len(self._pending) % WRITE_BYTES
+        for start in range(0, whole, WRITE_BYTES):
+            self._stream.write(bytes(self._pending[start : start + WRITE_BYTES]))
+        del self._pending[:whole]
 
     def write(self, values: np.ndarray) -> None:
         """Append the next slab (n0, n1, planes), in real values."""
         if np.issubdtype(self.dtype, np.integer):
             limits = np.iinfo(self.dtype)
             values = np.clip(np.rint(np.nan_to_num(values / self.slope)), limits.min, limits.max)
-        self._stream.write(np.asarray(values, dtype=self.dtype).tobytes(order="F"))
+        self._put(np.asarray(values, dtype=self.dtype).tobytes(order="F"))
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._stream is not self._file and kind is None:
-            self._stream.close()
-        self._file.close()
-        if kind is None:
-            os.replace(self._partial, self.path)
-        else:
+        try:
+            if kind is None:
+                self._stream.write(bytes(self._pending))
+                if self._stream is not self._file:
+                    self._stream.close()
+                self._file.close()
+                os.replace(self._partial, self.path)
+        finally:
+            self._file.close()
             self._partial.unlink(missing_ok=True)
 
 

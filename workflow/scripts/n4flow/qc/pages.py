@@ -106,7 +106,7 @@ class _View:
         if self.voxels == 0:
             raise InputError(mask.path, "the mask is empty", "give a mask, or another mask.method")
         planes = panels.upright_planes(mask.affine, mask.shape, mask.voxel_size_mm)
-        self.slices = panels.choose_slices(self.mask, planes, mask.voxel_size_mm)
+        self.slices = panels.choose_slices(self.mask, planes)
         self.outlines = [[panels.silhouette(s.cut(self.mask), s.plane.size_mm) for s in row] for row in self.slices]
         field_part = panels.FIELD_SLICES
         few = any(len(row) < field_part.stop for row in self.slices)

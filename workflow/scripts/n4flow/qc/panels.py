@@ -30,8 +30,14 @@ PLANE_NAMES = ("sagittal", "coronal", "axial")
 SLICE_QUANTILES = (0.12, 0.37, 0.63, 0.88)
 FIELD_SLICES = slice(1, 3)
 
-#: Radius by which the mask is closed to a silhouette.
-CLOSING_MM = 5.0
+#: Radius by which the mask is closed to a silhouette, as a share of the picture: 5 mm of 200 mm.
+CLOSING_SHARE = 0.025
+
+#: What is shown around the mask, as a share of it.
+MARGIN_SHARE = 0.03
+
+#: An outline is found on about so many pixels a side.
+OUTLINE_PIXELS = 512
 
 # Okabe & Ito's colour-blind safe pair, told apart by line style too
 BEFORE, AFTER, INK, FAINT = "#B4500A", "#0060A0", "#222222", "#8a8a8a"
@@ -122,10 +128,20 @@ def upright_planes(affine: np.ndarray, shape: Sequence[int], voxel_size_mm: Sequ
         if thin and normal != min(thin, key=lambda axis: shape[axis]):
             continue
         across, up = sorted((axis for axis in range(3) if axis != normal), key=lambda axis: world[axis])
-        flips = [codes[axis] == WORLD[world[axis]][0] for axis in (normal, across, up)]
-        labels = (*WORLD[world[across]], *WORLD[world[up]])
-        size_mm = (float(voxel_size_mm[across]), float(voxel_size_mm[up]))
-        planes.append(Plane(PLANE_NAMES[world[normal]], normal, across, up, *flips, labels, size_mm))
+        flip_normal, flip_across, flip_up = (codes[a] == WORLD[world[a]][0] for a in (normal, across, up))
+        planes.append(
+            Plane(
+                PLANE_NAMES[world[normal]],
+                normal,
+                across,
+                up,
+                flip_normal,
+                flip_across,
+                flip_up,
+                (*WORLD[world[across]], *WORLD[world[up]]),
+                (float(voxel_size_mm[across]), float(voxel_size_mm[up])),
+            )
+        )
     return planes
 
 
@@ -136,7 +152,7 @@ def oblique_degrees(affine: np.ndarray) -> float:
     return float(np.degrees(np.arccos(np.clip(np.abs(axes[ornt, range(3)]), 0, 1)).max()))
 
 
-def choose_slices(mask: np.ndarray, planes: Sequence[Plane], voxel_size_mm: Sequence[float]) -> list[list[Slice]]:
+def choose_slices(mask: np.ndarray, planes: Sequence[Plane]) -> list[list[Slice]]:
     """Slices through the mask, one list per plane, cropped to the mask and a margin.
 
     Parameters
@@ -146,8 +162,9 @@ def choose_slices(mask: np.ndarray, planes: Sequence[Plane], voxel_size_mm: Sequ
     """
     counts = [mask.sum(axis=tuple(a for a in range(3) if a != axis)) for axis in range(3)]
     box = []
-    for axis, count in enumerate(counts):
-        hit, margin = np.flatnonzero(count), round(CLOSING_MM / voxel_size_mm[axis])
+    for count in counts:
+        hit = np.flatnonzero(count)
+        margin = round(MARGIN_SHARE * (hit[-1] - hit[0] + 1))
         box.append(slice(max(0, int(hit[0]) - margin), min(len(count), int(hit[-1]) + margin + 1)))
     chosen = []
     for plane in planes:
@@ -159,7 +176,7 @@ def choose_slices(mask: np.ndarray, planes: Sequence[Plane], voxel_size_mm: Sequ
 
 
 def silhouette(mask: np.ndarray, size_mm: Sequence[float]) -> list[np.ndarray]:
-    """Outer outlines of a mask in a plane, closed by `CLOSING_MM`, holes and specks left out.
+    """Outer outlines of a mask in a plane, closed by `CLOSING_SHARE`, holes and specks left out.
 
     Parameters
     ----------
@@ -172,7 +189,11 @@ def silhouette(mask: np.ndarray, size_mm: Sequence[float]) -> list[np.ndarray]:
     list of (n, 2) arrays
         Closed rings, largest first, x and y as shares of the picture's width and height.
     """
-    radii = [max(1, round(CLOSING_MM / size)) for size in size_mm[::-1]]
+    steps = [max(1, n // OUTLINE_PIXELS) for n in mask.shape]
+    mask = mask[:: steps[0], :: steps[1]]
+    pixel_mm = [size * step for size, step in zip(size_mm[::-1], steps, strict=True)]
+    radius_mm = CLOSING_SHARE * max(n * size for n, size in zip(mask.shape, pixel_mm, strict=True))
+    radii = [max(1, round(radius_mm / size)) for size in pixel_mm]
     pad = [r + 2 for r in radii]
     grown = np.pad(mask, [(p, p) for p in pad])
     for axis, radius in enumerate(radii):
@@ -182,8 +203,8 @@ def silhouette(mask: np.ndarray, size_mm: Sequence[float]) -> list[np.ndarray]:
     smooth: np.ndarray = grown.astype(np.float32)
     for axis in (0, 1):
         smooth = (np.roll(smooth, 1, axis) + 2 * smooth + np.roll(smooth, -1, axis)) / 4
-    points, offsets = contour_generator(z=smooth, fill_type=FillType.OuterOffset).filled(0.5, 2)
-    rings = [ring[: ends[1]] for ring, ends in zip(points, offsets, strict=True)]
+    contours: Any = contour_generator(z=smooth, fill_type=FillType.OuterOffset).filled(0.5, 2)
+    rings = [ring[: ends[1]] for ring, ends in zip(*contours, strict=True)]
     shares = [(ring - pad[::-1] + 0.5) / mask.shape[::-1] for ring in rings]
     shares.sort(key=_area, reverse=True)
     kept: list[np.ndarray] = []
@@ -442,7 +463,7 @@ def profile_plot(profile: Profile) -> Image.Image:
 def convergence_plot(
     history: Sequence[dict[str, Any]], threshold: float | None, reference: Sequence[dict[str, Any]] = ()
 ) -> Image.Image:
-    """Coefficient of variation of each update, one run of points per level."""
+    """Coefficient of variation (CV) of each update, one run of points per level."""
     figure, axes = _plot()
     if reference:
         axes.plot(
@@ -460,7 +481,8 @@ def convergence_plot(
         axes.axhline(threshold, color=INK, linewidth=0.9, linestyle="--", label=f"threshold {threshold:g}")
     if any(i["CV"] > 0 for i in history):
         axes.set_yscale("log")
-    axes.set(xlabel="iteration", ylabel="CV of the update")
+    axes.set_position((0.24, 0.17, 0.73, 0.8))  # its tick labels are wide
+    axes.set(xlabel="iteration", ylabel="CV")
     axes.legend(fontsize=7, edgecolor="none", framealpha=0.8)
     return _render(figure)
 
@@ -473,7 +495,7 @@ def agreement_plot(log_field: np.ndarray, log_reference: np.ndarray, r: float, s
     edge = max(1e-6, float(np.abs([ours.min(), ours.max(), reference.min(), reference.max()]).max()))
     axes.hexbin(
         reference, ours, gridsize=60, extent=(-edge, edge, -edge, edge), mincnt=1, norm=LogNorm(),
-        cmap=colormaps["cividis"], linewidths=0.1,
+        cmap=colormaps["cividis"], linewidths=0.3,
     )  # fmt: skip
     axes.plot([-edge, edge], [-edge, edge], color=INK, linewidth=0.8, linestyle="--")
     axes.set(xlabel="log reference", ylabel="log ours", xlim=(-edge, edge), ylim=(-edge, edge), aspect="equal")

@@ -1,0 +1,53 @@
+"""What all tests share: phantoms, and the real scans where they are there."""
+
+import os
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+
+from n4flow.phantom import make_phantom
+from n4flow.samples import Samples, log_where
+
+REPOSITORY = Path(__file__).parents[1]
+TISSUES = REPOSITORY / "workflow" / "resources" / "mni152" / "tissues_2mm.nii.gz"
+
+
+@pytest.fixture(scope="session")
+def tissues():
+    """Grey matter, white matter and fluid at 2 mm, 0 to 255."""
+    return np.asarray(nib.load(TISSUES).dataobj)
+
+
+@pytest.fixture(scope="session")
+def head(tissues):
+    """A head at 2 mm with 40 % INU and 3 % noise."""
+    return make_phantom(tissues, 2.0, inu_percent=40, noise_percent=3, seed=11)
+
+
+@pytest.fixture(scope="session")
+def real_scans():
+    """Folder of the real BIDS dataset: beside the repository, or where N4FLOW_TEST_DATA points."""
+    folder = Path(os.environ.get("N4FLOW_TEST_DATA", REPOSITORY.parent / "shared" / "data"))
+    if not (folder / "bids").is_dir():
+        pytest.skip(f"no real scans in {folder}: set N4FLOW_TEST_DATA to a folder that holds bids/")
+    return folder / "bids"
+
+
+def samples_of(image, mask, voxel_size_mm=(1.0, 1.0, 1.0)):
+    """Every voxel of an array as a sample."""
+    mask = mask & (image > 0)
+    positions = tuple(np.arange(n) for n in image.shape)
+    affine = np.diag([*voxel_size_mm, 1.0])
+    return Samples(log_where(image, mask), mask, positions, image.shape, voxel_size_mm, affine, {}, "test")
+
+
+def demeaned_error(field, truth, inside):
+    """Difference of two multiplicative fields in log, without its mean inside."""
+    difference = np.log(field[inside]) - np.log(truth[inside])
+    return difference - difference.mean()
+
+
+def rms(values):
+    return float(np.sqrt(np.mean(np.square(values))))

@@ -1,0 +1,202 @@
+import json
+import os
+import subprocess
+import sys
+
+import nibabel as nib
+import numpy as np
+import pytest
+from numpy.testing import assert_allclose, assert_array_equal
+
+from n4flow import InputError, N4Parameters, correct
+from n4flow.derivatives import correct_scan, mask_scan
+from n4flow.volume import Volume, VolumeWriter
+from tests.conftest import REPOSITORY
+
+
+@pytest.fixture(scope="module")
+def mask_of_head(head):
+    return head.image > 300
+
+
+def test_corrected_times_field_is_the_original_and_the_mean_stays(head, mask_of_head):
+    result = correct(head.image, mask_of_head, voxel_size_mm=(2, 2, 2), device="cpu")
+    assert result.corrected.dtype == result.bias.dtype == np.float32
+    assert_allclose(result.corrected * result.bias, head.image, rtol=3e-7)
+    means = [array[mask_of_head].mean(dtype=np.float64) for array in (head.image, result.corrected)]
+    assert means[1] == pytest.approx(means[0], rel=1e-7)
+    assert np.ptp(np.log(result.bias[mask_of_head])) > 0.2
+    assert result.history[-1].cv <= N4Parameters().convergence_threshold
+
+
+@pytest.mark.parametrize("alias", ["out", "bias_out"])
+def test_a_buffer_may_be_the_input_itself(head, mask_of_head, alias):
+    expected = correct(head.image, mask_of_head, voxel_size_mm=(2, 2, 2), device="cpu")
+    image = head.image.copy()
+    result = correct(image, mask_of_head, voxel_size_mm=(2, 2, 2), device="cpu", **{alias: image})
+    assert_array_equal(result.corrected, expected.corrected)
+    assert_array_equal(result.bias, expected.bias)
+    assert image is (result.corrected if alias == "out" else result.bias)
+
+
+@pytest.mark.parametrize("tile_voxels", [1, 50_000])
+def test_tiles_of_any_size_give_the_same_bits(head, mask_of_head, tile_voxels, monkeypatch):
+    expected = correct(head.image, mask_of_head, voxel_size_mm=(2, 2, 2), device="cpu")
+    monkeypatch.setattr("n4flow.correction.TILE_VOXELS", tile_voxels)
+    result = correct(head.image, mask_of_head, voxel_size_mm=(2, 2, 2), device="cpu")
+    assert_array_equal(result.field.lattice, expected.field.lattice)
+    assert_array_equal(result.corrected, expected.corrected)
+
+
+def test_two_dimensions_and_axis_order(head):
+    plane = head.image[:, :, 45]
+    settings = {"voxel_size_mm": (2, 2), "parameters": N4Parameters(shrink_factor=1), "device": "cpu"}
+    flat = correct(plane, plane > 300, **settings)
+    assert flat.corrected.shape == plane.shape
+    turned = correct(plane.T, plane.T > 300, **settings)
+    assert_allclose(turned.bias.T, flat.bias, rtol=1e-6)
+
+
+def test_integers_and_a_whole_array_without_a_mask(head):
+    brain = head.image[30:70, 30:80, 30:70]
+    from_floats = correct(np.rint(brain), voxel_size_mm=(2, 2, 2), device="cpu")
+    from_integers = correct(brain.round().astype(np.int16), voxel_size_mm=(2, 2, 2), device="cpu")
+    assert_array_equal(from_integers.bias, from_floats.bias)
+
+
+def test_arguments_that_do_not_fit_are_refused(head):
+    image = head.image
+    with pytest.raises(ValueError, match="voxel size per axis"):
+        correct(image, voxel_size_mm=(2, 2))
+    with pytest.raises(ValueError, match="above 0"):
+        correct(image, voxel_size_mm=(2, 2, np.nan))
+    with pytest.raises(ValueError, match="the mask has shape"):
+        correct(image, image[1:] > 0, voxel_size_mm=(2, 2, 2))
+    with pytest.raises(ValueError, match="out must be float32"):
+        correct(image, voxel_size_mm=(2, 2, 2), out=np.empty(image.shape))
+    with pytest.raises(InputError, match="most of the mask cannot be used"):
+        correct(np.zeros((50, 50, 50)), voxel_size_mm=(2, 2, 2), device="cpu")
+
+
+def run_chain(image, folder, **options):
+    """Mask and correct a file; returns paths by role."""
+    folder.mkdir(exist_ok=True)
+    paths = {
+        role: folder / name
+        for role, name in {
+            "mask": "mask.nii.gz",
+            "mask_json": "mask.json",
+            "corrected": options.pop("name", "corrected.nii.gz"),
+            "sidecar": "corrected.json",
+            "lattice": "field.json",
+            "bias": "field.nii.gz",
+        }.items()
+    }
+    mask_scan(image, None, paths["mask"], paths["mask_json"], method="otsu", percentile=50)
+    outputs = [paths[role] for role in ("corrected", "sidecar", "lattice", "bias")]
+    correct_scan(image, paths["mask"], *outputs, parameters=N4Parameters(), device="cpu", **options)
+    return paths
+
+
+@pytest.fixture(scope="module")
+def head_file(head, tmp_path_factory):
+    path = tmp_path_factory.mktemp("head") / "head.nii.gz"
+    nib.save(nib.Nifti1Image(head.image, np.diag([2.0, 2, 2, 1])), path)
+    return path
+
+
+def test_files_and_arrays_go_through_the_same_estimate(head, head_file, tmp_path):
+    paths = run_chain(head_file, tmp_path)
+    mask = np.asarray(nib.load(paths["mask"]).dataobj) > 0
+    result = correct(head.image, mask, voxel_size_mm=(2, 2, 2), device="cpu")
+    assert_array_equal(np.asarray(nib.load(paths["bias"]).dataobj), result.bias)
+    assert_array_equal(np.asarray(nib.load(paths["corrected"]).dataobj), result.corrected)
+
+
+def test_slabs_of_any_size_give_the_same_files(head_file, tmp_path, monkeypatch):
+    expected = run_chain(head_file, tmp_path / "a")
+    monkeypatch.setattr("n4flow.volume.SLAB_VOXELS", 30_000)
+    result = run_chain(head_file, tmp_path / "b")
+    for role in ("mask", "corrected", "bias"):
+        assert result[role].read_bytes() == expected[role].read_bytes()
+
+
+def test_one_and_two_threads_give_the_same_files(head_file, tmp_path):
+    script = (
+        "import sys; from pathlib import Path; sys.path[:0] = sys.argv[1:3]; "
+        "from tests.unit.test_correction import run_chain; run_chain(Path(sys.argv[3]), Path(sys.argv[4]))"
+    )
+    for threads in ("1", "2"):
+        settings = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"), threads)
+        subprocess.run(
+            [
+                sys.executable,
+                "-c",
+                script,
+                REPOSITORY,
+                REPOSITORY / "workflow" / "scripts",
+                head_file,
+                tmp_path / threads,
+            ],
+            env=os.environ | settings,
+            check=True,
+        )
+    for name in ("corrected.nii.gz", "field.nii.gz", "mask.nii.gz"):
+        assert (tmp_path / "1" / name).read_bytes() == (tmp_path / "2" / name).read_bytes()
+
+
+def test_integers_come_back_as_integers_if_wanted(head, tmp_path):
+    path = tmp_path / "head.nii"
+    image = nib.Nifti1Image(np.rint(head.image * 4).astype(np.int16), np.diag([2.0, 2, 2, 1]))
+    image.header.set_slope_inter(0.25, 0)
+    nib.save(image, path)
+    as_float = nib.load(run_chain(path, tmp_path / "float")["corrected"])
+    as_integer = nib.load(run_chain(path, tmp_path / "integer", keep_dtype=True)["corrected"])
+    assert as_float.get_data_dtype() == np.float32
+    assert as_integer.get_data_dtype() == np.int16
+    slope = as_integer.dataobj.slope
+    assert_allclose(as_integer.get_fdata(), as_float.get_fdata(), atol=slope * 0.51)
+    assert np.asarray(as_integer.dataobj.get_unscaled()).max() == np.iinfo(np.int16).max
+
+
+def test_sidecar_says_what_was_done(head_file, tmp_path):
+    paths = run_chain(head_file, tmp_path)
+    content = json.loads(paths["sidecar"].read_text())
+    assert content["SkullStripped"] is False
+    assert content["N4"]["Parameters"] == N4Parameters().to_mapping()
+    assert content["N4"]["History"][-1]["CV"] <= 1e-3
+    assert content["N4"]["Converged"] == [True]
+    assert content["N4"]["SelfCheck"] < 3e-7
+    assert set(content["Provenance"]["InputSHA256"]) == {"image", "mask"}
+    assert content["Provenance"]["Versions"]["numpy"] == np.__version__
+
+
+MEASURE = """
+import sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+from n4flow import N4Parameters
+from n4flow.derivatives import correct_scan
+image, mask, folder = map(Path, sys.argv[2:5])
+outputs = [folder / name for name in ("c.nii.gz", "c.json", "f.json", "f.nii.gz")]
+correct_scan(image, mask, *outputs, parameters=N4Parameters(), device="cpu")
+print(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the peak memory from /proc")
+@pytest.mark.parametrize("suffix", [".nii", ".nii.gz"])
+def test_the_whole_job_needs_at_most_16_bytes_a_voxel(head, tmp_path, suffix):
+    # interpreter and libraries included, of which a small volume would show nothing else
+    image = np.tile(head.image, (2, 2, 3))
+    path, mask = tmp_path / f"large{suffix}", tmp_path / "mask.nii.gz"
+    nib.save(nib.Nifti1Image(image, np.diag([1.0, 1, 1, 1])), path)
+    with VolumeWriter(mask, Volume(path), np.uint8) as writer:
+        writer.write(image > 300)
+    ran = subprocess.run(
+        [sys.executable, "-c", MEASURE, REPOSITORY / "workflow" / "scripts", path, mask, tmp_path],
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    assert int(ran.stdout) * 1024 <= 16 * image.size

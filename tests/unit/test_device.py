@@ -1,0 +1,81 @@
+import importlib.util
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from n4flow import InputError
+from n4flow.device import claim_gpu, select_device
+
+HOLD = """
+import sys, pathlib
+sys.path.insert(0, sys.argv[1])
+from n4flow.device import claim_gpu
+claimed = claim_gpu(2, pathlib.Path(sys.argv[2]))
+print(claimed[0], flush=True)
+sys.stdin.read()
+"""
+
+
+def gpu_is_there():
+    try:
+        import cupy
+
+        return cupy.cuda.runtime.getDeviceCount() > 0
+    except Exception:
+        return False
+
+
+@pytest.mark.skipif(gpu_is_there(), reason="there is a GPU")
+def test_without_a_gpu_auto_takes_the_cpu_and_says_why():
+    device = select_device("auto")
+    assert (device.kind, device.xp) == ("cpu", np)
+    assert "CuPy" in device.reason
+
+
+@pytest.mark.skipif(gpu_is_there(), reason="there is a GPU")
+@pytest.mark.skipif(importlib.util.find_spec("cupy") is None, reason="CuPy is not installed")
+def test_with_cupy_but_without_a_gpu_asking_for_it_is_an_error():
+    with pytest.raises(InputError, match=r"device: gpu: CuPy cannot use a GPU .*; install"):
+        select_device("gpu")
+
+
+def test_without_cupy_asking_for_a_gpu_is_an_error(monkeypatch):
+    monkeypatch.setitem(sys.modules, "cupy", None)  # an import of it fails
+    with pytest.raises(InputError, match="CuPy is not installed"):
+        select_device("gpu")
+    assert select_device("auto").kind == "cpu"
+
+
+def test_an_unknown_device_is_an_error():
+    with pytest.raises(InputError, match="'tpu' is not a device"):
+        select_device("tpu")
+
+
+def test_processes_take_different_gpus_until_none_is_free(tmp_path, pytestconfig):
+    scripts = pytestconfig.rootpath / "workflow" / "scripts"
+    holders = [
+        subprocess.Popen(
+            [sys.executable, "-c", HOLD, scripts, tmp_path], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        for _ in range(2)
+    ]
+    try:
+        assert sorted(holder.stdout.readline().strip() for holder in holders) == ["0", "1"]
+        assert claim_gpu(2, tmp_path) == (0, None)
+    finally:
+        for holder in holders:
+            holder.communicate()
+    index, lock = claim_gpu(2, tmp_path)
+    assert index == 0
+    lock.close()
+
+
+def test_locks_are_named_after_the_physical_gpu(tmp_path, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
+    first, lock = claim_gpu(2, tmp_path)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
+    assert first == 0
+    assert claim_gpu(1, tmp_path) == (0, None)
+    lock.close()

@@ -1,0 +1,162 @@
+"""The estimate against SimpleITK, against the truth, and against itself."""
+
+import sys
+
+import nibabel as nib
+import numpy as np
+import pytest
+import SimpleITK as sitk
+from numpy.testing import assert_allclose, assert_array_equal
+from strict_device import StrictModule
+
+from n4flow import InputError, N4Parameters, correct
+from n4flow.estimate import estimate_field
+from n4flow.field import Mesh
+from n4flow.kernels import plain
+from n4flow.mask import otsu_threshold
+from n4flow.phantom import make_phantom
+from n4flow.samples import sample_positions
+from tests.conftest import demeaned_error, rms, samples_of
+
+PRESET_ITK = {"shrink_factor": 1, "convergence_threshold": 0}
+
+
+def simpleitk_log_field(image, mask, iterations, spans, threshold=0.0):
+    """SimpleITK's own log field on an array."""
+    n4 = sitk.N4BiasFieldCorrectionImageFilter()
+    n4.SetMaximumNumberOfIterations(iterations)
+    n4.SetConvergenceThreshold(threshold)
+    n4.SetNumberOfControlPoints([s + 3 for s in spans])
+    volume = sitk.GetImageFromArray(np.ascontiguousarray(image.T, dtype=np.float32))
+    n4.Execute(volume, sitk.GetImageFromArray(np.ascontiguousarray(mask.T, dtype=np.uint8)))
+    return sitk.GetArrayFromImage(n4.GetLogBiasFieldAsImage(volume)).T.astype(np.float64)
+
+
+@pytest.fixture(scope="module")
+def small_head(head):
+    """Every fourth voxel of the phantom, with its Otsu mask."""
+    image = head.image[::3, ::3, ::3]
+    return image, image > otsu_threshold(image.ravel())
+
+
+@pytest.fixture(scope="module")
+def real_head(real_scans):
+    image = np.asarray(nib.load(real_scans / "sub-01" / "anat" / "sub-01_T1w.nii.gz").dataobj)[::4, ::4, ::4]
+    return image.astype(np.float32), image > 30
+
+
+CASES = [
+    pytest.param("fixed", (1,), (1, 1, 1), 1e-7, 1e-6, id="one iteration"),
+    pytest.param("fixed", (50,), (4, 5, 4), 1e-5, 1e-3, id="fixed mesh, 50 iterations"),
+    pytest.param("refined", (20, 20, 20, 20), (1, 1, 1), 1e-5, 1e-3, id="refined mesh, 4 x 20 iterations"),
+    pytest.param("refined", (5, 5), (2, 1, 3), 1e-5, 1e-3, id="anisotropic mesh"),
+]
+
+
+def check_agreement(image, mask, mesh, iterations, spans, bar_rms, bar_max):
+    parameters = N4Parameters(mesh=mesh, iterations=iterations, **PRESET_ITK)
+    samples = samples_of(image, mask)
+    ours = estimate_field(samples, parameters, mesh=Mesh.of_grid(image.shape, spans))
+    assert len(ours.history) == sum(iterations)
+    reference = simpleitk_log_field(image, mask, list(iterations), spans)
+    difference = (ours.field.log_at(samples.positions) - reference)[samples.mask]
+    difference -= difference.mean()
+    assert np.std(reference[mask]) > 20 * bar_rms  # there was something to agree on
+    assert rms(difference) <= bar_rms
+    assert np.abs(difference).max() <= bar_max
+
+
+@pytest.mark.parametrize(("mesh", "iterations", "spans", "bar_rms", "bar_max"), CASES)
+def test_agrees_with_simpleitk_on_a_phantom(small_head, mesh, iterations, spans, bar_rms, bar_max):
+    check_agreement(*small_head, mesh, iterations, spans, bar_rms, bar_max)
+
+
+@pytest.mark.data
+@pytest.mark.parametrize(("mesh", "iterations", "spans", "bar_rms", "bar_max"), CASES)
+def test_agrees_with_simpleitk_on_a_real_head(real_head, mesh, iterations, spans, bar_rms, bar_max):
+    check_agreement(*real_head, mesh, iterations, spans, bar_rms, bar_max)
+
+
+def test_agrees_with_simpleitk_in_two_dimensions(head):
+    image = head.image[:, :, 45]
+    mask = image > otsu_threshold(image.ravel())
+    parameters = N4Parameters(iterations=(30,), **PRESET_ITK)
+    samples = samples_of(image[:, :, None], mask[:, :, None])
+    ours = estimate_field(samples, parameters, mesh=Mesh.of_grid(samples.image_shape, (4, 4, 0)))
+    difference = ours.field.log_at(samples.positions)[:, :, 0] - simpleitk_log_field(image, mask, [30], (4, 4))
+    assert rms(difference[mask] - difference[mask].mean()) <= 1e-5
+
+
+@pytest.mark.parametrize(("inu_percent", "where"), [(20, "head"), (40, "head"), (20, "brain"), (40, "brain")])
+def test_defaults_come_closer_to_the_truth_than_simpleitk_at_its_defaults(tissues, inu_percent, where):
+    head = make_phantom(tissues, 2.0, inu_percent=inu_percent, noise_percent=3, seed=100 + inu_percent)
+    mask = head.brain if where == "brain" else head.image > otsu_threshold(head.image.ravel())
+    ours = correct(head.image, mask, voxel_size_mm=(2, 2, 2), device="cpu")
+    grid = np.ix_(*sample_positions(mask.shape, 4))
+    # SimpleITK's 4 levels of 50 iterations, spans doubling from 1, every 4th voxel, threshold 0
+    reference = np.exp(simpleitk_log_field(head.image[grid], mask[grid], [50] * 4, (1, 1, 1)))
+    error = rms(demeaned_error(ours.bias[grid], head.bias[grid], head.brain[grid]))
+    reference_error = rms(demeaned_error(reference, head.bias[grid], head.brain[grid]))
+    assert error <= 0.7 * reference_error
+
+
+@pytest.mark.parametrize("parameters", [N4Parameters(), N4Parameters(mesh="refined", iterations=(3, 3))])
+def test_two_runs_and_blocks_of_any_size_give_the_same_bits(small_head, parameters, monkeypatch):
+    samples = samples_of(*small_head, voxel_size_mm=(6.0, 6.0, 6.0))
+    first = estimate_field(samples, parameters).field.lattice
+    assert_array_equal(estimate_field(samples, parameters).field.lattice, first)
+    # blocks are a constant of the code; another constant may change no more than rounding
+    monkeypatch.setitem(plain.BLOCK_VOXELS, "numpy", 1000)
+    assert_allclose(estimate_field(samples, parameters).field.lattice, first, atol=1e-10)
+
+
+def test_array_code_never_mixes_host_and_device(small_head, monkeypatch):
+    samples = samples_of(*small_head, voxel_size_mm=(6.0, 6.0, 6.0))
+    parameters = N4Parameters(mesh="refined", iterations=(3, 3))
+    on_host = estimate_field(samples, parameters).field.lattice
+    device = StrictModule()
+    monkeypatch.setitem(sys.modules, "cupy", device)
+    monkeypatch.setitem(plain.BLOCK_VOXELS, "cupy", plain.BLOCK_VOXELS["numpy"])
+    field = estimate_field(samples, parameters, xp=device).field
+    assert_array_equal(field.lattice, on_host)
+    tile = field.ratio_tile((slice(0, 4), slice(2, 9), slice(3, 5)), device)
+    assert isinstance(tile, device.ndarray)
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_a_mirrored_image_has_the_mirrored_field(small_head, axis):
+    image, mask = small_head
+    parameters = N4Parameters(shrink_factor=1, iterations=(10,))
+    field = estimate_field(samples_of(image, mask, (6, 6, 6)), parameters).field.lattice
+    mirrored = estimate_field(
+        samples_of(np.flip(image, axis), np.flip(mask, axis), (6, 6, 6)), parameters
+    ).field.lattice
+    assert_allclose(np.flip(mirrored, axis), field, atol=1e-6)
+
+
+def test_voxels_outside_the_mask_and_the_intensity_scale_do_not_matter(small_head):
+    image, mask = small_head
+    parameters = N4Parameters(shrink_factor=1, iterations=(10,))
+    field = estimate_field(samples_of(image, mask, (6, 6, 6)), parameters).field.lattice
+    other = np.where(mask, image * 1e6, 12345.0)
+    assert_allclose(estimate_field(samples_of(other, mask, (6, 6, 6)), parameters).field.lattice, field, atol=1e-6)
+
+
+def test_history_tells_when_the_threshold_was_reached(small_head):
+    parameters = N4Parameters(convergence_threshold=5e-3)
+    history = estimate_field(samples_of(*small_head, (6, 6, 6)), parameters).history
+    assert [line.iteration for line in history] == list(range(1, len(history) + 1))
+    assert all(line.cv > 5e-3 for line in history[:-1])
+    assert history[-1].cv <= 5e-3
+
+
+def test_too_few_samples_one_intensity_and_too_fine_a_mesh_are_refused(small_head):
+    image, mask = small_head
+    few = np.zeros_like(mask)
+    few[10:15, 10:15, 10:15] = True
+    with pytest.raises(InputError, match=r"only 125 usable samples .* fewer than 1000"):
+        estimate_field(samples_of(image, few), N4Parameters())
+    with pytest.raises(InputError, match="the same intensity"):
+        estimate_field(samples_of(np.full_like(image, 7.0), np.ones_like(mask)), N4Parameters())
+    with pytest.raises(InputError, match="spans along axis 0"):
+        estimate_field(samples_of(image, mask), N4Parameters(spline_distance_mm=0.5))

@@ -1,0 +1,466 @@
+import base64
+import csv
+import io
+import json
+import math
+import re
+from html.parser import HTMLParser
+from itertools import permutations, product
+from pathlib import Path
+from urllib.parse import unquote
+
+import nibabel as nib
+import numpy as np
+import pytest
+from PIL import Image
+
+from n4flow.errors import InputError
+from n4flow.field import BiasField, Mesh
+from n4flow.qc import panels
+from n4flow.qc.pages import PAGE_BYTES, make_index, make_subject
+
+WINDOW = math.log(1.5)
+HOSTILE = "sub-<script>alert(1)</script>&\"'"
+
+
+# ---------------------------------------------------------------- panels
+
+
+def oriented_affine(order, signs, size_mm, tilt=0.0):
+    """Voxel axis a runs along world axis order[a], in the direction signs[a]; then everything is turned about x."""
+    linear = np.zeros((3, 3))
+    for axis in range(3):
+        linear[order[axis], axis] = signs[axis] * size_mm[axis]
+    turn = np.array([[1, 0, 0], [0, math.cos(tilt), -math.sin(tilt)], [0, math.sin(tilt), math.cos(tilt)]])
+    affine = np.eye(4)
+    affine[:3, :3] = turn @ linear
+    affine[:3, 3] = (3, -7, 11)
+    return affine
+
+
+@pytest.mark.parametrize("order", list(permutations(range(3))))
+@pytest.mark.parametrize("signs", list(product((1, -1), repeat=3)))
+@pytest.mark.parametrize("tilt", [0.0, 0.4])
+def test_planes_stand_upright_for_any_axis_order(order, signs, tilt):
+    shape, size_mm = (6, 7, 8), (1.0, 2.0, 3.0)
+    affine = oriented_affine(order, signs, size_mm, tilt)
+    grid = np.stack(np.meshgrid(*map(np.arange, shape), indexing="ij"), axis=-1)
+    world = grid @ affine[:3, :3].T + affine[:3, 3]
+    planes = panels.upright_planes(affine, shape, size_mm)
+    assert [plane.name for plane in planes] == ["axial", "coronal", "sagittal"]
+    axes = {"axial": (0, 1), "coronal": (0, 2), "sagittal": (1, 2)}
+    for plane, row in zip(planes, panels.choose_slices(np.ones(shape, bool), planes), strict=True):
+        right, up = axes[plane.name]
+        assert (np.diff(row[0].cut(world[..., right]), axis=1) > 0).all()
+        assert (np.diff(row[0].cut(world[..., up]), axis=0) > 0).all()
+        letters = "LRPAIS"
+        assert "".join(plane.labels) == letters[2 * right : 2 * right + 2] + letters[2 * up : 2 * up + 2]
+        assert plane.size_mm == (size_mm[order.index(right)], size_mm[order.index(up)])
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_slices_run_from_inferior_to_superior(sign):
+    shape = (8, 8, 30)
+    affine = oriented_affine((0, 1, 2), (1, 1, sign), (1, 1, 1))
+    planes = panels.upright_planes(affine, shape, (1, 1, 1))
+    indices = np.array([s.index for s in panels.choose_slices(np.ones(shape, bool), planes)[0]])
+    assert (np.diff(sign * indices) > 0).all()
+
+
+def test_oblique_angle():
+    assert panels.oblique_degrees(oriented_affine((0, 1, 2), (1, 1, 1), (3, 3, 6))) == pytest.approx(0, abs=1e-5)
+    tilted = oriented_affine((1, 0, 2), (1, -1, 1), (3, 3, 6), math.radians(20))
+    assert panels.oblique_degrees(tilted) == pytest.approx(20)
+
+
+def test_a_2d_image_has_one_plane():
+    (plane,) = panels.upright_planes(np.eye(4), (20, 30, 1), (1, 1, 1))
+    assert (plane.name, plane.normal) == ("axial", 2)
+
+
+def test_slices_lie_in_the_mask_and_are_cropped_to_it():
+    mask = np.zeros((40, 40, 40), dtype=bool)
+    mask[10:20, 12:24, 25:36] = True
+    planes = panels.upright_planes(np.eye(4), mask.shape, (1, 1, 1))
+    for row in panels.choose_slices(mask, planes):
+        assert len(row) == len(panels.SLICE_QUANTILES)
+        for chosen in row:
+            assert chosen.cut(mask).mean() > 0.8
+
+
+def test_the_silhouette_is_one_ring_without_holes_or_specks():
+    y, x = np.mgrid[:80, :100]
+    radius = np.hypot(x - 50, y - 40)
+    mask = (radius < 30) & ~((radius > 10) & (radius < 20))  # a disc with a ring cut out
+    mask[2, 2] = True
+    (ring,) = panels.silhouette(mask, (1.0, 1.0))
+    distance = np.hypot(ring[:, 0] * 100 - 50.5, ring[:, 1] * 80 - 40.5)
+    assert distance == pytest.approx(30, abs=1.2)
+
+
+def test_the_silhouette_closes_gaps():
+    mask = np.zeros((100, 100), dtype=bool)
+    mask[20:80, 20:49] = mask[20:80, 51:80] = True
+    assert len(panels.silhouette(mask, (1.0, 1.0))) == 1
+
+
+def test_an_empty_plane_has_no_silhouette():
+    assert panels.silhouette(np.zeros((9, 9), dtype=bool), (1.0, 1.0)) == []
+
+
+@pytest.mark.parametrize("window", [0.003, 0.02, 0.1, 0.4, 1.0, 3.0])
+def test_ratio_ticks_are_symmetric_inside_the_window(window):
+    ticks = panels.ratio_ticks(window)
+    values = [v for v, _ in ticks]
+    assert len(ticks) >= 3
+    assert values == pytest.approx([-v for v in reversed(values)])
+    assert max(values) <= window
+    for value, text in ticks:
+        assert float(text.removeprefix("×")) == pytest.approx(math.exp(value), rel=0.01)
+
+
+def test_ratio_ticks_of_a_usual_window():
+    assert [text for _, text in panels.ratio_ticks(math.log(1.5))] == ["×0.67", "×0.8", "×1", "×1.25", "×1.5"]
+
+
+def draw(values, *, size_mm=(1.0, 1.0, 1.0), clip=False):
+    mask = np.ones(values.shape, dtype=bool)
+    planes = panels.upright_planes(np.diag([*size_mm, 1]), values.shape, size_mm)[:1]
+    rows = [row[1:2] for row in panels.choose_slices(mask, planes)]
+    return panels.mosaic(
+        [[s.cut(values) for s in row] for row in rows],
+        rows,
+        panels.field_scale(0.5),
+        width=400,
+        title="",
+        outlines=[[panels.silhouette(s.cut(mask), s.plane.size_mm) for s in row] for row in rows],
+        clip=clip,
+    )
+
+
+def test_a_mosaic_has_voxels_in_proportion():
+    square = draw(np.zeros((20, 20, 9), np.float32))
+    flat = draw(np.zeros((20, 10, 9), np.float32), size_mm=(1, 1, 4))
+    tall = draw(np.zeros((20, 10, 9), np.float32), size_mm=(1, 2, 4))
+    assert tall.height == pytest.approx(square.height, abs=3)
+    assert flat.height < square.height - 100
+
+
+def test_sign_and_orientation_of_a_field_are_seen():
+    values = np.broadcast_to(np.linspace(-0.5, 0.5, 40)[:, None, None], (40, 40, 9))  # rises from L to R
+    pixels = np.asarray(draw(values, clip=True)).astype(int)
+    row = pixels[pixels.shape[0] // 2]
+    left, right = row[60], row[-60]
+    assert left[2] > left[0]  # blue below ×1
+    assert right[0] > right[2]  # red above
+
+
+# ---------------------------------------------------------------- a subject's page
+
+
+def make_files(folder, *, shape=(24, 28, 20), size_mm=(4.0, 4.0, 4.0), frames=1, strength=0.3, affine=None):
+    """A head of three tissues, a linear field, and everything the page is made from."""
+    affine = np.diag([*size_mm, 1.0]) if affine is None else affine
+    axes = [np.linspace(-1, 1, n) if n > 1 else np.zeros(1) for n in shape]
+    x, y, z = np.meshgrid(*axes, indexing="ij")
+    radius = np.sqrt(x**2 + y**2 + z**2)
+    mask = radius < 0.9
+    tissue = np.select([radius < 0.45, radius < 0.7, mask], [100.0, 65.0, 30.0], 0)
+    tissue += np.random.default_rng(0).normal(0, 2, shape) * mask
+    mesh = Mesh.of_grid(shape, (1, 1, 1))
+    # control points one span apart: from -strength at the first voxel to strength at the last
+    lattice = np.zeros(mesh.lattice_shape) + strength * np.array([-3.0, -1, 1, 3])[:, None, None]
+    field = BiasField(lattice, mesh, shape, affine)
+    image = tissue * field.ratio_tile((slice(None),) * 3)
+
+    def save(name, values, copies=1):
+        values = values.astype(np.float32)
+        values = np.stack([values] * copies, axis=-1) if copies > 1 else values
+        nib.save(nib.Nifti1Image(values[..., 0] if shape[2] == 1 and copies == 1 else values, affine), folder / name)
+        return folder / name
+
+    history = [{"Level": 1, "Iteration": n, "CV": 0.1 / n**3} for n in range(1, 6)]
+    sidecar = {
+        "Sources": ["bids:raw:sub-01/anat/sub-01_T1w.nii.gz"],
+        "SkullStripped": False,
+        "N4": {
+            "Parameters": {"iterations": [50], "convergence_threshold": 1e-3, "mesh": "fixed"},
+            "History": history,
+            "Converged": [True],
+            "Dropped": {"not finite": 0, "zero": 3, "negative": 0},
+            "SelfCheck": 1e-7,
+            "Device": "CPU",
+        },
+        "Provenance": {"n4flow": "0.1.0", "Command": "snakemake --config x='<b>'"},
+    }
+    (folder / "sidecar.json").write_text(json.dumps(sidecar))
+    (folder / "field.json").write_text(json.dumps(field.to_mapping()))
+    reference = BiasField(0.9 * lattice + 0.2, mesh, shape, affine)
+    (folder / "reference.json").write_text(json.dumps({**reference.to_mapping(), "History": history}))
+    return {
+        "image": save("image.nii.gz", image, frames),
+        "mask": save("mask.nii.gz", mask),
+        "corrected": save("corrected.nii.gz", tissue, frames),
+        "field": folder / "field.json",
+        "sidecar": folder / "sidecar.json",
+        "reference_field": folder / "reference.json",
+        "field_window_log": WINDOW,
+        "page": folder / "sub-01.html",
+        "metrics": folder / "sub-01.json",
+    }
+
+
+class Elements(HTMLParser):
+    """All start tags with their attributes, and the text outside scripts and styles."""
+
+    def __init__(self, path):
+        super().__init__()
+        self.tags, self.text, self._inside = [], "", ""
+        self.feed(Path(path).read_text(encoding="utf-8"))
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        self._inside = tag
+
+    def handle_endtag(self, tag):
+        self._inside = ""
+
+    def handle_data(self, data):
+        if self._inside not in ("script", "style"):
+            self.text += data
+
+    def all(self, tag):
+        return [attributes for name, attributes in self.tags if name == tag]
+
+
+def pictures(path):
+    images = [i for i in Elements(path).all("img") if "src" in i]
+    return [(i["alt"], Image.open(io.BytesIO(base64.b64decode(i["src"].split(",")[1])))) for i in images]
+
+
+@pytest.fixture(scope="module")
+def subject(tmp_path_factory):
+    files = make_files(tmp_path_factory.mktemp("subject"))
+    make_subject(name="sub-01", **files)
+    return files
+
+
+def test_a_page_needs_nothing_else_and_fits(subject):
+    text = subject["page"].read_text(encoding="utf-8")
+    assert len(text.encode()) <= PAGE_BYTES + 20_000 <= 500_000
+    assert not re.search(r"https?://|@import|\burl\(|\bfetch\(|XMLHttpRequest", re.sub(r"data:image[^\"]*", "", text))
+    page = Elements(subject["page"])
+    assert all(i.get("src", "data:").startswith("data:") for i in page.all("img") + page.all("script"))
+    assert [link["href"] for link in page.all("link")] == ["data:,"]
+    assert [a["href"] for a in page.all("a")] == ["index.html"]
+
+
+def test_every_panel_is_there_with_numbers_in_its_alt_text(subject):
+    shown = pictures(subject["page"])
+    titles = [re.split(r"[:;]| with", alt)[0] for alt, _ in shown]
+    assert titles == [
+        "Original image", "Corrected image", "Bias field", "Reference field", "Difference", "Histogram in the mask",
+        "Profile along the steepest axis", "Convergence", "Ours against the reference",
+    ]  # fmt: skip
+    assert all(re.search(r"\d", alt) and picture.format == "WEBP" for alt, picture in shown)
+    assert shown[0][1].size == shown[1][1].size  # or the swap would jump
+
+
+def test_metrics_are_plain_json_and_right(subject):
+    metrics = json.loads(subject["metrics"].read_text(), parse_constant=pytest.fail)
+    assert all(not isinstance(v, dict) for v in metrics.values())
+    assert (metrics["name"], metrics["page"], metrics["shape"]) == ("sub-01", "sub-01.html", [24, 28, 20])
+    mask = nib.load(subject["mask"]).get_fdata() > 0
+    ratio = BiasField.load(subject["field"]).ratio_tile((slice(None),) * 3)[mask]
+    assert metrics["mask_volume_ml"] == pytest.approx(mask.sum() * 0.064)
+    assert metrics["field_max"] == pytest.approx(ratio.max(), rel=1e-6)
+    assert metrics["inu_med"] == pytest.approx(np.median(ratio), rel=1e-6)
+    assert metrics["cjv_after"] < metrics["cjv_before"]
+    assert metrics["reference_r"] == pytest.approx(1)
+    assert metrics["reference_slope"] == pytest.approx(1 / 0.9, rel=1e-5)
+    assert (metrics["iterations_used"], metrics["iterations_max"], metrics["dropped_voxels"]) == (5, 50, 3)
+    assert metrics["field_beyond_window_fraction"] == 0
+
+
+def test_the_same_input_gives_the_same_page(subject, tmp_path):
+    again = {**subject, "page": tmp_path / "sub-01.html", "metrics": tmp_path / "sub-01.json"}
+    make_subject(name="sub-01", **again)
+    assert again["page"].read_bytes() == subject["page"].read_bytes()
+    assert again["metrics"].read_bytes() == subject["metrics"].read_bytes()
+
+
+def test_without_a_reference_its_panels_are_absent(tmp_path):
+    files = make_files(tmp_path) | {"reference_field": None}
+    make_subject(name="sub-01", **files)
+    page = Elements(files["page"])
+    assert len(pictures(files["page"])) == 6
+    assert "reference" not in page.text.lower()
+    assert not [key for key in json.loads(files["metrics"].read_text()) if key.startswith("reference_r")]
+
+
+def test_a_hostile_name_and_sidecar_are_harmless(tmp_path):
+    files = make_files(tmp_path)
+    make_subject(name=HOSTILE, **files)
+    page = Elements(files["page"])
+    assert len(page.all("script")) == 1  # the page's own
+    assert not page.all("b") or all(not attributes for attributes in page.all("b"))
+    assert HOSTILE in page.text
+    assert "x='<b>'" in page.text
+
+
+def test_an_empty_sidecar_will_do(tmp_path):
+    files = make_files(tmp_path)
+    files["sidecar"].write_text("{}")
+    make_subject(name="sub-01", **files)
+    metrics = json.loads(files["metrics"].read_text())
+    assert metrics["converged"] is None
+    assert metrics["flags"] == []
+    assert "Convergence" not in Elements(files["page"]).text
+
+
+def test_a_field_beyond_the_window_is_said(tmp_path):
+    files = make_files(tmp_path) | {"field_window_log": 0.1}
+    make_subject(name="sub-01", **files)
+    share = json.loads(files["metrics"].read_text())["field_beyond_window_fraction"]
+    assert share > 0.2
+    assert f"{100 * share:.2g} % of the mask exceeds it" in Elements(files["page"]).text
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        {"shape": (60, 50, 1), "size_mm": (1.0, 1.0, 1.0)},
+        {"frames": 3},
+        {"shape": (30, 30, 12), "size_mm": (3.0, 3.0, 6.0)},
+        {"shape": (20, 24, 28), "affine": oriented_affine((2, 0, 1), (-1, 1, -1), (3.0, 3.0, 3.0), 0.3)},
+        {"shape": (40, 40, 3)},
+    ],
+    ids=["2-D", "4-D", "anisotropic", "oblique", "three planes"],
+)
+def test_every_kind_of_image_gets_its_page(tmp_path, kind):
+    files = make_files(tmp_path, **kind)
+    make_subject(name="sub-01", **files)
+    metrics = json.loads(files["metrics"].read_text())
+    assert metrics["frames"] == kind.get("frames", 1)
+    assert metrics["reference_r"] == pytest.approx(1)
+    text = Elements(files["page"]).text
+    assert ("Mean of 3 frames" in text) == ("frames" in kind)
+    assert ("17° off" in text) == ("affine" in kind)
+
+
+def test_a_bad_correction_is_flagged_on_the_page(tmp_path):
+    files = make_files(tmp_path)
+    files["corrected"], files["image"] = files["image"], files["corrected"]
+    make_subject(name="sub-01", **files)
+    flags = json.loads(files["metrics"].read_text())["flags"]
+    assert {"cjv_worse", "entropy_worse"} <= {flag.split(":")[0] for flag in flags}
+    text = Elements(files["page"]).text
+    assert "cjv worse" in text
+    assert f"▲ {len(flags)} flag" in text
+
+
+def test_another_grid_is_refused_and_nothing_is_written(tmp_path):
+    files = make_files(tmp_path)
+    image = nib.load(files["corrected"])
+    nib.save(nib.Nifti1Image(image.get_fdata()[:-1].astype(np.float32), image.affine), files["corrected"])
+    with pytest.raises(InputError, match="corrected"):
+        make_subject(name="sub-01", **files)
+    assert not files["page"].exists()
+    assert not files["metrics"].exists()
+
+
+def test_an_empty_mask_is_refused(tmp_path):
+    files = make_files(tmp_path)
+    image = nib.load(files["mask"])
+    nib.save(nib.Nifti1Image(np.zeros(image.shape, np.uint8), image.affine), files["mask"])
+    with pytest.raises(InputError, match="empty"):
+        make_subject(name="sub-01", **files)
+
+
+# ---------------------------------------------------------------- the dataset
+
+
+def write_metrics(folder, subjects):
+    """Metrics files in data/, whose pages lie one folder up."""
+    (folder / "data").mkdir(parents=True, exist_ok=True)
+    paths = []
+    for number, values in enumerate(subjects):
+        path = folder / "data" / f"{number}.json"
+        path.write_text(json.dumps({"page": f"../{number}.html", "flags": [], **values}))
+        paths.append(path)
+    return paths
+
+
+def index_rows(path):
+    text = path.read_text(encoding="utf-8")
+    return json.loads(re.search(r'id="data">(.*?)</script>', text, re.S)[1])["rows"]
+
+
+def test_links_lead_to_the_pages(tmp_path):
+    files = make_files(tmp_path)
+    for place in ("page", "metrics"):
+        files[place] = tmp_path / "qc" / {"page": "a b#%.html", "metrics": "data/sub-01.json"}[place]
+        files[place].parent.mkdir(parents=True, exist_ok=True)
+    make_subject(name="sub-01", **files)
+    make_index([files["metrics"]], tmp_path / "qc" / "index.html", tmp_path / "qc" / "metrics.tsv")
+    ((_, link, *_),) = index_rows(tmp_path / "qc" / "index.html")
+    assert (tmp_path / "qc" / unquote(link)).samefile(files["page"])
+
+
+def test_the_worst_by_robust_z_comes_first(tmp_path):
+    cjv = [0.50, 0.52, 0.9, 0.51, 0.49, 0.53, 0.1]
+    paths = write_metrics(tmp_path, [{"name": f"sub-{n}", "cjv_after": value} for n, value in enumerate(cjv)])
+    make_index(paths, tmp_path / "index.html", tmp_path / "metrics.tsv")
+    rows = index_rows(tmp_path / "index.html")
+    assert rows[0][0] == "sub-2"
+    assert "outlier: CJV after" in rows[0][2][0]
+    assert rows[0][3] == pytest.approx(0.6745 * 0.39 / 0.02, abs=0.01)
+    # a low CJV is no fault
+    assert [row[2] for row in rows[1:]] == [[]] * 6
+
+
+def test_flags_come_first_among_few_subjects(tmp_path):
+    subjects = [{"name": "a"}, {"name": "b", "flags": ["cjv_worse: rose"]}, {"name": "c", "cjv_after": 99.0}]
+    make_index(write_metrics(tmp_path, subjects), tmp_path / "index.html", tmp_path / "metrics.tsv")
+    assert [row[0] for row in index_rows(tmp_path / "index.html")] == ["b", "a", "c"]
+
+
+def test_the_table_has_one_row_per_subject(tmp_path):
+    subjects = [
+        {"name": "tab\there", "cjv_after": 0.5, "flags": ["x: y", "z: w"]},
+        {"name": 'quote"', "cjv_after": None},
+    ]
+    make_index(write_metrics(tmp_path, subjects), tmp_path / "index.html", tmp_path / "metrics.tsv")
+    with open(tmp_path / "metrics.tsv", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
+    assert [row["name"] for row in rows] == ["tab here", 'quote"']
+    assert [row["cjv_after"] for row in rows] == ["0.5", "n/a"]
+    assert [row["flags"] for row in rows] == ["x: y; z: w", "n/a"]
+
+
+def test_failed_and_hostile_subjects_are_listed_harmlessly(tmp_path):
+    paths = write_metrics(tmp_path, [{"name": HOSTILE}])
+    failed = [(HOSTILE + "2", "image.nii: <b>broken</b>; copy it again")]
+    make_index(paths, tmp_path / "index.html", tmp_path / "metrics.tsv", failed)
+    page = Elements(tmp_path / "index.html")
+    assert len(page.all("script")) == 2  # the data and the code
+    assert not page.all("b")
+    assert HOSTILE + "2" in page.text
+    assert "<b>broken</b>; copy it again" in page.text
+    assert index_rows(tmp_path / "index.html")[0][0] == HOSTILE
+
+
+def test_no_subject_at_all_still_makes_an_index(tmp_path):
+    make_index([], tmp_path / "index.html", tmp_path / "metrics.tsv", [("sub-01", "broken")])
+    assert "1 failed" in Elements(tmp_path / "index.html").text
+    assert (tmp_path / "metrics.tsv").read_text().startswith("name\t")
+
+
+def test_a_large_dataset_stays_lean(tmp_path):
+    rng = np.random.default_rng(0)
+    subjects = [
+        {"name": f"sub-{n:04d}", "cjv_before": c, "cjv_after": c - 0.1, "inu_range": 0.1, "reference_r": 0.9871234567}
+        for n, c in enumerate(rng.normal(0.6, 0.05, 1000))
+    ]
+    make_index(write_metrics(tmp_path, subjects), tmp_path / "index.html", tmp_path / "metrics.tsv")
+    assert (tmp_path / "index.html").stat().st_size < 150_000

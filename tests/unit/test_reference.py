@@ -1,0 +1,76 @@
+import numpy as np
+import pytest
+import SimpleITK as sitk
+from numpy.testing import assert_allclose
+
+from n4flow import N4Parameters
+from n4flow.estimate import estimate_field
+from n4flow.field import BiasField, Mesh
+from n4flow.mask import otsu_threshold
+from n4flow.reference import _grid_like, _recover_lattice, reference_field
+from n4flow.samples import Samples, log_where, sample_positions
+from tests.conftest import rms
+
+
+def shrunken_samples(head, shrink_factor, part=np.s_[:, :, :]):
+    image = head.image[part]
+    positions = sample_positions(image.shape, shrink_factor)
+    values = image[np.ix_(*positions)]
+    mask = values > otsu_threshold(head.image.ravel())
+    affine = np.diag([2.0, 2, 2, 1])
+    return Samples(log_where(values, mask), mask, positions, image.shape, (2.0, 2.0, 2.0), affine, {}, "head")
+
+
+@pytest.mark.parametrize(
+    "parameters",
+    [
+        N4Parameters(iterations=(20,), convergence_threshold=0),
+        N4Parameters(mesh="refined", spline_distance_mm=80, iterations=(10, 10), convergence_threshold=0),
+    ],
+)
+@pytest.mark.parametrize("part", [np.s_[:, :, :], np.s_[:, :, 40:41]], ids=["3-D", "2-D"])
+def test_the_same_estimate_as_ours_up_to_the_whole_samples_of_its_mesh(head, parameters, part):
+    samples = shrunken_samples(head, 3, part) if part != np.s_[:, :, 40:41] else shrunken_samples(head, 1, part)
+    ours, reference = estimate_field(samples, parameters).field, reference_field(samples, parameters)
+    assert [n.iteration for n in reference.history] == [n for m in parameters.iterations for n in range(1, m + 1)]
+    difference = (ours.log_at(samples.positions) - reference.field.log_at(samples.positions))[samples.mask]
+    difference -= difference.mean()
+    spread = ours.log_at(samples.positions)[samples.mask].std()
+    assert rms(difference) < 0.03 * spread
+
+
+def test_its_mesh_is_ours_to_less_than_a_sample(head):
+    samples = shrunken_samples(head, 4)
+    parameters = N4Parameters()
+    mesh = estimate_field(samples, N4Parameters(iterations=(1,))).field.mesh
+    _, grid_mesh = _grid_like(mesh, samples)
+    for axis, step in enumerate((4, 4, 4)):
+        ends = [m.start[axis] + np.array([0, m.spans[axis] * m.span_voxels[axis]]) for m in (mesh, grid_mesh)]
+        assert np.abs(ends[0] - ends[1]).max() <= step / 2
+    assert parameters.spline_distance_mm / 2.0 == mesh.span_voxels[0]
+
+
+def test_the_lattice_is_recovered_from_the_field_that_simpleitk_evaluates(head):
+    """Evaluated as SimpleITK stretches it, the lattice gives SimpleITK's own full-resolution field."""
+    image = head.image[::4, ::4, ::4]
+    volume = sitk.GetImageFromArray(np.ascontiguousarray(image.T))
+    n4 = sitk.N4BiasFieldCorrectionImageFilter()
+    n4.SetMaximumNumberOfIterations([5])
+    n4.SetNumberOfControlPoints([7, 6, 7])
+    n4.SetConvergenceThreshold(0)
+    n4.Execute(volume, volume > 100)
+    on_grid = sitk.GetArrayFromImage(n4.GetLogBiasFieldAsImage(volume)).T.astype(np.float64)
+    mesh = Mesh.of_grid(image.shape, (4, 3, 4))
+    field = BiasField(_recover_lattice(on_grid, mesh), mesh, image.shape, np.eye(4))
+    assert_allclose(field.log_at([np.arange(n) for n in image.shape]), on_grid, atol=1e-5)
+    full = sitk.GetImageFromArray(np.ascontiguousarray(head.image.T))
+    stretched = sitk.GetArrayFromImage(n4.GetLogBiasFieldAsImage(full)).T
+    positions = [np.linspace(0, n - 1, m) for n, m in zip(image.shape, head.image.shape, strict=True)]
+    assert_allclose(field.log_at(positions), stretched, atol=2e-5)
+
+
+def test_two_runs_give_the_same_bits(head):
+    samples, parameters = shrunken_samples(head, 4), N4Parameters(iterations=(3,))
+    first = reference_field(samples, parameters).field.lattice
+    sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(2)
+    assert (reference_field(samples, parameters).field.lattice == first).all()

@@ -1,0 +1,118 @@
+import gzip
+
+import nibabel as nib
+import numpy as np
+import pytest
+from numpy.testing import assert_array_equal
+
+from n4flow import InputError
+from n4flow.volume import Volume, VolumeWriter
+
+OBLIQUE = nib.affines.from_matvec(
+    nib.eulerangles.euler2mat(0.3, -0.2, 0.1) @ np.diag([1.0, 2.0, 3.5]) @ np.eye(3)[[2, 0, 1]], [-10, 20, 30]
+)
+
+
+def save(path, array, affine=OBLIQUE, kind=nib.Nifti1Image, **header):
+    image = kind(array, affine, dtype=array.dtype)
+    image.header.set_xyzt_units("mm", "sec")
+    image.set_qform(affine, 1)
+    image.set_sform(affine, 4)
+    for name, value in header.items():
+        image.header[name] = value
+    nib.save(image, path)
+    return path
+
+
+ARRAY = np.random.default_rng(5).integers(0, 200, (11, 12, 13))
+
+
+@pytest.mark.parametrize("dtype", ["u1", "i1", ">i2", "u2", "<i4", "u4", "i8", "u8", "f4", ">f4", "f8"])
+@pytest.mark.parametrize("name", ["a.nii", "a.nii.gz"])
+def test_every_real_dtype_is_read_slab_by_slab(tmp_path, dtype, name):
+    array = (ARRAY // 2).astype(dtype)
+    volume = Volume(save(tmp_path / name, array))
+    read = np.concatenate([values for _, _, values in volume.slabs(planes=5)], axis=2)
+    assert_array_equal(read, array)
+
+
+@pytest.mark.parametrize("name", ["a.nii", "a.nii.gz"])
+def test_slope_and_intercept_are_honoured(tmp_path, name):
+    image = nib.Nifti1Image(ARRAY.astype(np.int16), OBLIQUE)
+    image.header.set_slope_inter(0.5, -3)
+    nib.save(image, tmp_path / name)
+    assert_array_equal(Volume(tmp_path / name).mean(), (ARRAY * 0.5 - 3).astype(np.float32))
+
+
+def test_a_series_is_read_frame_by_frame_and_averaged(tmp_path):
+    series = np.random.default_rng(6).random((5, 6, 7, 4)).astype(np.float32)
+    volume = Volume(save(tmp_path / "a.nii.gz", series))
+    assert (volume.shape, volume.frames) == ((5, 6, 7), 4)
+    read = np.empty_like(series)
+    for slab, frame, values in volume.slabs(planes=3):
+        read[:, :, slab, frame] = values
+    assert_array_equal(read, series)
+    np.testing.assert_allclose(volume.mean(), series.mean(axis=3), rtol=1e-6)
+
+
+def test_units_of_micrometres_become_millimetres(tmp_path):
+    path = tmp_path / "a.nii"
+    image = nib.Nifti1Image(ARRAY.astype(np.uint8), np.diag([25.0, 25, 50, 1]))
+    image.header.set_xyzt_units("micron")
+    nib.save(image, path)
+    assert Volume(path).voxel_size_mm == pytest.approx((0.025, 0.025, 0.05))
+
+
+@pytest.mark.parametrize("kind", [nib.Nifti1Image, nib.Nifti2Image])
+@pytest.mark.parametrize("shape", [(11, 12, 13), (11, 12, 13, 3), (11, 12)])
+@pytest.mark.parametrize("name", ["out.nii", "out.nii.gz"])
+def test_a_written_image_keeps_the_geometry(tmp_path, kind, shape, name):
+    array = np.random.default_rng(7).random(shape).astype(np.float32)
+    source = save(tmp_path / "in.nii.gz", array, kind=kind, descrip=b"a scan")
+    volume = Volume(source)
+    with VolumeWriter(tmp_path / name, volume, np.float32) as writer:
+        for _, _, values in volume.slabs(planes=4):
+            writer.write(values)
+    written, original = nib.load(tmp_path / name), nib.load(source)
+    assert type(written) is type(original)
+    assert_array_equal(np.asarray(written.dataobj), array)
+    for key in ("dim", "pixdim", "qform_code", "sform_code", "srow_x", "quatern_b", "xyzt_units", "descrip"):
+        assert_array_equal(written.header[key], original.header[key])
+    assert_array_equal(written.affine, original.affine)
+
+
+def test_the_same_image_is_the_same_file_whatever_the_name_and_the_day(tmp_path):
+    volume = Volume(save(tmp_path / "in.nii", ARRAY.astype(np.uint8)))
+    for name in ("a.nii.gz", "b.nii.gz"):
+        with VolumeWriter(tmp_path / name, volume, np.uint8) as writer:
+            writer.write(ARRAY)
+    content = (tmp_path / "a.nii.gz").read_bytes()
+    assert content == (tmp_path / "b.nii.gz").read_bytes()
+    assert content[3] == 0, "no name in the gzip header"
+    assert content[4:8] == b"\0\0\0\0", "no time in the gzip header"
+    assert len(gzip.decompress(content)) == 352 + ARRAY.size
+
+
+def test_nothing_is_visible_until_a_file_is_complete(tmp_path):
+    volume = Volume(save(tmp_path / "in.nii", ARRAY.astype(np.uint8)))
+    target = tmp_path / "out.nii.gz"
+
+    def write_half():
+        with VolumeWriter(target, volume, np.uint8) as writer:
+            writer.write(ARRAY)
+            assert not target.exists()
+            raise RuntimeError("the disk is full")
+
+    with pytest.raises(RuntimeError, match="the disk is full"):
+        write_half()
+    assert [path.name for path in tmp_path.iterdir()] == ["in.nii"]
+
+
+def test_a_shift_of_the_grid_is_noticed_and_rounding_is_not(tmp_path):
+    volume = Volume(save(tmp_path / "a.nii", ARRAY.astype(np.uint8)))
+    shifted, rounded = OBLIQUE.copy(), OBLIQUE.copy()
+    shifted[0, 3] += 0.1
+    rounded[0, 3] += 1e-5
+    with pytest.raises(InputError, match="the affine of the mask differs"):
+        volume.check_same_grid(Volume(save(tmp_path / "b.nii", ARRAY.astype(np.uint8), shifted)), "mask")
+    volume.check_same_grid(Volume(save(tmp_path / "c.nii", ARRAY.astype(np.uint8), rounded)), "mask")
