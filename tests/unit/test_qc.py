@@ -196,7 +196,8 @@ def make_files(folder, *, shape=(24, 28, 20), size_mm=(4.0, 4.0, 4.0), frames=1,
     (folder / "sidecar.json").write_text(json.dumps(sidecar))
     (folder / "field.json").write_text(json.dumps(field.to_mapping()))
     reference = BiasField(0.9 * lattice + 0.2, mesh, shape, affine)
-    (folder / "reference.json").write_text(json.dumps({**reference.to_mapping(), "History": history}))
+    (folder / "reference.json").write_text(json.dumps(reference.to_mapping()))
+    (folder / "reference_sidecar.json").write_text(json.dumps({"N4": {"History": history}}))
     return {
         "image": save("image.nii.gz", image, frames),
         "mask": save("mask.nii.gz", mask),
@@ -204,6 +205,7 @@ def make_files(folder, *, shape=(24, 28, 20), size_mm=(4.0, 4.0, 4.0), frames=1,
         "field": folder / "field.json",
         "sidecar": folder / "sidecar.json",
         "reference_field": folder / "reference.json",
+        "reference_sidecar": folder / "reference_sidecar.json",
         "field_window_log": WINDOW,
         "page": folder / "sub-01.html",
         "metrics": folder / "sub-01.json",
@@ -290,7 +292,7 @@ def test_the_same_input_gives_the_same_page(subject, tmp_path):
 
 
 def test_without_a_reference_its_panels_are_absent(tmp_path):
-    files = make_files(tmp_path) | {"reference_field": None}
+    files = make_files(tmp_path) | {"reference_field": None, "reference_sidecar": None}
     make_subject(name="sub-01", **files)
     page = Elements(files["page"])
     assert len(pictures(files["page"])) == 6

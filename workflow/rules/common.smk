@@ -51,7 +51,7 @@ CONFIG_SCHEMA = load_schema(workflow.source_path("../schemas/config.schema.yaml"
 SHEET_SCHEMA = load_schema(workflow.source_path("../schemas/samples.schema.yaml"))
 
 # Where a run that failed reports; a complete report removes it.
-INCOMPLETE_PAGE = "incomplete.html"
+INCOMPLETE = "incomplete"
 
 DEMO_ROOT = "resources/demo"
 DEMO_ANAT = f"{DEMO_ROOT}/sub-{{subject}}/anat/sub-{{subject}}"
@@ -124,6 +124,7 @@ def qc_inputs(wildcards):
     }
     if in_fraction(scan.name, config["reference"]["fraction"]):
         inputs["reference_field"] = derivative(scan, f"desc-N4sitk{scan.suffix}_biasfield.json")
+        inputs["reference_sidecar"] = derivative(scan, f"desc-N4sitk_{scan.suffix}.json")
     return inputs
 
 
@@ -151,7 +152,7 @@ def report_failures():
             if error := last_error(place):
                 failed.append((scan.name, error))
     done = [path for scan in SCANS if (path := results / "qc" / "data" / f"{scan.name}.json").is_file()]
-    page = results / "qc" / INCOMPLETE_PAGE
+    page = results / "qc" / f"{INCOMPLETE}.html"
     try:
         from n4flow.qc.pages import make_index
 

@@ -45,6 +45,7 @@ rule index:
     resources:
         mem_mb=500,
     params:
+        incomplete=INCOMPLETE,
         package=package_digest("qc.pages"),
     script:
         "../scripts/index.py"

@@ -7,9 +7,11 @@ from n4flow.qc.pages import make_index
 
 
 def main(snakemake):
-    make_index(
-        [Path(path) for path in snakemake.input.metrics], Path(snakemake.output.page), Path(snakemake.output.table)
-    )
+    page, table = Path(snakemake.output.page), Path(snakemake.output.table)
+    make_index([Path(path) for path in snakemake.input.metrics], page, table)
+    # what an earlier run that failed had to say is mended now
+    for suffix in (".html", ".tsv"):
+        page.with_name(f"{snakemake.params.incomplete}{suffix}").unlink(missing_ok=True)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,11 @@ from n4flow.qc.pages import make_subject
 
 
 def main(snakemake):
-    reference = snakemake.input.get("reference_field")
+    reference = {
+        role: Path(snakemake.input[role])
+        for role in ("reference_field", "reference_sidecar")
+        if snakemake.input.get(role)
+    }
     make_subject(
         name=Path(snakemake.output.metrics).stem,
         image=Path(snakemake.input.image),
@@ -15,9 +19,9 @@ def main(snakemake):
         corrected=Path(snakemake.input.corrected),
         field=Path(snakemake.input.field),
         sidecar=Path(snakemake.input.sidecar),
-        reference_field=Path(reference) if reference else None,
         page=Path(snakemake.output.page),
         metrics=Path(snakemake.output.metrics),
+        **reference,
         **snakemake.params.settings,
     )
 

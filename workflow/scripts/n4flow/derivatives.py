@@ -17,7 +17,6 @@ from n4flow.bids import dataset_root
 from n4flow.correction import keep_mean_intensity, write_corrected
 from n4flow.device import DeviceChoice, select_device
 from n4flow.estimate import Estimate, estimate_field
-from n4flow.field import BiasField
 from n4flow.mask import MaskMethod, adopt_mask, make_mask
 from n4flow.parameters import N4Parameters
 from n4flow.provenance import provenance, write_json
@@ -109,7 +108,7 @@ def correct_scan(
     }
     sources = {"image": image, "mask": mask}
     made_by = provenance(sources, ("numpy", "nibabel", "isal", *(["cupy"] if chosen.kind == "gpu" else [])))
-    _write_field(lattice, field, sources, content, made_by)
+    write_json(lattice, {"Sources": _uris(sources), **field.to_mapping()})
     write_json(
         sidecar,
         {**_image_metadata(volume), "Sources": _uris(sources), "N4": content, "Provenance": made_by},
@@ -143,17 +142,11 @@ def reference_scan(
     }
     sources = {"image": image, "mask": mask}
     made_by = provenance(sources, ("numpy", "nibabel", "isal", "SimpleITK"))
-    _write_field(lattice, field, sources, content, made_by)
+    write_json(lattice, {"Sources": _uris(sources), **field.to_mapping()})
     write_json(
         sidecar,
         {**_image_metadata(volume), "Sources": _uris(sources), "N4": content, "Provenance": made_by},
     )
-
-
-def _write_field(
-    path: Path, field: BiasField, sources: Mapping[str, Path], content: Mapping[str, Any], made_by: Mapping[str, Any]
-) -> None:
-    write_json(path, {"Sources": _uris(sources), **field.to_mapping(), "N4": content, "Provenance": made_by})
 
 
 def _estimate_facts(estimate: Estimate, samples: Samples, parameters: N4Parameters) -> dict[str, Any]:

@@ -327,7 +327,7 @@ def find_flags(metrics: Mapping[str, Any]) -> list[str]:
     if (inu := known("inu_range")) and inu[0] < limits["field_flat"]:
         flags.append(f"field_flat: inu_range {inu[0]:.4f}, next to nothing was corrected")
     if (cjv := known("cjv_before", "cjv_after")) and cjv[1] > limits["cjv_worse"] * cjv[0]:
-        flags.append(f"cjv_worse: rose from {cjv[0]:.3f} to {cjv[1]:.3f}, tissue contrast suffered")
+        flags.append(f"cjv_worse: rose from {cjv[0]:.3f} to {cjv[1]:.3f}, look whether tissues still differ as before")
     # the classes of the CJV come from the corrected image and favour it; the entropy has no classes
     entropy = known("log_entropy_before_bits", "log_entropy_after_bits")
     if entropy and entropy[1] > entropy[0] + limits["entropy_worse"]:

@@ -191,6 +191,7 @@ def make_subject(
     field: str | Path,
     sidecar: str | Path,
     reference_field: str | Path | None = None,
+    reference_sidecar: str | Path | None = None,
     field_window_log: float,
     page: str | Path,
     metrics: str | Path,
@@ -205,8 +206,8 @@ def make_subject(
         NIfTI, on one grid; of 4-D images the mean over the frames is looked at.
     field, reference_field : path-like
         Lattice JSON, see `BiasField.load`; without a reference its panels are absent.
-    sidecar : path-like
-        JSON of the corrected image.
+    sidecar, reference_sidecar : path-like
+        JSON of the images corrected with these fields.
     field_window_log : float
         Field maps run from ``-field_window_log`` to this, natural log; one for a dataset, so that subjects compare.
     page, metrics : path-like
@@ -220,7 +221,7 @@ def make_subject(
     if not (math.isfinite(field_window_log) and field_window_log > 0):
         raise InputError("qc.field_window_log", f"{field_window_log!r} is not valid", "give a number above 0")
     facts = _read_json(sidecar)
-    reference_facts = _read_json(reference_field) if reference_field else {}
+    reference_facts = _read_json(reference_sidecar) if reference_sidecar else {}
     view = _View(Volume(mask))
     before, before_pictures = view.image(image, "image")
     after, after_pictures = view.image(corrected, "corrected image")
@@ -306,6 +307,7 @@ def _plain(value: Any) -> Any:
 def _run_metrics(facts: Mapping[str, Any], reference: Mapping[str, Any], mask_voxels: int) -> dict[str, Any]:
     """What the run reports about itself; absent keys give None."""
     run = facts.get("N4") or {}
+    reference_run = reference.get("N4") or {}
     parameters = run.get("Parameters") or {}
     history = run.get("History") or []
     most = parameters.get("iterations")
@@ -322,9 +324,8 @@ def _run_metrics(facts: Mapping[str, Any], reference: Mapping[str, Any], mask_vo
         "samples": run.get("Samples"),
         "self_check_max": run.get("SelfCheck"),
         "wall_time_s": run.get("WallTimeSeconds"),
-        "reference_wall_time_s": reference.get("WallTimeSeconds"),
+        "reference_wall_time_s": reference_run.get("WallTimeSeconds"),
         "device": run.get("Device"),
-        "mask_method": run.get("MaskMethod"),
         "skull_stripped": facts.get("SkullStripped"),
     }
 
@@ -500,7 +501,7 @@ def _plots(
         used = f"{values['iterations_used']} of at most {_number(values['iterations_max'], 0)} iterations"
         add(
             "Convergence",
-            panels.convergence_plot(run["History"], threshold, reference.get("History") or ()),
+            panels.convergence_plot(run["History"], threshold, (reference.get("N4") or {}).get("History") or ()),
             f"{used}; last CV {values['convergence_cv']:.1e}, threshold {_number(threshold, 4)}",
             "each level falls to the threshold.",
             "a level stops above it, or rises.",
@@ -537,7 +538,7 @@ def _provenance(
             lines.append((prefix, ", ".join(map(str, value)) if isinstance(value, list) else str(value)))
 
     add("", facts)
-    add("Reference", {key: reference[key] for key in ("Parameters", "WallTimeSeconds") if key in reference})
+    add("Reference", reference.get("N4") or {})
     return lines
 
 

@@ -1,0 +1,79 @@
+"""The built-in dataset: a reader's first command, checked against the truth that lies beside the images."""
+
+import shutil
+
+import nibabel as nib
+import numpy as np
+import pytest
+from study import ROOT, load, partial_files, snakemake
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    """A working directory with the repository's own config, after a run."""
+    folder = tmp_path_factory.mktemp("demo")
+    shutil.copytree(ROOT / "config", folder / "config")
+    done = snakemake(folder, "--cores", 2)
+    assert done.returncode == 0, done.stdout
+    return folder
+
+
+def log_errors(folder, subject):
+    """The rms of the demeaned log field in the truth's brain: of the whole field, and of what the estimate misses."""
+    anat = folder / f"resources/demo/sub-{subject}/anat"
+    results = folder / f"results/sub-{subject}/anat"
+    truth = np.log(load(anat / f"sub-{subject}_desc-truth_biasfield.nii.gz"))
+    noise_free = load(anat / f"sub-{subject}_desc-truth_T1w.nii.gz")
+    brain = (noise_free > 500) & brain_of(folder, subject)
+    ours = np.log(load(results / f"sub-{subject}_desc-N4T1w_biasfield.nii.gz"))
+    sitk_free = truth[brain] - truth[brain].mean()
+    error = (ours - truth)[brain]
+    return np.sqrt(np.mean(sitk_free**2)), np.sqrt(np.mean((error - error.mean()) ** 2))
+
+
+def brain_of(folder, subject):
+    """The brain that the dataset gives for subject 03, on the grid of another subject."""
+    mask = nib.load(folder / "resources/demo/sub-03/anat/sub-03_desc-brain_mask.nii.gz")
+    image = nib.load(folder / f"resources/demo/sub-{subject}/anat/sub-{subject}_T1w.nii.gz")
+    to_image = nib.orientations.ornt_transform(
+        nib.orientations.io_orientation(mask.affine), nib.orientations.io_orientation(image.affine)
+    )
+    turned = mask.as_reoriented(to_image)
+    assert np.allclose(turned.affine, image.affine)
+    return np.asarray(turned.dataobj) != 0
+
+
+@pytest.mark.parametrize("subject", ["02", "03", "04"])
+def test_error_of_the_field_is_well_below_the_field_itself(demo, subject):
+    before, after = log_errors(demo, subject)
+    assert after < 0.5 * before, (before, after)
+
+
+def test_head_without_a_field_gets_hardly_one(demo):
+    before, after = log_errors(demo, "01")
+    assert before == 0
+    assert after < 0.03
+
+
+def test_fourth_subject_is_stored_otherwise(demo):
+    image = nib.load(demo / "resources/demo/sub-04/anat/sub-04_T1w.nii.gz")
+    assert nib.aff2axcodes(image.affine) == ("P", "S", "R")
+    assert image.get_data_dtype() == np.int16
+    assert image.dataobj.slope == 0.25
+    corrected = nib.load(demo / "results/sub-04/anat/sub-04_desc-N4_T1w.nii.gz")
+    assert np.array_equal(corrected.affine, image.affine)
+
+
+def test_dataset_is_complete(demo):
+    rows = (demo / "results/qc/metrics.tsv").read_text(encoding="utf-8").splitlines()
+    assert {row.split("\t")[0] for row in rows[1:]} == {f"sub-{n:02d}_T1w" for n in range(1, 5)}
+    assert len(list((demo / "results").rglob("*desc-N4sitk_T1w.nii.gz"))) == 4
+    assert partial_files(demo) == []
+
+
+def test_dataset_is_simulated_the_same_each_time(demo, tmp_path):
+    shutil.copytree(ROOT / "config", tmp_path / "config")
+    image = "resources/demo/sub-04/anat/sub-04_T1w.nii.gz"
+    done = snakemake(tmp_path, image, "--cores", 1)
+    assert done.returncode == 0, done.stdout
+    assert np.array_equal(load(tmp_path / image), load(demo / image))

@@ -1,0 +1,178 @@
+"""What the keys of the config change: the device, which files are written, and how."""
+
+import json
+import shutil
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+from study import (
+    describe_raw,
+    head,
+    load,
+    log_of,
+    partial_files,
+    raw_scan,
+    results_of,
+    save,
+    snakemake,
+    write_config,
+    write_sheet,
+)
+
+from n4flow.field import BiasField
+
+needs_no_gpu = pytest.mark.skipif(shutil.which("nvidia-smi") is not None, reason="this machine has a GPU")
+
+#: Images of integers: how they are saved. The largest values of int32 have no float32 of their own.
+INTEGERS = {
+    "int16": {"dtype": np.int16, "scaling": (0.25, 10)},
+    "int32": {"dtype": np.int32},
+    "uint8": {"dtype": np.uint8, "scaling": (8, 0)},
+}
+SCANS = {name: raw_scan(name, extension=".nii") for name in INTEGERS}
+
+
+@pytest.fixture(scope="module")
+def raw(tmp_path_factory):
+    """A working directory without a config: images and sheet."""
+    folder = tmp_path_factory.mktemp("settings")
+    describe_raw(folder)
+    for name, how in INTEGERS.items():
+        save(folder / SCANS[name].image, head(), **how)
+    write_sheet(folder / "config" / "samples.tsv", SCANS.values())
+    return folder
+
+
+@pytest.fixture(scope="module")
+def lean(raw, tmp_path_factory):
+    """A run without reference and field images, integers kept, on the CPU, with results elsewhere."""
+    folder = tmp_path_factory.mktemp("lean") / "copy"
+    shutil.copytree(raw, folder)
+    write_config(
+        folder,
+        {
+            "reference": {"fraction": 0},
+            "output": {"bias_field": False, "keep_dtype": True},
+            "pathvars": {"results": "out/n4"},
+        },
+    )
+    done = snakemake(folder, "--cores", 2, "--resources", "gpu=0")
+    assert done.returncode == 0, done.stdout
+    return folder
+
+
+each_integer = pytest.mark.parametrize("name", INTEGERS)
+
+
+def files(name):
+    return results_of(SCANS[name], results="out/n4")
+
+
+@each_integer
+def test_files_that_were_not_asked_for_are_not_written(lean, name):
+    there = {role for role, path in files(name).items() if (lean / path).is_file()}
+    assert there == {"mask", "mask sidecar", "corrected", "sidecar", "lattice", "page", "metrics"}
+    assert list(lean.rglob("*sitk*")) == []
+    assert not (lean / "results").exists()
+
+
+@each_integer
+def test_page_without_reference_shows_none(lean, name):
+    page = (lean / files(name)["page"]).read_text(encoding="utf-8")
+    assert "Reference field" not in page
+    assert "Ours against the reference" not in page
+    assert "Bias field" in page
+    assert json.loads((lean / files(name)["metrics"]).read_text()).get("reference_r") is None
+
+
+@each_integer
+def test_integers_stay_integers_with_a_sound_slope(lean, name):
+    image = nib.load(lean / files(name)["corrected"])
+    assert image.get_data_dtype() == INTEGERS[name]["dtype"]
+    slope, inter = image.dataobj.slope, image.dataobj.inter
+    assert inter == 0
+    field = BiasField.load(lean / files(name)["lattice"])
+    wanted = load(lean / SCANS[name].image) / np.exp(field.log_tile((slice(None),) * 3))
+    got = load(lean / files(name)["corrected"])
+    # rounding to the slope, and float32 on the way
+    np.testing.assert_allclose(got, wanted, rtol=3e-7, atol=slope / 2 * 1.001)
+    stored = np.asarray(image.dataobj.get_unscaled())
+    assert stored.max() >= 0.99 * np.iinfo(stored.dtype).max  # the slope uses the range
+
+
+@each_integer
+def test_no_gpu_resource_means_the_cpu_with_one_line(lean, name):
+    log = (lean / log_of(SCANS[name], "n4")).read_text()
+    (line,) = [line for line in log.splitlines() if "computing on" in line]
+    assert line.endswith("computing on CPU (asked for)")
+
+
+def n4_targets(scans):
+    return [results_of(scan)["corrected"] for scan in scans]
+
+
+@needs_no_gpu
+def test_gpu_that_is_not_there_ends_the_job_with_one_line(raw, tmp_path):
+    folder = tmp_path / "copy"
+    shutil.copytree(raw, folder)
+    write_config(folder)
+    scan = SCANS["int16"]
+    done = snakemake(folder, *n4_targets([scan]), "--cores", 2, "--config", "device=gpu")
+    assert done.returncode == 1
+    (line,) = [line for line in done.stdout.splitlines() if line.startswith("n4flow: ")]
+    assert line.startswith("n4flow: device: gpu: ")
+    assert line.endswith("; install envs/requirements-gpu.txt on a machine with a GPU, or use auto")
+    assert (folder / log_of(scan, "n4")).read_text().splitlines()[-1] == line
+    assert "Traceback" not in done.stdout
+    assert (folder / results_of(scan)["mask"]).is_file()
+    assert not (folder / results_of(scan)["corrected"]).exists()
+    assert partial_files(folder) == []
+    # the scans that were not asked for have not failed
+    assert line.removeprefix("n4flow: ") in (folder / "results/qc/incomplete.html").read_text(encoding="utf-8")
+
+
+@needs_no_gpu
+def test_auto_without_a_gpu_means_the_cpu_with_one_line(raw, tmp_path):
+    folder = tmp_path / "copy"
+    shutil.copytree(raw, folder)
+    write_config(folder)
+    done = snakemake(folder, *n4_targets(SCANS.values()), "--cores", 2, "--config", "device=auto")
+    assert done.returncode == 0, done.stdout
+    for scan in SCANS.values():
+        (line,) = [n for n in (folder / log_of(scan, "n4")).read_text().splitlines() if "computing on" in n]
+        assert "computing on CPU (CuPy " in line
+        assert (folder / results_of(scan)["bias"]).is_file()
+
+
+def fake_gpu_tool(folder: Path):
+    """A folder whose ``nvidia-smi`` makes the machine look as if it had a GPU."""
+    tool = folder / "tools" / "nvidia-smi"
+    tool.parent.mkdir()
+    tool.write_text("#!/bin/sh\n")
+    tool.chmod(0o755)
+    return tool.parent
+
+
+@pytest.mark.parametrize(("device", "gpus"), [("cpu", 0), ("auto", 1)])
+def test_jobs_on_the_cpu_do_not_wait_for_each_other_where_there_is_a_gpu(raw, tmp_path, device, gpus):
+    folder = tmp_path / "copy"
+    shutil.copytree(raw, folder)
+    write_config(folder, {"device": device})
+    done = snakemake(folder, *n4_targets(SCANS.values()), "-n", path_first=fake_gpu_tool(tmp_path))
+    assert done.returncode == 0, done.stdout
+    assert done.stdout.count(f"gpu={gpus}") == len(SCANS)
+
+
+def test_changed_parameter_makes_the_fields_again_but_not_the_masks(raw, tmp_path):
+    folder = tmp_path / "copy"
+    shutil.copytree(raw, folder)
+    write_config(folder)
+    targets = n4_targets([SCANS["uint8"]])
+    assert snakemake(folder, *targets, "--cores", 1).returncode == 0
+    write_config(folder, {"n4": {"spline_distance_mm": 80}, "qc": {"field_window_log": 0.2}})
+    done = snakemake(folder, *targets, "-n", "--quiet", "progress")
+    assert done.returncode == 0
+    jobs = [line.split()[0] for line in done.stdout.splitlines() if line.startswith(("n4 ", "mask ", "total "))]
+    assert jobs == ["n4", "total"]
