@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 from numpy.testing import assert_allclose, assert_array_equal
-from strict_device import StrictModule
 
 from n4flow import InputError, N4Parameters, correct
 from n4flow.estimate import estimate_field
@@ -17,6 +16,7 @@ from n4flow.mask import otsu_threshold
 from n4flow.phantom import make_phantom
 from n4flow.samples import sample_positions
 from tests.conftest import demeaned_error, rms, samples_of
+from tests.unit.strict_device import StrictModule
 
 PRESET_ITK = {"shrink_factor": 1, "convergence_threshold": 0}
 

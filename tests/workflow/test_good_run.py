@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import re
 import subprocess
 import sys
@@ -81,7 +82,7 @@ def _scans():
         "run 2": (raw_scan("runs", "run-2_T1w"), head(seed=5), {}),
         "bold": (raw_scan("frames", "task-rest_bold"), frames(5), {"dtype": np.int16, "frame_time": 2.5}),
         "asl": (raw_scan("label", "asl", extension=".nii"), frames(3), {"units": ("mm", "msec"), "frame_time": 4000}),
-        "one frame": (raw_scan("oneframe"), head()[..., None], {"frame_time": 3}),
+        "one frame": (raw_scan("oneframe", "T2w"), head()[..., None], {"frame_time": 3}),
         "scaled": (raw_scan("scaled", extension=".nii"), head(), {"dtype": np.int16, "scaling": (0.25, 10)}),
         "big-endian": (raw_scan("big", extension=".nii"), head(), {"dtype": np.int16, "endianness": ">"}),
         "NIfTI-2": (raw_scan("nifti2"), head(), {"kind": nib.Nifti2Image}),
@@ -92,7 +93,9 @@ def _scans():
         "oblique": (raw_scan("oblique"), head(), {"affine": OBLIQUE, "sform": 2}),
         "turned": (raw_scan("turned"), head((36, 40, 44)), {"affine": TURNED, "qform": 0}),
         "no codes": (raw_scan("nocodes"), head(), {"qform": 0, "sform": 0}),
-        "2-D": (raw_scan("flat"), head((192, 180)), {"affine": np.diag([1.0, 1, 5, 1])}),
+        "2-D": (raw_scan("flat", "T2w"), head((192, 180)), {"affine": np.diag([1.0, 1, 5, 1])}),
+        "a plane": (raw_scan("plane", "T2w"), head((1, 192, 180)), {"affine": np.diag([5.0, 1, 1, 1])}),
+        "annexed": (raw_scan("annexed"), head(seed=6), {}),
         "own mask": (raw_scan("own", mask="raw/own_mask.nii.gz"), head(), {}),
         "dropped": (raw_scan("few", mask="raw/all_mask.nii.gz"), with_dropped(), {}),
     }
@@ -110,6 +113,14 @@ def folder(tmp_path_factory):
     describe_raw(folder)
     for scan, values, how in CASES.values():
         save(folder / scan.image, values, **how)
+    # as DataLad keeps it: a link to an object that is named after its content
+    image = folder / SCANS["annexed"].image
+    annexed = folder / "raw/.git/annex/objects/MD5E-s100--0123.nii.gz"
+    annexed.parent.mkdir(parents=True)
+    image.replace(annexed)
+    image.symlink_to(os.path.relpath(annexed, image.parent))
+    own = folder / SCANS["plain"].image.replace(".nii.gz", ".json")
+    own.write_text(json.dumps({"EchoTime": 0.003, "Manufacturer": "Größe"}), encoding="utf-8")
     save(folder / "raw/own_mask.nii.gz", mask_of_values())
     save(folder / "raw/all_mask.nii.gz", np.ones(SHAPE), dtype=np.uint8)
     write_sheet(folder / "config" / "samples.tsv", SCANS.values())
@@ -238,7 +249,7 @@ def test_voxels_without_a_logarithm_are_counted_in_sidecar_log_and_metrics(folde
 def test_sidecar_says_how_to_make_it_again(folder, name):
     scan = SCANS[name]
     files = roles_of(scan)
-    for role in {"sidecar", "lattice", "reference sidecar", "reference lattice"} & set(files):
+    for role in {"sidecar", "reference sidecar"} & set(files):
         content = json.loads((folder / files[role]).read_text())
         n4, made_by = content["N4"], content["Provenance"]
         assert n4["Parameters"] == N4Parameters().to_mapping(), role
@@ -275,15 +286,21 @@ def test_4_d_sidecar_has_what_bids_asks_of_a_series(folder):
     assert json.loads((folder / results_of(SCANS["asl"])["sidecar"]).read_text())["RepetitionTime"] == 4.0
 
 
-def test_sources_are_uris_into_the_raw_dataset(folder):
-    sidecar = json.loads((folder / results_of(SCANS["bold"])["sidecar"]).read_text())
+def test_sidecar_keeps_what_that_of_the_image_says(folder):
+    sidecar = json.loads((folder / results_of(SCANS["plain"])["sidecar"]).read_text(encoding="utf-8"))
+    assert (sidecar["EchoTime"], sidecar["Manufacturer"]) == (0.003, "Größe")
+
+
+@pytest.mark.parametrize("name", ["plain", "bold", "annexed"])
+@pytest.mark.parametrize("role", ["mask sidecar", "sidecar", "lattice"])
+def test_sources_are_uris_of_files_in_the_linked_datasets(folder, name, role):
+    scan = SCANS[name]
+    sources = json.loads((folder / results_of(scan)[role]).read_text())["Sources"]
     links = json.loads((folder / "results/dataset_description.json").read_text())["DatasetLinks"]
-    places = []
-    for uri in sidecar["Sources"]:
-        _, dataset, path = uri.split(":", 2)
-        places.append((folder / "results" / links[dataset] / path).resolve())
-    wanted = [SCANS["bold"].image, results_of(SCANS["bold"])["mask"]]
-    assert places == [(folder / path).resolve() for path in wanted]
+    split = [uri.split(":", 2) for uri in sources]
+    places = [os.path.normpath(folder / "results" / links[dataset] / path) for _, dataset, path in split]
+    wanted = [scan.image] if role == "mask sidecar" else [scan.image, results_of(scan)["mask"]]
+    assert places == [str(folder / path) for path in wanted]
 
 
 def test_second_run_has_nothing_to_do(folder):
@@ -325,8 +342,10 @@ def test_results_are_valid_bids(folder):
 
 
 def without_volatile(path):
+    """What a JSON file says, without what the clock and the machine decide."""
     content = json.loads(path.read_text())
-    del content["Provenance"], content["N4"]["WallTimeSeconds"]
+    content.pop("Provenance", None)
+    content.get("N4", {}).pop("WallTimeSeconds", None)
     return content
 
 
@@ -343,7 +362,7 @@ def test_same_bytes_on_one_core_and_one_thread(folder, tmp_path):
     for path in (path for scan in scans for path in roles_of(scan).values()):
         if path.endswith(".nii.gz"):
             assert (folder / path).read_bytes() == (tmp_path / path).read_bytes(), path
-        elif path.endswith("biasfield.json"):
+        elif path.endswith(("biasfield.json", "N4_T1w.json", "mask.json")):
             assert without_volatile(folder / path) == without_volatile(tmp_path / path), path
         else:
             continue

@@ -129,8 +129,9 @@ def test_gpu_that_is_not_there_ends_the_job_with_one_line(raw, tmp_path):
     assert (folder / results_of(scan)["mask"]).is_file()
     assert not (folder / results_of(scan)["corrected"]).exists()
     assert partial_files(folder) == []
-    # the scans that were not asked for have not failed
-    assert line.removeprefix("n4flow: ") in (folder / "results/qc/incomplete.html").read_text(encoding="utf-8")
+    page = (folder / "results/qc/incomplete.html").read_text(encoding="utf-8")
+    assert "1 failed" in page  # the scans that were not asked for have not failed
+    assert line.removeprefix("n4flow: ") in page
 
 
 @needs_no_gpu
@@ -172,7 +173,6 @@ def test_changed_parameter_makes_the_fields_again_but_not_the_masks(raw, tmp_pat
     targets = n4_targets([SCANS["uint8"]])
     assert snakemake(folder, *targets, "--cores", 1).returncode == 0
     write_config(folder, {"n4": {"spline_distance_mm": 80}, "qc": {"field_window_log": 0.2}})
-    done = snakemake(folder, *targets, "-n", "--quiet", "progress")
+    done = snakemake(folder, *targets, "-n")
     assert done.returncode == 0
-    jobs = [line.split()[0] for line in done.stdout.splitlines() if line.startswith(("n4 ", "mask ", "total "))]
-    assert jobs == ["n4", "total"]
+    assert [line for line in done.stdout.splitlines() if line.startswith("rule ")] == ["rule n4:"]

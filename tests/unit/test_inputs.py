@@ -1,0 +1,280 @@
+"""Config and sample sheet: what is wrong is told before anything runs, a line each."""
+
+import re
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+import yaml
+
+from n4flow.bids import Scan
+from n4flow.errors import InputError
+from n4flow.inputs import config_problems, in_fraction, load_schema, read_sheet, with_defaults
+from n4flow.parameters import N4Parameters
+
+ROOT = Path(__file__).resolve().parents[2]
+CONFIG = yaml.safe_load((ROOT / "config/config.yaml").read_text(encoding="utf-8"))
+CONFIG_SCHEMA = load_schema(ROOT / "workflow/schemas/config.schema.yaml")
+SHEET_SCHEMA = load_schema(ROOT / "workflow/schemas/samples.schema.yaml")
+
+
+def test_config_of_the_repository_is_the_defaults():
+    assert config_problems(CONFIG, CONFIG_SCHEMA) == []
+    assert with_defaults({}, CONFIG_SCHEMA) == CONFIG
+
+
+def test_defaults_of_the_config_are_those_of_the_package():
+    assert N4Parameters.from_mapping(CONFIG["n4"]) == N4Parameters()
+    assert set(CONFIG["n4"]) == {field.name for field in fields(N4Parameters)}
+
+
+def test_every_key_of_the_config_is_commented():
+    lines = (ROOT / "config/config.yaml").read_text(encoding="utf-8").splitlines()
+    keys = [n for n, line in enumerate(lines) if re.match(r"\s*\w+:", line)]
+    assert len(keys) > 15
+    # two keys that stand together may share a comment
+    assert [lines[n] for n in keys if not any("#" in line for line in lines[max(0, n - 2) : n])] == []
+
+
+def described(schema, path=""):
+    for key, part in schema.get("properties", {}).items():
+        yield f"{path}{key}", part
+        yield from described(part, f"{path}{key}.")
+
+
+@pytest.mark.parametrize(
+    ("key", "part"), [*described(CONFIG_SCHEMA), *described(SHEET_SCHEMA)], ids=lambda part: str(part)[:20]
+)
+def test_every_key_of_a_schema_has_a_description_and_a_type(key, part):
+    assert len(part["description"]) > 5
+    assert "type" in part or "enum" in part
+
+
+def test_package_list_names_every_file_of_the_package():
+    rules = (ROOT / "workflow/rules/common.smk").read_text(encoding="utf-8")
+    listed = re.findall(r'"([^"]+)"', re.search(r"PACKAGE_FILES = \[(.*?)\]", rules, re.DOTALL)[1])
+    package = ROOT / "workflow/scripts/n4flow"
+    there = {p.relative_to(package).as_posix() for p in package.rglob("*") if p.is_file() and p.suffix != ".pyc"}
+    assert sorted(listed) == sorted(there)
+
+
+# ---------------------------------------------------------------- the config
+
+
+def changed(key, value):
+    section, _, name = key.rpartition(".")
+    return {section: {name: value}} if section else {name: value}
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "line"),
+    [
+        ("sample", "a.tsv", "config: sample: there is no such key; did you mean samples?"),
+        ("n4.fwmh", 0.1, "config: n4.fwmh: there is no such key; did you mean fwhm?"),
+        ("n4.iteration", [9], "config: n4.iteration: there is no such key; did you mean iterations?"),
+        ("output.zzz", 1, "config: output.zzz: there is no such key; known are bias_field, keep_dtype"),
+        (3, 1, "config: 3: there is no such key; known are "),
+        ("samples", 3, "config: samples: 3 is not of type 'string'; path of the sample sheet"),
+        ("device", "cuda", "config: device: 'cuda' is not one of ['auto', 'gpu', 'cpu']; where N4 computes"),
+        ("n4", None, "config: n4: None is not of type 'object'; the estimate"),
+        ("n4.shrink_factor", "4", "config: n4.shrink_factor: '4' is not of type 'integer'; "),
+        ("n4.shrink_factor", 0, "config: n4.shrink_factor: 0 is less than the minimum of 1; "),
+        ("n4.shrink_factor", True, "config: n4.shrink_factor: True is not of type 'integer'; "),
+        ("n4.iterations", 50, "config: n4.iterations: 50 is not of type 'array'; "),
+        ("n4.iterations", [], "config: n4.iterations: [] should be non-empty; "),
+        ("n4.iterations", [50, 0], "config: n4.iterations.1: 0 is less than the minimum of 1; "),
+        ("n4.histogram_bins", 9, "config: n4.histogram_bins: 9 is less than the minimum of 10; "),
+        ("n4.fwhm", 0, "config: n4.fwhm: 0 is less than or equal to the minimum of 0; "),
+        ("n4.mesh", "coarse", "config: n4.mesh: 'coarse' is not one of ['fixed', 'refined']; "),
+        ("mask.percentile", 100, "config: mask.percentile: 100 is greater than or equal to the maximum of 100; "),
+        ("output.keep_dtype", "yes", "config: output.keep_dtype: 'yes' is not of type 'boolean'; "),
+        ("reference.fraction", 1.1, "config: reference.fraction: 1.1 is greater than the maximum of 1; "),
+        ("qc.field_window_log", -0.4, "config: qc.field_window_log: -0.4 is less than or equal to the minimum of 0; "),
+    ],
+)
+def test_wrong_key_or_value_is_one_line_with_what_to_do(key, value, line):
+    (problem,) = config_problems(changed(key, value) if isinstance(key, str) else {key: value}, CONFIG_SCHEMA)
+    assert problem.startswith(line)
+    assert "\n" not in problem
+    assert len(problem.partition("; ")[2]) > 8
+
+
+def test_every_problem_is_told_at_once():
+    assert len(config_problems({"devices": "cpu", "n4": {"fwhm": 0, "iterations": [0]}}, CONFIG_SCHEMA)) == 3
+
+
+def refused_by_the_package(values):
+    try:
+        N4Parameters.from_mapping(values)
+    except InputError:
+        return True
+    return False
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"shrink_factor": 4.0},
+        {"histogram_bins": 200.0},
+        {"iterations": [50.0]},
+        {"spline_distance_mm": float("inf")},
+        {"spline_distance_mm": float("nan")},
+        {"fwhm": float("nan")},
+        {"wiener_noise": float("inf")},
+        {"convergence_threshold": float("nan")},
+    ],
+    ids=str,
+)
+def test_value_that_the_package_refuses_is_found_before_anything_runs(values):
+    assert bool(config_problems({"n4": values}, CONFIG_SCHEMA)) == refused_by_the_package(values)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_window_of_the_fields_that_is_no_number_is_found_before_anything_runs(value):
+    assert config_problems({"qc": {"field_window_log": value}}, CONFIG_SCHEMA)
+
+
+def test_defaults_fill_what_is_not_given_and_nothing_else():
+    given = {"n4": {"fwhm": 0.3}, "device": "cpu"}
+    filled = with_defaults(given, CONFIG_SCHEMA)
+    assert filled["n4"] == {**CONFIG["n4"], "fwhm": 0.3}
+    assert filled["device"] == "cpu"
+    assert filled["qc"] == CONFIG["qc"]
+    assert given == {"n4": {"fwhm": 0.3}, "device": "cpu"}
+
+
+# ---------------------------------------------------------------- the sheet
+
+
+@pytest.fixture(autouse=True)
+def _working_directory(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("a.nii", "b.nii.gz", "mask.nii.gz"):
+        (tmp_path / name).touch()
+
+
+def sheet(text, **how):
+    """Read a sheet of these lines, columns separated by blanks (. is an empty cell)."""
+    lines = [line.split() for line in text.strip().splitlines()]
+    content = "\n".join("\t".join("" if cell == "." else cell for cell in line) for line in lines)
+    Path("sheet.tsv").write_text(content + "\n", encoding="utf-8")
+    return read_sheet("sheet.tsv", SHEET_SCHEMA, **how)
+
+
+def problems_of(text):
+    with pytest.raises(InputError) as error:
+        sheet(text)
+    return str(error.value).splitlines()
+
+
+def test_rows_become_scans_with_the_defaults():
+    scans = sheet("subject image session mask modality\n01 a.nii . . .\n02 b.nii.gz pre mask.nii.gz run-1_T2w")
+    assert scans == [
+        Scan("01", "", "T1w", "a.nii"),
+        Scan("02", "pre", "run-1_T2w", "b.nii.gz", "mask.nii.gz"),
+    ]
+
+
+def test_two_columns_are_enough_in_any_order():
+    assert sheet("image subject\na.nii 01") == [Scan("01", "", "T1w", "a.nii")]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "\ufeffsubject\timage\n01\ta.nii\n",
+        "subject\timage\r\n01\ta.nii\r\n",
+        "subject\timage\n\n01\t a.nii \n\n",
+        "subject\timage\n01\ta.nii",
+    ],
+    ids=["byte order mark", "Windows line ends", "blanks and empty lines", "no line end"],
+)
+def test_sheets_that_spreadsheets_write_are_read(content):
+    Path("sheet.tsv").write_bytes(content.encode())
+    assert read_sheet("sheet.tsv", SHEET_SCHEMA) == [Scan("01", "", "T1w", "a.nii")]
+
+
+def test_files_that_the_workflow_makes_need_not_be_there():
+    assert sheet("subject image\n01 made.nii", made=["made.nii"]) == [Scan("01", "", "T1w", "made.nii")]
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("subject image age\n01 a.nii 3", "sheet.tsv: unknown column 'age'; known are subject, session, image, mask,"),
+        ("subject\n01", "sheet.tsv: there is no column 'image'; add it"),
+        ("subject image image\n01 a.nii b.nii.gz", "sheet.tsv: column 'image' "),
+        ("subject image", "sheet.tsv: the sheet has no rows; add a line per scan"),
+        ("subject image\n01 a.nii\n01 b.nii.gz", "sheet.tsv, line 3: sub-01_T1w stands in line 2 already; remove one"),
+        ("subject image\n01 absent.nii", "sheet.tsv, line 2: image absent.nii is not there; check the path"),
+        ("subject image mask\n01 a.nii absent.nii", "sheet.tsv, line 2: mask absent.nii is not there; check the path"),
+        ("subject image\n01 .", "sheet.tsv, line 2: 'image' is a required property; "),
+        ("subject image\n. a.nii", "sheet.tsv, line 2: 'subject' is a required property; "),
+        ("subject image\n01 a.mgz", "sheet.tsv, line 2: image: 'a.mgz' does not match "),
+        ("subject image\n0_1 a.nii", "sheet.tsv, line 2: subject '0_1' is no BIDS label, use letters and digits only"),
+        ("subject image session\n01 a.nii s-1", "sheet.tsv, line 2: session 's-1' is no BIDS label, use letters"),
+        ("subject image modality\n01 a.nii T1", "sheet.tsv, line 2: modality 'T1' does not end in a known suffix, "),
+        ("subject image\n01 a.nii 1", "sheet.tsv, line 2: has another number of columns than the header; "),
+        ("subject image session\n01 a.nii", "sheet.tsv, line 2: has another number of columns than the header; "),
+    ],
+)
+def test_what_is_wrong_is_one_line_with_file_line_and_what_to_do(text, line):
+    (problem,) = problems_of(text)
+    assert problem.startswith(line)
+
+
+def test_every_wrong_line_is_told_with_its_number():
+    problems = problems_of("subject image\n01 a.nii\n0_2 a.nii\n03 absent.nii\n01 b.nii.gz")
+    assert [problem.partition(":")[0] for problem in problems] == [f"sheet.tsv, line {n}" for n in (3, 4, 5)]
+
+
+def test_same_subject_may_have_sessions_and_runs():
+    rows = "01 a . T1w\n01 a x T1w\n01 a . run-1_T1w\n01 a . T2w".replace(" a ", " a.nii ")
+    assert len(sheet(f"subject image session modality\n{rows}")) == 4
+
+
+def test_sheet_separated_by_commas_is_told_about_tabs():
+    Path("sheet.tsv").write_text("subject,image\n01,a.nii\n")
+    with pytest.raises(InputError, match="columns are separated by tabs"):
+        read_sheet("sheet.tsv", SHEET_SCHEMA)
+
+
+@pytest.mark.parametrize("content", [None, b"", b"subject\timage\n\xff\xfe\n", b'subject\timage\n"01\ta.nii\n'])
+def test_unreadable_sheet_is_one_error_that_names_it(content):
+    if content is not None:
+        Path("sheet.tsv").write_bytes(content)
+    with pytest.raises(InputError) as error:
+        read_sheet("sheet.tsv", SHEET_SCHEMA)
+    assert all(line.startswith("sheet.tsv: ") for line in str(error.value).splitlines())
+
+
+def test_link_to_a_file_that_was_not_fetched_is_told_as_such():
+    Path("link.nii").symlink_to("absent.nii")
+    (problem,) = problems_of("subject image\n01 link.nii")
+    assert "link" in problem.replace("link.nii", "")
+
+
+# ---------------------------------------------------------------- the fraction
+
+
+NAMES = [f"sub-{n:04d}_T1w" for n in range(4000)]
+
+
+@pytest.mark.parametrize("fraction", [0.1, 0.5, 0.9])
+def test_fraction_of_many_names_is_about_the_one_asked_for(fraction):
+    assert sum(in_fraction(name, fraction) for name in NAMES) / len(NAMES) == pytest.approx(fraction, abs=0.03)
+
+
+def test_fraction_0_is_none_and_1_is_all():
+    assert not any(in_fraction(name, 0) for name in NAMES)
+    assert all(in_fraction(name, 1) for name in NAMES)
+
+
+def test_larger_fraction_keeps_the_scans_of_a_smaller_one():
+    assert {n for n in NAMES if in_fraction(n, 0.3)} < {n for n in NAMES if in_fraction(n, 0.31)}
+
+
+def test_choice_hangs_on_the_name_alone():
+    # SHA-256 of the name: the same on every machine and in every version
+    chosen = [n for n, name in enumerate(NAMES[:20]) if in_fraction(name, 0.25)]
+    assert chosen == [4, 6, 10, 11, 14, 15, 16, 19]
