@@ -8,7 +8,7 @@ import pytest
 from numpy.testing import assert_allclose, assert_array_equal
 
 from n4flow import N4Parameters, bspline_fit, correct, sharpen_residual
-from n4flow.derivatives import correct_scan, mask_scan
+from n4flow.derivatives import CorrectionFiles, correct_scan, mask_scan
 from n4flow.device import select_device
 from n4flow.estimate import estimate_field
 from n4flow.field import Mesh
@@ -85,8 +85,8 @@ def test_a_file_is_corrected_on_the_gpu_and_its_sidecar_says_so(cupy, head, tmp_
     image, mask = tmp_path / "head.nii.gz", tmp_path / "mask.nii.gz"
     nib.save(nib.Nifti1Image(head.image, np.diag([2.0, 2, 2, 1])), image)
     mask_scan(image, None, mask, tmp_path / "mask.json", method="otsu", percentile=50)
-    outputs = [tmp_path / name for name in ("c.nii.gz", "c.json", "f.json", "f.nii.gz")]
-    correct_scan(image, mask, *outputs, parameters=N4Parameters(), device=select_device("gpu").kind)
-    facts = json.loads(outputs[1].read_text())["N4"]
+    files = CorrectionFiles(*(tmp_path / name for name in ("c.nii.gz", "c.json", "f.json", "f.nii.gz")))
+    correct_scan(image, mask, files, parameters=N4Parameters(), device=select_device("gpu").kind)
+    facts = json.loads(files.sidecar.read_text())["N4"]
     assert facts["Device"].startswith("GPU")
     assert facts["SelfCheck"] < 3e-7

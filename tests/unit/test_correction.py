@@ -9,7 +9,7 @@ import pytest
 from numpy.testing import assert_allclose, assert_array_equal
 
 from n4flow import InputError, N4Parameters, correct
-from n4flow.derivatives import correct_scan, mask_scan
+from n4flow.derivatives import CorrectionFiles, correct_scan, mask_scan
 from n4flow.device import Device
 from n4flow.kernels import plain
 from n4flow.volume import Volume, VolumeWriter
@@ -96,8 +96,8 @@ def run_chain(image, folder, **options):
         }.items()
     }
     mask_scan(image, None, paths["mask"], paths["mask_json"], method="otsu", percentile=50)
-    outputs = [paths[role] for role in ("corrected", "sidecar", "lattice", "bias")]
-    correct_scan(image, paths["mask"], *outputs, parameters=N4Parameters(), device="cpu", **options)
+    files = CorrectionFiles(*(paths[role] for role in CorrectionFiles._fields))
+    correct_scan(image, paths["mask"], files, parameters=N4Parameters(), device="cpu", **options)
     return paths
 
 
@@ -179,10 +179,10 @@ import sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 from n4flow import N4Parameters
-from n4flow.derivatives import correct_scan
+from n4flow.derivatives import CorrectionFiles, correct_scan
 image, mask, folder = map(Path, sys.argv[2:5])
-outputs = [folder / name for name in ("c.nii.gz", "c.json", "f.json", "f.nii.gz")]
-correct_scan(image, mask, *outputs, parameters=N4Parameters(), device="cpu")
+files = CorrectionFiles(*(folder / name for name in ("c.nii.gz", "c.json", "f.json", "f.nii.gz")))
+correct_scan(image, mask, files, parameters=N4Parameters(), device="cpu")
 print(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")))
 """
 

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from n4flow.console import reporting
-from n4flow.derivatives import reference_scan
+from n4flow.derivatives import CorrectionFiles, reference_scan
 from n4flow.parameters import N4Parameters
 
 
@@ -11,9 +11,7 @@ def main(snakemake):
     reference_scan(
         Path(snakemake.input.image),
         Path(snakemake.input.mask),
-        Path(snakemake.output.corrected),
-        Path(snakemake.output.sidecar),
-        Path(snakemake.output.lattice),
+        CorrectionFiles(**{role: Path(path) for role, path in snakemake.output.items()}),
         parameters=N4Parameters.from_mapping(snakemake.params.settings),
         keep_dtype=snakemake.params.keep_dtype,
     )

@@ -9,7 +9,7 @@ import re
 import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -17,6 +17,7 @@ from n4flow.bids import dataset_root
 from n4flow.correction import keep_mean_intensity, write_corrected
 from n4flow.device import DeviceChoice, select_device
 from n4flow.estimate import Estimate, estimate_field
+from n4flow.field import BiasField
 from n4flow.mask import MaskMethod, adopt_mask, make_mask
 from n4flow.parameters import N4Parameters
 from n4flow.provenance import provenance, write_json
@@ -58,13 +59,19 @@ def mask_scan(
     log.info("%s: %s", image, made)
 
 
+class CorrectionFiles(NamedTuple):
+    """What a correction writes."""
+
+    corrected: Path
+    sidecar: Path  # JSON of the corrected image
+    lattice: Path  # JSON of the field, see `BiasField.load`
+    bias: Path | None = None  # the multiplicative field as an image, if it is wanted
+
+
 def correct_scan(
     image: Path,
     mask: Path,
-    output: Path,
-    sidecar: Path,
-    lattice: Path,
-    bias: Path | None = None,
+    files: CorrectionFiles,
     *,
     parameters: N4Parameters,
     device: DeviceChoice = "auto",
@@ -75,12 +82,7 @@ def correct_scan(
     Parameters
     ----------
     image, mask : Path
-    output, sidecar : Path
-        Corrected image and its JSON.
-    lattice : Path
-        JSON of the field (see `BiasField.load`).
-    bias : Path, optional
-        The multiplicative field as an image.
+    files : CorrectionFiles
     parameters : N4Parameters
     device : {"auto", "gpu", "cpu"}
     keep_dtype : bool
@@ -96,34 +98,13 @@ def correct_scan(
     log.info("%s: computing on %s (%s)", image, chosen.name, chosen.reason)
     samples = read_samples(image, mask, parameters.shrink_factor)
     estimate = estimate_field(samples, parameters, xp=chosen.xp)
-    volume = Volume(image)
-    field = keep_mean_intensity(estimate.field, volume, Volume(mask), chosen.xp)
-    self_check = write_corrected(volume, field, output, bias, keep_dtype=keep_dtype, xp=chosen.xp)
-    content = {
-        **_estimate_facts(Estimate(field, estimate.history), samples, parameters),
-        "SelfCheck": self_check,
-        "Device": chosen.name,
-        "DeviceReason": chosen.reason,
-        "WallTimeSeconds": round(time.perf_counter() - start, 3),
-    }
-    sources = {"image": image, "mask": mask}
-    made_by = provenance(sources, ("numpy", "nibabel", "isal", *(["cupy"] if chosen.kind == "gpu" else [])))
-    write_json(lattice, {"Sources": _uris(sources), **field.to_mapping()})
-    write_json(
-        sidecar,
-        {**_image_metadata(volume), "Sources": _uris(sources), "N4": content, "Provenance": made_by},
-    )
+    facts = {**_estimate_facts(estimate, samples, parameters), "Device": chosen.name, "DeviceReason": chosen.reason}
+    packages = ("numpy", "nibabel", "isal", *(["cupy"] if chosen.kind == "gpu" else []))
+    _write(image, mask, files, estimate.field, facts, packages, start, keep_dtype=keep_dtype, xp=chosen.xp)
 
 
 def reference_scan(
-    image: Path,
-    mask: Path,
-    output: Path,
-    sidecar: Path,
-    lattice: Path,
-    *,
-    parameters: N4Parameters,
-    keep_dtype: bool = False,
+    image: Path, mask: Path, files: CorrectionFiles, *, parameters: N4Parameters, keep_dtype: bool = False
 ) -> None:
     """As `correct_scan`, with the field that SimpleITK estimates."""
     from n4flow.reference import THREADS, reference_field
@@ -131,21 +112,37 @@ def reference_scan(
     start = time.perf_counter()
     samples = read_samples(image, mask, parameters.shrink_factor)
     estimate = reference_field(samples, parameters)
+    facts = {**_estimate_facts(estimate, samples, parameters), "Device": "CPU", "Threads": THREADS}
+    packages = ("numpy", "nibabel", "isal", "SimpleITK")
+    _write(image, mask, files, estimate.field, facts, packages, start, keep_dtype=keep_dtype, xp=np)
+
+
+def _write(
+    image: Path,
+    mask: Path,
+    files: CorrectionFiles,
+    field: BiasField,
+    facts: Mapping[str, Any],
+    packages: tuple[str, ...],
+    start: float,
+    *,
+    keep_dtype: bool,
+    xp: Any,
+) -> None:
     volume = Volume(image)
-    field = keep_mean_intensity(estimate.field, volume, Volume(mask))
-    self_check = write_corrected(volume, field, output, keep_dtype=keep_dtype)
-    content = {
-        **_estimate_facts(Estimate(field, estimate.history), samples, parameters),
-        "SelfCheck": self_check,
-        "Threads": THREADS,
-        "WallTimeSeconds": round(time.perf_counter() - start, 3),
-    }
+    field = keep_mean_intensity(field, volume, Volume(mask), xp)
+    self_check = write_corrected(volume, field, files.corrected, files.bias, keep_dtype=keep_dtype, xp=xp)
     sources = {"image": image, "mask": mask}
-    made_by = provenance(sources, ("numpy", "nibabel", "isal", "SimpleITK"))
-    write_json(lattice, {"Sources": _uris(sources), **field.to_mapping()})
+    write_json(files.lattice, {"Sources": _uris(sources), **field.to_mapping()})
+    seconds = round(time.perf_counter() - start, 3)
     write_json(
-        sidecar,
-        {**_image_metadata(volume), "Sources": _uris(sources), "N4": content, "Provenance": made_by},
+        files.sidecar,
+        {
+            **_image_metadata(volume),
+            "Sources": _uris(sources),
+            "N4": {**facts, "SelfCheck": self_check, "WallTimeSeconds": seconds},
+            "Provenance": provenance(sources, packages),
+        },
     )
 
 
