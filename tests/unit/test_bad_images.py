@@ -7,7 +7,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from n4flow.derivatives import correct_scan
+from n4flow.derivatives import CorrectionFiles, correct_scan
 from n4flow.errors import InputError
 from n4flow.parameters import N4Parameters
 from n4flow.samples import read_samples
@@ -284,6 +284,8 @@ def test_bad_sidecar_of_the_image_does_not_keep_it_from_being_corrected(tmp_path
     image = good(tmp_path / "image.nii")
     mask = save(tmp_path / "mask.nii", np.ones(SHAPE, np.uint8))
     (tmp_path / "image.json").write_bytes(content)
-    outputs = [tmp_path / "out.nii.gz", tmp_path / "out.json", tmp_path / "field.json"]
-    correct_scan(image, mask, *outputs, parameters=N4Parameters(iterations=(2,)), device="cpu")
-    assert json.loads(outputs[1].read_text())["SkullStripped"] is False
+    files = CorrectionFiles(
+        corrected=tmp_path / "out.nii.gz", sidecar=tmp_path / "out.json", lattice=tmp_path / "field.json"
+    )
+    correct_scan(image, mask, files, parameters=N4Parameters(iterations=(2,)), device="cpu")
+    assert json.loads(files.sidecar.read_text())["SkullStripped"] is False

@@ -13,7 +13,12 @@ from n4flow.metrics import (
     intensity_classes,
     log_entropy_bits,
     mask_volume_ml,
+    microscopy_metrics,
     robust_z,
+    saturated_fraction,
+    section_profile,
+    section_spread,
+    tile_seam,
 )
 
 
@@ -170,10 +175,175 @@ def test_no_reference_gives_no_reference_metrics():
     assert not [key for key in correction_metrics(tissue, tissue, log_field) if key.startswith("reference")]
 
 
+def in_file_order(image, mask):
+    return image.T[mask.T]
+
+
+def test_sections_are_planes_of_the_third_axis_and_only_the_mask_counts():
+    image = np.full((6, 8, 4), 7.0)
+    mask = np.zeros(image.shape, dtype=bool)
+    mask[1:5, :, :] = True
+    for section, mean in enumerate((10.0, 20.0, 30.0, 40.0)):
+        image[1:5, :4, section] = mean - 2
+        image[1:5, 4:, section] = mean + 2
+    mask[:, :, 3] = False
+    mask[0, :3, 3] = True  # 3 voxels are too few
+    profile = section_profile(in_file_order(image, mask), mask)
+    assert profile[:3] == pytest.approx([10, 20, 30])
+    assert math.isnan(profile[3])
+    assert section_spread(profile) == pytest.approx((30 - 10) / 20)
+
+
+def test_voxels_without_a_logarithm_are_in_no_section():
+    image, mask = np.full((6, 8, 1), 5.0), np.ones((6, 8, 1), dtype=bool)
+    image[0, :4, 0] = np.nan, np.inf, 0, -100
+    assert section_profile(in_file_order(image, mask), mask) == pytest.approx([5])
+
+
+def test_one_section_has_no_spread():
+    assert math.isnan(section_spread(np.array([3.0, math.nan])))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "slope", "inter", "stored", "held", "expected"),
+    [
+        ("uint8", 1, 0, 255, 1, 1),  # the largest storable value is a ceiling even once
+        ("uint16", 1, 0, 65535, 7, 7),
+        (">i2", 0.25, -100, 32767, 7, 7),
+        ("uint16", 1, 0, 65534, 50, 0),  # one below it is none
+        ("uint16", 1, 0, 4095, 30, 30),  # a camera of 12 bits
+        ("uint16", 1, 0, 4095, 10, 0),  # as many by chance
+        ("uint16", 1, 0, 4000, 30, 0),
+        ("float32", 1, 0, 4000.5, 30, 30),
+        ("float32", 1, 0, 4000.5, 10, 0),
+    ],
+)
+def test_saturated_voxels_are_counted(dtype, slope, inter, stored, held, expected):
+    raw = np.arange(1, 201, dtype=float)
+    raw[:held] = stored
+    values = np.append(slope * raw + inter, [np.nan] * 50).astype(np.float32)
+    assert saturated_fraction(values, np.dtype(dtype), slope, inter) == pytest.approx(expected / 250)
+
+
+def test_one_stored_step_below_the_ceiling_is_not_saturated():
+    stored = np.array([65535] * 3 + [65534] * 5 + [1000] * 92)
+    values = (0.013 * stored + 5).astype(np.float32)
+    assert saturated_fraction(values, np.dtype("uint16"), 0.013, 5) == pytest.approx(0.03)
+
+
+def test_nothing_measured_is_not_saturated():
+    assert math.isnan(saturated_fraction(np.array([]), np.dtype("uint8")))
+    assert saturated_fraction(np.full(20, np.nan), np.dtype("uint8")) == 0
+    assert saturated_fraction(np.full(20, np.nan), np.dtype("float32")) == 0
+
+
+def checkered(shape, log_step):
+    """Neighbours differ by `log_step` in log intensity along every axis of a section."""
+    return 100 * np.exp(log_step * (np.indices(shape)[:2].sum(axis=0) % 2))
+
+
+def test_a_seam_is_found_where_it_is_and_is_as_large_as_it_is():
+    image = checkered((12, 40, 9), 0.02)
+    image[:, 26:] *= math.exp(0.1)
+    mask = np.ones(image.shape, dtype=bool)
+    # a step is 0.02 up beside two of 0.02 down, 0.04 in all; at the seam 0.1 + 0.04 and 0.1 - 0.04 in turns
+    ratio, place = tile_seam(in_file_order(image, mask), mask)
+    assert ratio == pytest.approx(0.1 / 0.04, rel=1e-4)
+    assert place == "j 25 to 26"
+
+
+def test_the_axis_with_the_larger_seam_is_told():
+    image = checkered((30, 24, 9), 0.02)
+    image[:, 12:] *= math.exp(0.06)
+    image[8:] *= math.exp(0.2)
+    mask = np.ones(image.shape, dtype=bool)
+    assert tile_seam(in_file_order(image, mask), mask) == (pytest.approx(0.2 / 0.04, rel=1e-4), "i 7 to 8")
+
+
+def test_without_a_seam_the_ratio_is_one_whatever_the_sections_do():
+    image = checkered((12, 40, 9), 0.02) * np.linspace(1, 5, 9)
+    mask = np.ones(image.shape, dtype=bool)
+    assert tile_seam(in_file_order(image, mask), mask).ratio == pytest.approx(1, rel=1e-4)
+
+
+def test_bright_structures_hide_no_seam():
+    grid = np.indices((60, 80, 40)).astype(float)
+    rng = np.random.default_rng(6)
+    image = np.full(grid.shape[1:], 300.0)
+    for centre in rng.uniform(0, 1, (70, 3)) * image.shape:
+        image += 3000 * np.exp(-((grid - centre[:, None, None, None]) ** 2).sum(axis=0) / rng.uniform(9, 49))
+    image *= np.exp(rng.normal(0, 0.03, image.shape))
+    mask = image > np.median(image)
+    seamless = tile_seam(in_file_order(image, mask), mask)
+    image[:, 40:] *= 1.1
+    seam = tile_seam(in_file_order(image, mask), mask)
+    assert seam.place == "j 39 to 40"
+    assert seam.ratio > 1.5 > seamless.ratio
+
+
+def test_a_smooth_field_is_no_seam_and_mends_none():
+    rng = np.random.default_rng(5)
+    image = 100 * np.exp(rng.normal(0, 0.05, (40, 60, 10)))
+    mask = np.ones(image.shape, dtype=bool)
+    field = np.exp(0.4 * np.sin(np.linspace(0, 3, 60)))[None, :, None]
+    assert tile_seam(in_file_order(image * field, mask), mask).ratio < 1.2
+    image[:, 30:] *= 1.2
+    seams = [tile_seam(in_file_order(i, mask), mask) for i in (image, image * field)]
+    assert [seam.place for seam in seams] == ["j 29 to 30"] * 2
+    assert seams[1].ratio == pytest.approx(seams[0].ratio, rel=0.1)
+    assert seams[0].ratio > 2
+
+
+def test_steps_outside_the_mask_over_few_voxels_or_from_unusable_ones_make_no_seam():
+    image = checkered((12, 40, 9), 0.02)
+    mask = np.ones(image.shape, dtype=bool)
+    image[:, 5] *= 9
+    mask[:, 4:7] = False
+    image[:, 38:] *= 9
+    mask[:, 38:] = False
+    mask[0, 38:, 0] = True  # a tip of two voxels
+    image[3, 20, :4] = np.nan, np.inf, 0, -1
+    assert tile_seam(in_file_order(image, mask), mask).ratio == pytest.approx(1, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("shape", "log_step"),
+    [((12, 40, 9), 0.0), ((4, 5, 30), 0.02), ((1, 1, 50), 0.02)],
+    ids=["flat", "few planes", "line"],
+)
+def test_no_typical_step_gives_no_seam_ratio(shape, log_step):
+    image, mask = checkered(shape, log_step), np.ones(shape, dtype=bool)
+    seam = tile_seam(in_file_order(image, mask), mask)
+    assert math.isnan(seam.ratio)
+    assert seam.place == ""
+
+
+def test_microscopy_metrics_by_hand():
+    truth = checkered((12, 40, 9), 0.02)
+    mask = np.ones(truth.shape, dtype=bool)
+    image = truth * np.linspace(0.5, 1.5, 9)
+    image[0, 0, :4] = 65535
+    result = microscopy_metrics(in_file_order(image, mask), in_file_order(truth, mask), mask, np.dtype("uint16"))
+    assert result["saturated_fraction"] == pytest.approx(4 / truth.size)
+    assert result["section_spread_after"] == pytest.approx(0, abs=1e-6)
+    assert result["foreground_cv_after"] == pytest.approx(0.01, rel=1e-3)  # half of a step of 2 %
+    assert result["foreground_cv_before"] > 0.25
+    assert result["seam_ratio_after"] == pytest.approx(1, rel=1e-4)
+
+
+def test_metrics_of_classes_can_be_left_out():
+    tissue, log_field = phantom_voxels()
+    kept = correction_metrics(tissue, tissue, log_field, by_class=False)
+    left_out = correction_metrics(tissue, tissue, log_field).keys() - kept.keys()
+    assert {key.partition("_")[0] for key in left_out} == {"cjv", "cv", "class"}
+    assert "log_entropy_after_bits" in kept
+
+
 FINE = {
     "field_min": 0.8, "field_max": 1.2, "inu_range": 0.2, "cjv_before": 0.6, "cjv_after": 0.5, "mean_ratio": 1.0,
     "dropped_fraction": 0.0, "converged": True,
     "log_entropy_before_bits": 4.1, "log_entropy_after_bits": 4.0, "reference_r": 0.99, "self_check_max": 1e-7,
+    "saturated_fraction": 0.002, "seam_ratio_before": 1.2, "seam_ratio_after": 1.21, "seam_place_after": "i 4 to 5",
 }  # fmt: skip
 
 
@@ -194,6 +364,8 @@ def test_a_fine_correction_raises_no_flag():
         ({"dropped_fraction": 0.1}, "dropped_voxels"),
         ({"converged": False}, "iterations_exhausted"),
         ({"reference_r": 0.5}, "reference_r"),
+        ({"saturated_fraction": 0.03}, "saturation"),
+        ({"seam_ratio_after": 1.5}, "seam_worse"),
         ({"self_check_max": 0.1}, "self_check"),
     ],
 )
@@ -202,3 +374,9 @@ def test_each_flag_fires_alone_and_gives_its_reason(change, flag):
     name, reason = found.split(": ", 1)
     assert name == flag
     assert len(reason) > 10
+
+
+def test_the_flag_of_a_seam_says_where():
+    (flag,) = find_flags(FINE | {"seam_ratio_after": 1.5})
+    assert "i 4 to 5" in flag
+    assert "1.20 to 1.50" in flag

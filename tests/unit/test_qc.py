@@ -17,7 +17,8 @@ from PIL import Image
 from n4flow.errors import InputError
 from n4flow.field import BiasField, Mesh
 from n4flow.qc import panels
-from n4flow.qc.pages import PAGE_BYTES, make_index, make_subject
+from n4flow.qc.dataset import make_index
+from n4flow.qc.pages import PAGE_BYTES, make_subject
 
 WINDOW = math.log(1.5)
 HOSTILE = "sub-<script>alert(1)</script>&\"'"
@@ -377,6 +378,93 @@ def test_an_empty_mask_is_refused(tmp_path):
     nib.save(nib.Nifti1Image(np.zeros(image.shape, np.uint8), image.affine), files["mask"])
     with pytest.raises(InputError, match="empty"):
         make_subject(name="sub-01", **files)
+
+
+def make_microscopy_files(folder):
+    """A mosaic of two tiles that differ by 10 %, brighter from section to section, 300 voxels saturated."""
+    files = make_files(folder, shape=(30, 40, 20), size_mm=(0.01, 0.01, 0.01))
+    affine = nib.load(files["mask"]).affine
+    mask = np.zeros((30, 40, 20), dtype=bool)
+    mask[2:-2, 2:-2] = True
+    truth = 1000 + 20.0 * (np.indices(mask.shape)[:2].sum(axis=0) % 2)
+    truth[:, 25:] *= 1.1
+    image = truth * np.linspace(0.8, 1.2, 20)
+    image[10:20, 10:20, 5:8] = 65535
+    for role, values in (("image", image.round().astype(np.uint16)), ("corrected", truth.astype(np.float32))):
+        nib.save(nib.Nifti1Image(values, affine), files[role])
+    nib.save(nib.Nifti1Image(mask.astype(np.uint8), affine), files["mask"])
+    return files, mask
+
+
+@pytest.fixture(scope="module")
+def mosaic(tmp_path_factory):
+    files, mask = make_microscopy_files(tmp_path_factory.mktemp("mosaic"))
+    make_subject(name="sub-01_sample-a_SPIM", **files)
+    return files, mask
+
+
+def test_microscopy_has_its_own_metrics(mosaic):
+    files, mask = mosaic
+    metrics = json.loads(files["metrics"].read_text())
+    assert metrics["datatype"] == "micr"
+    assert not [key for key in metrics if key.startswith(("cjv", "cv_bright", "class_"))]
+    assert metrics["saturated_fraction"] == pytest.approx(300 / mask.sum())
+    assert metrics["seam_place_after"] == "j 24 to 25"
+    # a step of the checkered ground is 2 % up beside two of 2 % down
+    assert metrics["seam_ratio_after"] == pytest.approx(math.log(1.1) / (2 * math.log(1.02)), rel=1e-3)
+    assert metrics["section_spread_after"] == pytest.approx(0, abs=1e-6)
+    assert metrics["section_spread_before"] > 0.4
+    assert metrics["foreground_cv_after"] < metrics["foreground_cv_before"]
+    assert "saturation" in {flag.split(":")[0] for flag in metrics["flags"]}
+
+
+def test_the_saturation_of_scaled_integers_is_found(tmp_path):
+    files, mask = make_microscopy_files(tmp_path)
+    image = nib.load(files["image"])
+    scaled = nib.Nifti1Image(np.asarray(image.dataobj), image.affine)
+    scaled.header.set_slope_inter(0.013, 5)
+    nib.save(scaled, files["image"])
+    make_subject(name="sub-01_SPIM", **files)
+    assert json.loads(files["metrics"].read_text())["saturated_fraction"] == pytest.approx(300 / mask.sum())
+
+
+def test_the_page_of_microscopy_shows_no_classes(mosaic):
+    files, _ = mosaic
+    text = Elements(files["page"]).text
+    assert "CJV" not in text
+    assert "class" not in text
+    for words in ("foreground CV", "spread of the section means", "tile-seam ratio", "j 24 to 25", "saturated voxels"):
+        assert words in text
+    alts = [alt for alt, _ in pictures(files["page"])]
+    assert "Foreground CV" in alts[0]
+    (profile,) = [alt for alt in alts if alt.startswith("Profile")]
+    assert profile.startswith("Profile along the sections: mean of the foreground by plane, I to S")
+    assert "→ 0 %" in profile
+
+
+def test_a_2d_microscopy_image_gets_its_page_without_a_profile(tmp_path):
+    files = make_files(tmp_path, shape=(160, 150, 1), size_mm=(0.001, 0.001, 0.001))
+    make_subject(name="sub-01_BF", **files)
+    metrics = json.loads(files["metrics"].read_text())
+    assert metrics["section_spread_after"] is None
+    assert metrics["seam_ratio_after"] > 1
+    assert not [alt for alt, _ in pictures(files["page"]) if alt.startswith("Profile")]
+    assert "n/a" in Elements(files["page"]).text
+
+
+def test_microscopy_and_mri_share_a_table(subject, mosaic, tmp_path):
+    make_index([subject["metrics"], mosaic[0]["metrics"]], tmp_path / "index.html", tmp_path / "metrics.tsv")
+    with open(tmp_path / "metrics.tsv", encoding="utf-8") as file:
+        rows = {row["name"]: row for row in csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE)}
+    mri, microscopy = rows["sub-01"], rows["sub-01_sample-a_SPIM"]
+    assert (mri["foreground_cv_after"], mri["seam_ratio_after"], microscopy["cjv_after"]) == ("n/a", "n/a", "n/a")
+    assert float(mri["cjv_after"]) > 0
+    assert float(microscopy["seam_ratio_after"]) > 2
+    text = (tmp_path / "index.html").read_text(encoding="utf-8")
+    table = json.loads(re.search(r'id="data">(.*?)</script>', text, re.S)[1])
+    column = 4 + [heading for heading, _ in table["columns"]].index("mask (ml)")
+    shown = {row[0]: row[column] for row in table["rows"]}
+    assert shown["sub-01_sample-a_SPIM"] == pytest.approx(26 * 36 * 20 * 1e-9, rel=0.05)  # not rounded to 0
 
 
 # ---------------------------------------------------------------- the dataset

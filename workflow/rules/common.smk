@@ -29,8 +29,10 @@ PACKAGE_FILES = [
     "qc/assets/index.js",
     "qc/assets/style.css",
     "qc/assets/subject.js",
+    "qc/dataset.py",
     "qc/pages.py",
     "qc/panels.py",
+    "qc/rendering.py",
     "qc/templates/index.html",
     "qc/templates/subject.html",
     "reference.py",
@@ -154,7 +156,7 @@ def report_failures():
     done = [path for scan in SCANS if (path := results / "qc" / "data" / f"{scan.name}.json").is_file()]
     page = results / "qc" / f"{INCOMPLETE}.html"
     try:
-        from n4flow.qc.pages import make_index
+        from n4flow.qc.dataset import make_index
 
         page.parent.mkdir(parents=True, exist_ok=True)
         make_index(done, page, page.with_suffix(".tsv"), failed=failed)

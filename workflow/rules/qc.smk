@@ -46,7 +46,7 @@ rule index:
         mem_mb=500,
     params:
         incomplete=INCOMPLETE,
-        package=package_digest("qc.pages"),
+        package=package_digest("qc.dataset"),
     script:
         "../scripts/index.py"
 

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from n4flow.console import reporting
-from n4flow.qc.pages import make_index
+from n4flow.qc.dataset import make_index
 
 
 def main(snakemake):

@@ -1,7 +1,9 @@
 """Numbers that describe a correction: pure functions of the voxels inside the mask.
 
 None of them is a verdict alone. A coefficient of variation falls when contrast is flattened, an
-entropy falls when the image is, so both stand beside the CJV, which rises in that case.
+entropy falls when the image is, so both stand beside the CJV, which rises in that case. Microscopy
+has no tissue classes that recur from image to image: there the sections, the tiles and the
+saturation are looked at instead.
 """
 
 from __future__ import annotations
@@ -17,6 +19,25 @@ from n4flow.sharpening import linear_histogram
 #: An entropy needs no more voxels than about this.
 ENTROPY_VOXELS = 2**20
 
+#: The mean of a plane counts from so many voxels on.
+PLANE_VOXELS = 20
+
+#: A step between neighbouring planes counts from so many pairs of voxels on, and from this share of the most pairs
+#: between two planes of its axis: where an object ends, few pairs, all on its edge, would pass for a seam.
+SEAM_PAIRS, SEAM_SHARE = 100, 0.1
+
+#: A median of fewer steps says nothing about what is typical.
+SEAM_STEPS = 5
+
+#: Tiles lie alike in all sections, so a seam ratio needs no more voxels than about this, from evenly spaced sections.
+SEAM_VOXELS = 2**26
+
+#: Largest values of cameras of 8 to 16 bits, whose images are often stored as 16 bits.
+CAMERA_MAXIMA = tuple(2**bits - 1 for bits in (8, 10, 12, 14, 16))
+
+#: So many voxels may share the largest value by chance.
+CHANCE_VOXELS = 10
+
 #: Limits of the automatic flags; see `find_flags`.
 FLAG_LIMITS = {
     "field_range": 6.0,  # largest / smallest ratio in the mask
@@ -26,6 +47,8 @@ FLAG_LIMITS = {
     "mean_drift": 0.01,  # of the mean intensity in the mask
     "dropped_voxels": 0.01,  # of the mask
     "reference_r": 0.9,
+    "saturation": 0.01,  # of the mask
+    "seam_worse": 1.05,  # after / before
     "self_check": 1e-5,
 }
 
@@ -96,7 +119,7 @@ def intensity_classes(values: np.ndarray, *, bins: int = 128, clip_percent: floa
 
 
 def coefficient_of_variation(values: np.ndarray) -> float:
-    """``sd / mean``, without unit; NaN where the mean is 0. Says nothing about contrast: read it with the CJV."""
+    """``sd / mean``, without unit; NaN where the mean is 0. Falls too when contrast is flattened."""
     mean = float(np.mean(values, dtype=np.float64)) if values.size else 0.0
     return float(np.std(values, dtype=np.float64)) / mean if mean else math.nan
 
@@ -221,6 +244,142 @@ def field_agreement(log_field: np.ndarray, log_reference: np.ndarray) -> FieldAg
     )
 
 
+def section_profile(values: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """Mean of each plane along the third axis, the slow axis of the file: of each section.
+
+    Parameters
+    ----------
+    values : (n,) array
+        ``image.T[mask.T]``: the voxels of the mask in the order of the file. Those that are not
+        finite or not above 0 are left out.
+    mask : (n0, n1, n2) bool array
+
+    Returns
+    -------
+    (n2,) float64 array
+        NaN for sections of fewer than `PLANE_VOXELS` voxels.
+    """
+    profile = np.full(mask.shape[2], math.nan)
+    stop = 0
+    for section in range(mask.shape[2]):
+        start, stop = stop, stop + int(mask[:, :, section].sum())
+        part = values[start:stop]
+        part = part[np.isfinite(part) & (part > 0)]
+        if part.size >= PLANE_VOXELS:
+            profile[section] = np.mean(part, dtype=np.float64)
+    return profile
+
+
+def section_spread(profile: np.ndarray) -> float:
+    """``(max - min) / mean`` of the known section means, without unit; NaN where fewer than two are known."""
+    known = profile[np.isfinite(profile)]
+    return float((known.max() - known.min()) / known.mean()) if known.size > 1 else math.nan
+
+
+def saturated_fraction(values: np.ndarray, dtype: np.dtype, slope: float = 1.0, inter: float = 0.0) -> float:
+    """Share of the voxels at the ceiling of what was measured: ``|{v: v = ceiling}| / n``.
+
+    The ceiling is the maximum of the values, if it is one of these, and there is none otherwise:
+
+    - the largest value that an integer `dtype` can store;
+    - for integers, the largest value of a camera with fewer bits (`CAMERA_MAXIMA`, 4095 in a
+      uint16 file), held by more than `CHANCE_VOXELS` voxels;
+    - for floats, any value held by more than `CHANCE_VOXELS` voxels: measured values that are
+      not rounded hardly repeat.
+
+    Parameters
+    ----------
+    values : (n,) array
+        Original intensities in the mask, ``slope * stored + inter``; not finite ones are not at
+        the ceiling.
+    dtype : numpy dtype
+        Of the stored values.
+    slope, inter : float
+
+    Returns
+    -------
+    float
+        NaN where there are no values.
+    """
+    if values.size == 0:
+        return math.nan
+    finite = np.isfinite(values)
+    top = float(np.max(values, where=finite, initial=-math.inf))
+    half_step, storable = 0.0, False
+    if np.issubdtype(dtype, np.integer) and math.isfinite(top):
+        stored = round((top - inter) / slope)
+        storable = stored >= np.iinfo(dtype).max
+        if not storable and stored not in CAMERA_MAXIMA:
+            return 0.0
+        half_step = abs(slope) / 2
+    held = int(np.count_nonzero(finite & (values >= top - half_step)))
+    return held / values.size if storable or held > CHANCE_VOXELS else 0.0
+
+
+class TileSeam(NamedTuple):
+    """The largest step between neighbouring planes."""
+
+    ratio: float  # to the typical step
+    place: str  # between which planes: "i 29 to 30"
+
+
+def tile_seam(values: np.ndarray, mask: np.ndarray) -> TileSeam:
+    """How far the worst step between neighbouring planes stands out among all: the edge of a tile.
+
+    Along each of the first two axes, with ``d_i = log v_i+1 - log v_i`` between neighbouring
+    voxels of plane i and i+1, ``step_i = mean |d_i - (d_i-1 + d_i+1) / 2|`` over the mask: what a
+    step is beyond those on either side, without which the slopes of bright structures outweigh a
+    seam of 10 %. The seam ratio is ``max_i step_i / median_i step_i``, of the axis where it is
+    larger: about 1 in an image without seams, and blind to a smooth field.
+
+    Parameters
+    ----------
+    values : (n,) array
+        ``image.T[mask.T]``: the voxels of the mask in the order of the file. Those that are not
+        finite or not above 0 are left out.
+    mask : (n0, n1, n2) bool array
+
+    Returns
+    -------
+    ratio : float
+        NaN where no axis has `SEAM_STEPS` steps over enough voxels (`SEAM_PAIRS`, `SEAM_SHARE`), or
+        where most planes are equal, so that the median is 0.
+    place : str
+        Axis and indices of the two planes; empty where the ratio is NaN.
+    """
+    n0, n1, n2 = mask.shape
+    sums, pairs = ([np.zeros(max(0, n - 3)) for n in (n0, n1)] for _ in range(2))
+    stride = max(1, mask.size // SEAM_VOXELS)
+    log_plane = np.empty((n1, n0), dtype=np.float32)
+    stop = 0
+    for section in range(n2):
+        inside = mask[:, :, section].T
+        start, stop = stop, stop + int(inside.sum())
+        if section % stride or start == stop:
+            continue
+        part = values[start:stop]
+        log_plane.fill(math.nan)
+        log_plane[inside] = np.log(np.where(np.isfinite(part) & (part > 0), part, math.nan))
+        for axis in (0, 1):
+            if not sums[axis].size:
+                continue
+            slope = np.diff(log_plane if axis else log_plane.T, axis=0)
+            step = np.abs(slope[1:-1] - (slope[:-2] + slope[2:]) / 2)
+            known = np.isfinite(step)
+            sums[axis] += np.sum(step, axis=1, where=known, dtype=np.float64)
+            pairs[axis] += np.count_nonzero(known, axis=1)
+    worst = TileSeam(math.nan, "")
+    for axis in (0, 1):
+        kept = np.flatnonzero(pairs[axis] >= max(SEAM_PAIRS, SEAM_SHARE * pairs[axis].max(initial=0)))
+        steps = sums[axis][kept] / pairs[axis][kept]
+        if steps.size < SEAM_STEPS or np.median(steps) == 0:
+            continue
+        ratio, index = float(steps.max() / np.median(steps)), 1 + int(kept[np.argmax(steps)])
+        if not ratio <= worst.ratio:  # also where it is NaN
+            worst = TileSeam(ratio, f"{'ij'[axis]} {index} to {index + 1}")
+    return worst
+
+
 def mask_volume_ml(voxels: int, voxel_size_mm: Sequence[float]) -> float:
     """Volume of so many voxels in ml."""
     return voxels * math.prod(float(s) for s in voxel_size_mm) / 1000
@@ -252,13 +411,79 @@ def robust_z(values: Sequence[float]) -> np.ndarray:
     return 0.6745 * deviation / mad if mad > 0 else np.where(np.isfinite(array), 0.0, math.nan)
 
 
+def _usable(original: np.ndarray, corrected: np.ndarray) -> np.ndarray:
+    return np.isfinite(original) & np.isfinite(corrected) & (original > 0) & (corrected > 0)
+
+
+def class_metrics(before: np.ndarray, after: np.ndarray) -> dict[str, float]:
+    """Metrics of the two upper intensity classes of the corrected image, taken at the same voxels in both.
+
+    Parameters
+    ----------
+    before, after : (n,) arrays
+        Usable intensities in the mask.
+
+    Returns
+    -------
+    dict
+    """
+    classes = intensity_classes(after)
+    middle, bright = classes.middle(after), classes.bright(after)
+    return {
+        "cjv_before": coefficient_of_joint_variation(before[middle], before[bright]),
+        "cjv_after": coefficient_of_joint_variation(after[middle], after[bright]),
+        "cv_bright_before": coefficient_of_variation(before[bright]),
+        "cv_bright_after": coefficient_of_variation(after[bright]),
+        "class_lower": classes.lower,
+        "class_upper": classes.upper,
+        "class_top": classes.top,
+    }
+
+
+def microscopy_metrics(
+    original: np.ndarray,
+    corrected: np.ndarray,
+    mask: np.ndarray,
+    dtype: np.dtype,
+    slope: float = 1.0,
+    inter: float = 0.0,
+) -> dict[str, Any]:
+    """What stands in place of the `class_metrics` in microscopy.
+
+    Parameters
+    ----------
+    original, corrected : (n,) arrays
+        ``image.T[mask.T]``.
+    mask : (n0, n1, n2) bool array
+    dtype, slope, inter
+        How the original is stored, see `saturated_fraction`.
+
+    Returns
+    -------
+    dict
+    """
+    usable = _usable(original, corrected)
+    result: dict[str, Any] = {"saturated_fraction": saturated_fraction(original, dtype, slope, inter)}
+    for when, values in (("before", original), ("after", corrected)):
+        seam = tile_seam(values, mask)
+        result |= {
+            f"foreground_cv_{when}": coefficient_of_variation(values[usable]),
+            f"section_spread_{when}": section_spread(section_profile(values, mask)),
+            f"seam_ratio_{when}": seam.ratio,
+            f"seam_place_{when}": seam.place or None,
+        }
+    return result
+
+
 def correction_metrics(
     original: np.ndarray,
     corrected: np.ndarray,
     log_field: np.ndarray,
     log_reference: np.ndarray | None = None,
+    *,
+    by_class: bool = True,
 ) -> dict[str, float]:
-    """All metrics that come from voxels, by the names under which they are reported.
+    """The metrics that come from voxels wherever they lie, by the names under which they are reported.
 
     Parameters
     ----------
@@ -266,29 +491,23 @@ def correction_metrics(
         Intensities in the mask; voxels that are not finite or not above 0 in either are left out.
     log_field, log_reference : (n,) arrays
         Log bias fields at the same voxels.
+    by_class : bool
+        With the `class_metrics`.
 
     Returns
     -------
     dict
     """
-    usable = np.isfinite(original) & np.isfinite(corrected) & (original > 0) & (corrected > 0)
+    usable = _usable(original, corrected)
     before, after = original[usable], corrected[usable]
-    classes = intensity_classes(after)
-    middle, bright = classes.middle(after), classes.bright(after)
     ratio = np.exp(log_field)
     inu = inhomogeneity(ratio)
     mean_before = float(np.mean(before, dtype=np.float64)) if before.size else math.nan
     step = max(1, before.size // ENTROPY_VOXELS)
-    result = {
-        "cjv_before": coefficient_of_joint_variation(before[middle], before[bright]),
-        "cjv_after": coefficient_of_joint_variation(after[middle], after[bright]),
-        "cv_bright_before": coefficient_of_variation(before[bright]),
-        "cv_bright_after": coefficient_of_variation(after[bright]),
+    result = class_metrics(before, after) if by_class else {}
+    result |= {
         "log_entropy_before_bits": log_entropy_bits(before[::step]),
         "log_entropy_after_bits": log_entropy_bits(after[::step]),
-        "class_lower": classes.lower,
-        "class_upper": classes.upper,
-        "class_top": classes.top,
         "mean_ratio": float(np.mean(after, dtype=np.float64)) / mean_before if after.size else math.nan,
         "inu_range": inu.range,
         "inu_med": inu.med,
@@ -307,8 +526,8 @@ def find_flags(metrics: Mapping[str, Any]) -> list[str]:
     Parameters
     ----------
     metrics : mapping
-        As `correction_metrics` gives them, with what the run reports (dropped_fraction, converged, …);
-        what is absent, None or NaN raises no flag.
+        As `correction_metrics` and `microscopy_metrics` give them, with what the run reports
+        (dropped_fraction, converged, …); what is absent, None or NaN raises no flag.
 
     Returns
     -------
@@ -340,6 +559,16 @@ def find_flags(metrics: Mapping[str, Any]) -> list[str]:
         flags.append("iterations_exhausted: a level ended above the convergence threshold")
     if (r := known("reference_r")) and r[0] < limits["reference_r"]:
         flags.append(f"reference_r: correlation with the reference {r[0]:.3f}, below {limits['reference_r']:g}")
+    if (saturated := known("saturated_fraction")) and saturated[0] > limits["saturation"]:
+        flags.append(
+            f"saturation: {100 * saturated[0]:.1f} % of the mask is at the original's ceiling, where shading is lost"
+        )
+    if (seam := known("seam_ratio_before", "seam_ratio_after")) and seam[1] > limits["seam_worse"] * seam[0]:
+        place = metrics.get("seam_place_after")
+        flags.append(
+            f"seam_worse: the worst step between planes{f' ({place})' if place else ''} rose from {seam[0]:.2f} to "
+            f"{seam[1]:.2f} times the typical one, look for a seam in the field"
+        )
     if (check := known("self_check_max")) and check[0] > limits["self_check"]:
         flags.append(f"self_check: corrected × field differs from the original by up to {check[0]:.1e}")
     return flags

@@ -1,97 +1,39 @@
-"""One self-contained page per subject, and the dataset's table and index, built from metrics files."""
+"""One self-contained page per subject, with its metrics file."""
 
 from __future__ import annotations
 
 import base64
-import csv
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
-from functools import cache
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
-from urllib.parse import quote
+from typing import Any, cast
 
 import nibabel as nib
 import numpy as np
-from jinja2 import Environment, FileSystemLoader
-from markupsafe import Markup
 
+from n4flow.bids import DATATYPE_OF
 from n4flow.errors import InputError
 from n4flow.field import BiasField
-from n4flow.metrics import correction_metrics, find_flags, mask_volume_ml, robust_z
+from n4flow.metrics import (
+    PLANE_VOXELS,
+    correction_metrics,
+    find_flags,
+    mask_volume_ml,
+    microscopy_metrics,
+    section_profile,
+)
 from n4flow.qc import panels
 from n4flow.qc.panels import Profile, Slice
+from n4flow.qc.rendering import number, plain, read_json, render
 from n4flow.volume import Volume, atomic_text
-
-HERE = Path(__file__).parent
 
 #: A page may have so many bytes; the two mosaics of the image take what the rest leaves.
 PAGE_BYTES = 480_000
 
 #: The window of the difference map, as a share of the window of the field.
 DIFFERENCE_SHARE = 0.25
-
-#: A plane counts in a profile, and a bin in a mean, from so many voxels on.
-PROFILE_VOXELS = 20
-
-#: Columns of metrics.tsv and of the dataset table: key, heading, digits, the direction that is worse.
-COLUMNS: tuple[tuple[str, str, int, int], ...] = (
-    ("cjv_before", "CJV before", 3, 0),
-    ("cjv_after", "CJV after", 3, 1),
-    ("cv_bright_before", "CV bright before", 3, 0),
-    ("cv_bright_after", "CV bright after", 3, 0),
-    ("log_entropy_before_bits", "log entropy before (bits)", 2, 0),
-    ("log_entropy_after_bits", "log entropy after (bits)", 2, 0),
-    ("inu_range", "inu_range", 3, 1),
-    ("inu_med", "inu_med", 3, 0),
-    ("field_min", "field min (ratio)", 3, -1),
-    ("field_max", "field max (ratio)", 3, 1),
-    ("reference_r", "r to reference", 4, -1),
-    ("reference_slope", "slope to reference", 3, 0),
-    ("reference_rms_log", "rms |Δlog|", 4, 1),
-    ("reference_p99_log", "p99 |Δlog|", 4, 1),
-    ("iterations_used", "iterations", 0, 0),
-    ("iterations_max", "iterations max", 0, 0),
-    ("mask_volume_ml", "mask (ml)", 0, 0),
-    ("dropped_voxels", "dropped voxels", 0, 0),
-    ("self_check_max", "self-check", 9, 0),
-    ("mean_ratio", "mean after / before", 4, 0),
-    ("wall_time_s", "time (s)", 1, 0),
-)
-
-#: What the dataset table shows; metrics.tsv has every column.
-SHOWN = (
-    "cjv_before", "cjv_after", "inu_range", "field_min", "field_max", "reference_r", "reference_rms_log",
-    "iterations_used", "mask_volume_ml",
-)  # fmt: skip
-
-#: Robust z beyond which a subject is called an outlier among its dataset, and from how many subjects on.
-OUTLIER_Z, OUTLIER_SUBJECTS = 3.5, 5
-
-
-@cache
-def _environment() -> Environment:
-    environment = Environment(
-        loader=FileSystemLoader(HERE / "templates"), autoescape=True, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters["number"] = _number
-    # our own style and code, never a value
-    environment.globals["asset"] = lambda name: Markup((HERE / "assets" / name).read_text(encoding="utf-8"))
-    return environment
-
-
-def _number(value: Any, digits: int = 3) -> str:
-    """A number for people; n/a where there is none."""
-    if value is None or (isinstance(value, float) and not math.isfinite(value)):
-        return "n/a"
-    if value and abs(value) < 0.5 * 10**-digits:
-        return f"{value:.1e}"
-    return f"{value:,.{digits}f}"
-
-
-# ---------------------------------------------------------------- a subject
 
 
 class _View:
@@ -156,30 +98,28 @@ class _View:
         ]
         return int(np.argmax(slopes))
 
-    def profile(
-        self, axis: int, original: np.ndarray, corrected: np.ndarray, log_field: np.ndarray, bright: np.ndarray
-    ) -> Profile | None:
-        """Means of the bright class, plane by plane along an axis; None where there are too few voxels."""
+    def bright_profiles(self, axis: int, images: Sequence[np.ndarray], bright: np.ndarray) -> list[np.ndarray]:
+        """Means of the bright class, plane by plane along an axis; NaN where there are too few voxels."""
         # in the order of the values: the mask's transpose
         counts = np.flatnonzero(self.mask.T.ravel())[bright]
         shape = self.mask.shape
         stride = (1, shape[0], shape[0] * shape[1])[axis]
         index = (counts // stride) % shape[axis]
-        number = np.bincount(index, minlength=shape[axis])
-        kept = number >= PROFILE_VOXELS
+        voxels = np.bincount(index, minlength=shape[axis])
+        known = np.where(voxels >= PLANE_VOXELS, voxels, math.nan)
+        return [np.bincount(index, weights=values[bright], minlength=shape[axis]) / known for values in images]
+
+    def profile(self, axis: int, means: Sequence[np.ndarray]) -> Profile | None:
+        """What is plotted of the plane means of original, corrected and field; None for fewer than two planes."""
+        kept = np.isfinite(means).all(axis=0)
         if kept.sum() < 2:
             return None
-
-        def mean(values: np.ndarray) -> np.ndarray:
-            along = np.bincount(index, weights=values[bright], minlength=shape[axis])[kept] / number[kept]
-            return along / along.mean()
-
         code = nib.aff2axcodes(self.grid.affine)[axis]
         pair = next(p for p in panels.WORLD if code in p)
-        position = np.flatnonzero(kept) * self.grid.voxel_size_mm[axis]
-        curves = [mean(v) for v in (original, corrected, np.exp(log_field))]
+        position_mm = np.flatnonzero(kept) * self.grid.voxel_size_mm[axis]
+        curves = [along[kept] / along[kept].mean() for along in means]
         ends = (pair[1 - pair.index(code)], code)
-        return Profile(position - position[0], curves[0], curves[1], curves[2], ends)
+        return Profile(position_mm - position_mm[0], curves[0], curves[1], curves[2], ends)
 
 
 def make_subject(
@@ -201,7 +141,7 @@ def make_subject(
     Parameters
     ----------
     name : str
-        As it stands in the sample sheet.
+        BIDS name without extension: ``sub-01_T1w``. A suffix of microscopy gets the metrics of that.
     image, mask, corrected : path-like
         NIfTI, on one grid; of 4-D images the mean over the frames is looked at.
     field, reference_field : path-like
@@ -220,8 +160,8 @@ def make_subject(
     """
     if not (math.isfinite(field_window_log) and field_window_log > 0):
         raise InputError("qc.field_window_log", f"{field_window_log!r} is not valid", "give a number above 0")
-    facts = _read_json(sidecar)
-    reference_facts = _read_json(reference_sidecar) if reference_sidecar else {}
+    facts = read_json(sidecar)
+    reference_facts = read_json(reference_sidecar) if reference_sidecar else {}
     view = _View(Volume(mask))
     before, before_pictures = view.image(image, "image")
     after, after_pictures = view.image(corrected, "corrected image")
@@ -231,12 +171,18 @@ def make_subject(
     if reference_field:
         log_reference, reference_pictures = view.field(BiasField.load(reference_field), reference_field)
 
-    numbers = correction_metrics(before, after, log_field, log_reference)
+    datatype = DATATYPE_OF.get(name.rpartition("_")[2])
+    numbers = correction_metrics(before, after, log_field, log_reference, by_class=datatype != "micr")
+    if datatype == "micr":
+        # nibabel's header has forgotten the scaling, its array proxy has not
+        stored = cast(Any, nib.load(image)).dataobj
+        numbers |= microscopy_metrics(before, after, view.mask, stored.dtype, stored.slope, stored.inter)
     finite = after[np.isfinite(after)]
     display_max = float(np.percentile(finite, 99.5)) if finite.size else 0.0
     display_max = display_max if display_max > 0 else 1.0
     values = {
         "name": name,
+        "datatype": datatype,
         "page": os.path.relpath(page, Path(metrics).parent),
         "shape": list(view.mask.shape),
         "frames": Volume(image).frames,
@@ -249,7 +195,7 @@ def make_subject(
         **_run_metrics(facts, reference_facts, view.voxels),
     }
     values["flags"] = find_flags(values)
-    values = _plain(values)
+    values = plain(values)
 
     shown = _image_panels(view, before_pictures, after_pictures, values)
     maps = _field_panels(view, field_pictures, reference_pictures, log_field, log_reference, values)
@@ -260,48 +206,23 @@ def make_subject(
         entry["source"] = source
 
     oblique = panels.oblique_degrees(view.grid.affine)
-    html = (
-        _environment()
-        .get_template("subject.html")
-        .render(
-            name=name,
-            metrics=values,
-            shown=shown,
-            maps=maps,
-            plots=plots,
-            flags=[flag.split(": ", 1) for flag in values["flags"]],
-            facts=facts,
-            provenance=_provenance(facts, reference_facts, values),
-            oblique=oblique if oblique > 1 else None,
-            has_reference=log_reference is not None,
-        )
+    html = render(
+        "subject.html",
+        name=name,
+        metrics=values,
+        shown=shown,
+        maps=maps,
+        plots=plots,
+        flags=[flag.split(": ", 1) for flag in values["flags"]],
+        provenance=_provenance(facts, reference_facts, values),
+        oblique=oblique if oblique > 1 else None,
+        has_reference=log_reference is not None,
     )
     with atomic_text(metrics) as file:
         json.dump(values, file, indent=2, ensure_ascii=False, allow_nan=False)
         file.write("\n")
     with atomic_text(page) as file:
         file.write(html)
-
-
-def _read_json(path: str | Path) -> dict[str, Any]:
-    try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
-        if not isinstance(content, dict):
-            raise ValueError("not an object")
-        return content
-    except (OSError, ValueError) as error:
-        raise InputError(path, f"cannot be read as JSON ({error})", "make it again") from None
-
-
-def _plain(value: Any) -> Any:
-    """The value as strict JSON has it: None for what is no number, Python's own types."""
-    if isinstance(value, Mapping):
-        return {key: _plain(v) for key, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(v) for v in value]
-    if isinstance(value, np.generic):
-        value = value.item()
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _run_metrics(facts: Mapping[str, Any], reference: Mapping[str, Any], mask_voxels: int) -> dict[str, Any]:
@@ -347,17 +268,19 @@ def _fit(pictures: Sequence[Any], budget: int) -> list[str]:
 def _image_panels(view: _View, before: Any, after: Any, values: Mapping[str, Any]) -> list[dict[str, Any]]:
     scale = panels.intensity_scale(values["display_max"])
     window = f"window 0 to {values['display_max']:.4g}, the 99.5th percentile of the corrected image in the mask"
+    name, key = ("Foreground CV", "foreground_cv") if values["datatype"] == "micr" else ("CJV", "cjv")
+    measures = [f"{name} {number(values[f'{key}_{when}'])}" for when in ("before", "after")]
     return [
         {
             "label": "original",
-            "alt": f"Original image with the outline of the mask; {window}. CJV {_number(values['cjv_before'])}.",
+            "alt": f"Original image with the outline of the mask; {window}. {measures[0]}.",
             "picture": panels.mosaic(
                 before, view.slices, scale, width=panels.WIDTH, title="original", outlines=view.outlines
             ),
         },
         {
             "label": "corrected",
-            "alt": f"Corrected image; {window}. CJV {_number(values['cjv_after'])}.",
+            "alt": f"Corrected image; {window}. {measures[1]}.",
             "picture": panels.mosaic(after, view.slices, scale, width=panels.WIDTH, title="corrected"),
         },
     ]
@@ -473,36 +396,45 @@ def _plots(
             }
         )
 
-    classes = [values[key] if values[key] is not None else math.nan for key in ("class_lower", "class_upper")]
+    microscopy = values["datatype"] == "micr"
+    limits = [values[key] for key in ("class_lower", "class_upper") if values.get(key) is not None]
     add(
         "Histogram in the mask",
-        panels.histogram_plot(before, after, values["display_max"], classes),
-        f"entropy of the log histogram {_number(values['log_entropy_before_bits'], 2)} → "
-        f"{_number(values['log_entropy_after_bits'], 2)} bits; dotted: limits of the intensity classes",
+        panels.histogram_plot(before, after, values["display_max"], limits),
+        f"entropy of the log histogram {number(values['log_entropy_before_bits'], 2)} → "
+        f"{number(values['log_entropy_after_bits'], 2)} bits"
+        + ("" if microscopy else "; dotted: limits of the intensity classes"),
         "peaks are narrower after correction.",
         "peaks merge, or move together.",
     )
-    if values["class_upper"] is not None:
+    images = (before, after, np.exp(log_field))
+    profile = None
+    if microscopy:
+        title, averaged = "Profile along the sections", "foreground"
+        profile = view.profile(2, [section_profile(v, view.mask) for v in images])
+    elif values["class_upper"] is not None:
+        title, averaged = "Profile along the steepest axis", "bright class"
         bright = (after > values["class_upper"]) & (after <= values["class_top"])
-        profile = view.profile(view.steepest_axis(field), before, after, log_field, bright)
-        if profile is not None:
-            spreads = [100 * float(curve.max() - curve.min()) for curve in (profile.original, profile.corrected)]
-            add(
-                "Profile along the steepest axis",
-                panels.profile_plot(profile),
-                f"mean of the bright class by plane, {profile.ends[0]} to {profile.ends[1]}; "
-                f"spread {spreads[0]:.0f} % → {spreads[1]:.0f} %",
-                "the corrected line is flatter.",
-                "it still follows the field, or turns against it.",
-            )
+        axis = view.steepest_axis(field)
+        profile = view.profile(axis, view.bright_profiles(axis, images, bright))
+    if profile is not None:
+        spreads = [100 * float(curve.max() - curve.min()) for curve in (profile.original, profile.corrected)]
+        add(
+            title,
+            panels.profile_plot(profile),
+            f"mean of the {averaged} by plane, {profile.ends[0]} to {profile.ends[1]}; "
+            f"spread {spreads[0]:.0f} % → {spreads[1]:.0f} %",
+            "the corrected line is flatter.",
+            "it still follows the field, or turns against it.",
+        )
     run = facts.get("N4") or {}
     if run.get("History"):
         threshold = (run.get("Parameters") or {}).get("convergence_threshold")
-        used = f"{values['iterations_used']} of at most {_number(values['iterations_max'], 0)} iterations"
+        used = f"{values['iterations_used']} of at most {number(values['iterations_max'], 0)} iterations"
         add(
             "Convergence",
             panels.convergence_plot(run["History"], threshold, (reference.get("N4") or {}).get("History") or ()),
-            f"{used}; last CV {values['convergence_cv']:.1e}, threshold {_number(threshold, 4)}",
+            f"{used}; last CV {values['convergence_cv']:.1e}, threshold {number(threshold, 4)}",
             "each level falls to the threshold.",
             "a level stops above it, or rises.",
         )
@@ -512,8 +444,8 @@ def _plots(
             panels.agreement_plot(
                 log_field, log_reference, values["reference_r"] or math.nan, values["reference_slope"] or math.nan
             ),
-            f"r {_number(values['reference_r'], 4)}, slope {_number(values['reference_slope'])}, "
-            f"rms {_number(values['reference_rms_log'], 4)}, p99 {_number(values['reference_p99_log'], 4)} in log",
+            f"r {number(values['reference_r'], 4)}, slope {number(values['reference_slope'])}, "
+            f"rms {number(values['reference_rms_log'], 4)}, p99 {number(values['reference_p99_log'], 4)} in log",
             "a thin band along the diagonal.",
             "a flat or a broad cloud.",
         )
@@ -540,103 +472,3 @@ def _provenance(
     add("", facts)
     add("Reference", reference.get("N4") or {})
     return lines
-
-
-# ---------------------------------------------------------------- the dataset
-
-
-def make_index(
-    metrics_files: Iterable[str | Path],
-    output_page: str | Path,
-    output_table: str | Path,
-    failed: Sequence[tuple[str, str]] = (),
-) -> None:
-    """Write the dataset's index page and metrics.tsv, from the metrics files alone.
-
-    Parameters
-    ----------
-    metrics_files : paths
-        As `make_subject` wrote them.
-    output_page, output_table : path-like
-    failed : sequence of (name, error line)
-    """
-    subjects = []
-    folder = Path(output_page).resolve().parent
-    for path in metrics_files:
-        values = _read_json(path)
-        linked = Path(path).resolve().parent / str(values.get("page", ""))
-        values["href"] = quote(os.path.relpath(linked, folder))
-        subjects.append(values)
-    worst = _worst_z(subjects)
-    for values, (z, reason) in zip(subjects, worst, strict=True):
-        values["worst_z"] = z
-        values["flags"] = list(values.get("flags") or []) + ([reason] if reason else [])
-    # without enough subjects every z is None, and the flags decide
-    subjects.sort(key=lambda v: (-(v["worst_z"] or 0.0), -len(v["flags"]), str(v.get("name"))))
-    _write_table(subjects, output_table)
-
-    shown = [column for column in COLUMNS if column[0] in SHOWN and any(v.get(column[0]) is not None for v in subjects)]
-    rows = [
-        [
-            v.get("name"),
-            v["href"],
-            v["flags"],
-            v["worst_z"],
-            *(_round(v.get(key), digits) for key, _, digits, _ in shown),
-        ]
-        for v in subjects
-    ]
-    table = {
-        "columns": [[heading, digits] for _, heading, digits, _ in shown],
-        "rows": rows,
-        "ranked": len(subjects) >= OUTLIER_SUBJECTS,
-    }
-    # inside <script> only "<" can end the element
-    data = Markup(json.dumps(_plain(table), ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c"))
-    html = (
-        _environment()
-        .get_template("index.html")
-        .render(
-            data=data,
-            count=len(subjects),
-            flagged=sum(bool(v["flags"]) for v in subjects),
-            failed=list(failed),
-            ranked=len(subjects) >= OUTLIER_SUBJECTS,
-            table_href=quote(os.path.relpath(Path(output_table).resolve(), folder)),
-        )
-    )
-    with atomic_text(output_page) as file:
-        file.write(html)
-
-
-def _round(value: Any, digits: int) -> Any:
-    return round(value, digits) if isinstance(value, float) else value
-
-
-def _worst_z(subjects: Sequence[Mapping[str, Any]]) -> list[tuple[float | None, str]]:
-    """Per subject the largest robust z in the bad direction, and the flag it raises beyond the limit."""
-    if len(subjects) < OUTLIER_SUBJECTS:
-        return [(None, "")] * len(subjects)
-    best: list[tuple[float, str]] = [(0.0, "")] * len(subjects)
-    for key, heading, _, worse in COLUMNS:
-        if not worse:
-            continue
-        column = [math.nan if v.get(key) is None else float(v[key]) for v in subjects]
-        for n, z in enumerate(worse * robust_z(column)):
-            if math.isfinite(z) and z > best[n][0]:
-                best[n] = (float(z), heading)
-    return [
-        (round(z, 2), f"outlier: {heading} is unusual in this dataset (robust z {z:.1f})" if z > OUTLIER_Z else "")
-        for z, heading in best
-    ]
-
-
-def _write_table(subjects: Sequence[Mapping[str, Any]], path: str | Path) -> None:
-    with atomic_text(path) as file:
-        writer = csv.writer(file, delimiter="\t", lineterminator="\n", quoting=csv.QUOTE_NONE, quotechar=None)
-        writer.writerow(["name", *(key for key, *_ in COLUMNS), "worst_z", "flags"])
-        for values in subjects:
-            cells = [values.get("name"), *(values.get(key) for key, *_ in COLUMNS), values["worst_z"]]
-            cells.append("; ".join(values["flags"]) or None)
-            # neither tab nor line end inside a cell
-            writer.writerow(["n/a" if c is None else " ".join(str(c).split()) for c in cells])

@@ -438,7 +438,7 @@ def histogram_plot(original: np.ndarray, corrected: np.ndarray, high: float, lim
 
 
 class Profile(NamedTuple):
-    """Mean intensity of the bright class, plane by plane along one axis, over its mean."""
+    """Mean intensity of the bright class or the foreground, plane by plane along one axis, over its mean."""
 
     position_mm: np.ndarray
     original: np.ndarray
@@ -448,7 +448,7 @@ class Profile(NamedTuple):
 
 
 def profile_plot(profile: Profile) -> Image.Image:
-    """How the bright class runs along the axis of the largest gradient, before and after."""
+    """How the bright class or the foreground runs along an axis, before and after."""
     figure, axes = _plot()
     x = profile.position_mm
     axes.axhline(1, color=FAINT, linewidth=0.7)

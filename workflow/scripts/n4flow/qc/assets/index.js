@@ -10,6 +10,11 @@ const first = ranked ? 3 : 4; // a few subjects have no robust z
 const headings = [["Subject", 0], ["Flags", 2], ...(ranked ? [["Worst z", 3]] : []), ...columns.map(([text], n) => [text, n + 4])];
 const digits = (n) => (n === 3 ? 1 : columns[n - 4][1]);
 
+function shown(number, places) {
+  if (number === null) return "n/a";
+  return number !== 0 && Math.abs(number) < 0.5 * 10 ** -places ? number.toExponential(1) : number.toFixed(places);
+}
+
 function cell(row, tag, text) {
   const made = document.createElement(tag);
   if (text !== undefined) made.textContent = text;
@@ -49,7 +54,7 @@ function draw() {
     const why = cell(line, "td", row[2].length ? undefined : "● none");
     why.className = "why";
     for (const flag of row[2]) cell(why, "span", `▲ ${flag.replaceAll("_", " ")}`);
-    for (let n = first; n < row.length; n += 1) cell(line, "td", row[n] === null ? "n/a" : row[n].toFixed(digits(n)));
+    for (let n = first; n < row.length; n += 1) cell(line, "td", shown(row[n], digits(n)));
     body.append(line);
   }
   table.tBodies[0].replaceWith(body);

@@ -1,0 +1,157 @@
+"""The dataset's table and index page, built from the metrics files alone."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from markupsafe import Markup
+
+from n4flow.metrics import robust_z
+from n4flow.qc.rendering import plain, read_json, render
+from n4flow.volume import atomic_text
+
+#: Columns of metrics.tsv and of the dataset table: key, heading, digits, the direction that is worse.
+COLUMNS: tuple[tuple[str, str, int, int], ...] = (
+    ("cjv_before", "CJV before", 3, 0),
+    ("cjv_after", "CJV after", 3, 1),
+    ("cv_bright_before", "CV bright before", 3, 0),
+    ("cv_bright_after", "CV bright after", 3, 0),
+    ("foreground_cv_before", "foreground CV before", 3, 0),
+    ("foreground_cv_after", "foreground CV after", 3, 1),
+    ("section_spread_before", "section spread before", 3, 0),
+    ("section_spread_after", "section spread after", 3, 1),
+    ("seam_ratio_before", "seam ratio before", 2, 0),
+    ("seam_ratio_after", "seam ratio after", 2, 1),
+    ("saturated_fraction", "saturated", 4, 1),
+    ("log_entropy_before_bits", "log entropy before (bits)", 2, 0),
+    ("log_entropy_after_bits", "log entropy after (bits)", 2, 0),
+    ("inu_range", "inu_range", 3, 1),
+    ("inu_med", "inu_med", 3, 0),
+    ("field_min", "field min (ratio)", 3, -1),
+    ("field_max", "field max (ratio)", 3, 1),
+    ("reference_r", "r to reference", 4, -1),
+    ("reference_slope", "slope to reference", 3, 0),
+    ("reference_rms_log", "rms |Δlog|", 4, 1),
+    ("reference_p99_log", "p99 |Δlog|", 4, 1),
+    ("iterations_used", "iterations", 0, 0),
+    ("iterations_max", "iterations max", 0, 0),
+    ("mask_volume_ml", "mask (ml)", 0, 0),
+    ("dropped_voxels", "dropped voxels", 0, 0),
+    ("self_check_max", "self-check", 9, 0),
+    ("mean_ratio", "mean after / before", 4, 0),
+    ("wall_time_s", "time (s)", 1, 0),
+)
+
+#: What the dataset table shows; metrics.tsv has every column.
+SHOWN = (
+    "cjv_before", "cjv_after", "foreground_cv_before", "foreground_cv_after", "section_spread_after",
+    "seam_ratio_after", "saturated_fraction", "inu_range", "field_min", "field_max", "reference_r", "reference_rms_log",
+    "iterations_used", "mask_volume_ml",
+)  # fmt: skip
+
+#: Robust z beyond which a subject is called an outlier among its dataset, and from how many subjects on.
+OUTLIER_Z, OUTLIER_SUBJECTS = 3.5, 5
+
+
+def make_index(
+    metrics_files: Iterable[str | Path],
+    output_page: str | Path,
+    output_table: str | Path,
+    failed: Sequence[tuple[str, str]] = (),
+) -> None:
+    """Write the dataset's index page and metrics.tsv, from the metrics files alone.
+
+    Parameters
+    ----------
+    metrics_files : paths
+        As `make_subject` wrote them.
+    output_page, output_table : path-like
+    failed : sequence of (name, error line)
+    """
+    subjects = []
+    folder = Path(output_page).resolve().parent
+    for path in metrics_files:
+        values = read_json(path)
+        linked = Path(path).resolve().parent / str(values.get("page", ""))
+        values["href"] = quote(os.path.relpath(linked, folder))
+        subjects.append(values)
+    worst = _worst_z(subjects)
+    for values, (z, reason) in zip(subjects, worst, strict=True):
+        values["worst_z"] = z
+        values["flags"] = list(values.get("flags") or []) + ([reason] if reason else [])
+    # without enough subjects every z is None, and the flags decide
+    subjects.sort(key=lambda v: (-(v["worst_z"] or 0.0), -len(v["flags"]), str(v.get("name"))))
+    _write_table(subjects, output_table)
+
+    shown = [column for column in COLUMNS if column[0] in SHOWN and any(v.get(column[0]) is not None for v in subjects)]
+    rows = [
+        [
+            v.get("name"),
+            v["href"],
+            v["flags"],
+            v["worst_z"],
+            *(_round(v.get(key), digits) for key, _, digits, _ in shown),
+        ]
+        for v in subjects
+    ]
+    table = {
+        "columns": [[heading, digits] for _, heading, digits, _ in shown],
+        "rows": rows,
+        "ranked": len(subjects) >= OUTLIER_SUBJECTS,
+    }
+    # inside <script> only "<" can end the element
+    data = Markup(json.dumps(plain(table), ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c"))
+    html = render(
+        "index.html",
+        data=data,
+        count=len(subjects),
+        flagged=sum(bool(v["flags"]) for v in subjects),
+        failed=list(failed),
+        ranked=len(subjects) >= OUTLIER_SUBJECTS,
+        table_href=quote(os.path.relpath(Path(output_table).resolve(), folder)),
+    )
+    with atomic_text(output_page) as file:
+        file.write(html)
+
+
+def _round(value: Any, digits: int) -> Any:
+    if not isinstance(value, float):
+        return value
+    # the mask of a microscope's image has millionths of a millilitre
+    return float(f"{value:.1e}") if abs(value) < 0.5 * 10**-digits else round(value, digits)
+
+
+def _worst_z(subjects: Sequence[Mapping[str, Any]]) -> list[tuple[float | None, str]]:
+    """Per subject the largest robust z in the bad direction, and the flag it raises beyond the limit."""
+    if len(subjects) < OUTLIER_SUBJECTS:
+        return [(None, "")] * len(subjects)
+    best: list[tuple[float, str]] = [(0.0, "")] * len(subjects)
+    for key, heading, _, worse in COLUMNS:
+        if not worse:
+            continue
+        column = [math.nan if v.get(key) is None else float(v[key]) for v in subjects]
+        for n, z in enumerate(worse * robust_z(column)):
+            if math.isfinite(z) and z > best[n][0]:
+                best[n] = (float(z), heading)
+    return [
+        (round(z, 2), f"outlier: {heading} is unusual in this dataset (robust z {z:.1f})" if z > OUTLIER_Z else "")
+        for z, heading in best
+    ]
+
+
+def _write_table(subjects: Sequence[Mapping[str, Any]], path: str | Path) -> None:
+    with atomic_text(path) as file:
+        writer = csv.writer(file, delimiter="\t", lineterminator="\n", quoting=csv.QUOTE_NONE, quotechar=None)
+        writer.writerow(["name", *(key for key, *_ in COLUMNS), "worst_z", "flags"])
+        for values in subjects:
+            cells = [values.get("name"), *(values.get(key) for key, *_ in COLUMNS), values["worst_z"]]
+            cells.append("; ".join(values["flags"]) or None)
+            # neither tab nor line end inside a cell
+            writer.writerow(["n/a" if c is None else " ".join(str(c).split()) for c in cells])
