@@ -5,15 +5,14 @@ import shutil
 include: "workflow/Snakefile"
 
 
-# Snakemake gives a resource no limit unless it is told one, and two jobs on one GPU would share its
-# memory. So a machine with a GPU runs one n4 job at a time, and one without runs them all on CPUs.
+# Snakemake gives a resource no limit unless it is told one, and jobs on one GPU would share its memory.
+# So where a GPU may be used, one n4 job runs at a time, and on the CPU none asks for one.
 # --resources gpu=N overrides this.
 if "gpu" not in workflow.global_resources:
-    workflow.register_resource("gpu", int(config["device"] == "gpu" or bool(shutil.which("nvidia-smi"))))
-
-# One broken scan must not keep the others from being done: --keep-going is the default.
-if workflow.execution_settings:
-    workflow.execution_settings.keep_going = True
+    if config["device"] == "cpu":
+        workflow.register_resource("gpu", 0)
+    elif config["device"] == "gpu" or shutil.which("nvidia-smi"):
+        workflow.register_resource("gpu", 1)
 
 
 rule default:
@@ -21,6 +20,11 @@ rule default:
     default_target: True
     input:
         rules.all.input,
+
+
+onstart:
+    # one broken scan must not keep the others from being done: --keep-going is the default here
+    workflow.scheduler.keepgoing = True
 
 
 onerror:

@@ -166,4 +166,4 @@ def test_two_datasets_of_one_name_have_a_link_each(tmp_path):
     images = [root / "sub-01/anat/sub-01_T1w.nii.gz" for root in roots]
     describe_dataset(images, results / "dataset_description.json", results / ".bidsignore")
     links = json.loads((results / "dataset_description.json").read_text())["DatasetLinks"]
-    assert {(results / place).resolve() for place in links.values()} == {path.resolve() for path in [results, *roots]}
+    assert {(results / place).resolve() for place in links.values()} == {path.resolve() for path in roots}

@@ -153,7 +153,9 @@ def report_failures():
             place = logs / step / ("" if step == "qc" else scan.folder) / f"{scan.name}.log"
             if error := last_error(place):
                 failed.append((scan.name, error))
-    done = [path for scan in SCANS if (path := results / "qc" / "data" / f"{scan.name}.json").is_file()]
+                break
+    metrics = {scan.name: results / "qc" / "data" / f"{scan.name}.json" for scan in SCANS}
+    done = [path for name, path in metrics.items() if path.is_file() and name not in dict(failed)]
     page = results / "qc" / f"{INCOMPLETE}.html"
     try:
         from n4flow.qc.dataset import make_index

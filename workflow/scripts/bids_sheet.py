@@ -6,6 +6,7 @@ python workflow/scripts/bids_sheet.py /data/study --suffix T1w FLAIR --output co
 import argparse
 import csv
 import io
+import logging
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -35,6 +36,7 @@ def main(arguments=None):
     )
     parser.add_argument("--output", type=Path, help="the sheet to write; standard output by default")
     given = parser.parse_args(arguments)
+    logging.basicConfig(format="n4flow: %(message)s")
     try:
         scans = index_dataset(given.folder, given.suffix)
     except InputError as error:

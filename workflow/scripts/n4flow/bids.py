@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 from collections.abc import Sequence
@@ -10,6 +11,8 @@ from functools import cached_property
 from pathlib import Path
 
 from n4flow.errors import InputError
+
+log = logging.getLogger(__name__)
 
 #: Suffixes that can be corrected, with the BIDS folder that they lie in.
 DATATYPE_OF = {
@@ -139,12 +142,19 @@ def _images(place: Path) -> list[Path]:
     if not place.is_dir():
         return []
     with os.scandir(place) as entries:
-        return [Path(entry.path) for entry in entries if entry.name.endswith((".nii", ".nii.gz"))]
+        found = [Path(entry.path) for entry in entries if entry.name.endswith((".nii", ".nii.gz"))]
+    for path in found:
+        if not path.is_file():
+            log.warning("%s: left out, a link to a file that is not there; fetch it", path)
+    return [path for path in found if path.is_file()]
 
 
 def dataset_root(path: str | Path) -> Path | None:
-    """The BIDS dataset that a file lies in: the nearest folder with a dataset_description.json."""
-    for folder in Path(path).resolve().parents:
+    """The BIDS dataset that a file lies in: the nearest folder with a dataset_description.json.
+
+    Links are not followed: in a DataLad dataset they lead out of it.
+    """
+    for folder in Path(os.path.abspath(path)).parents:
         if (folder / "dataset_description.json").is_file():
             return folder
     return None

@@ -14,6 +14,9 @@ from n4flow.errors import InputError
 #: How the one line of a failed job begins.
 PREFIX = "n4flow: "
 
+#: The last line of the log of a job that was done.
+DONE = "done"
+
 
 @contextlib.contextmanager
 def reporting(log_path: str | Path) -> Iterator[None]:
@@ -31,13 +34,14 @@ def reporting(log_path: str | Path) -> Iterator[None]:
         logger.setLevel(logging.INFO)
         try:
             yield
+            print(DONE, file=file)
         except InputError as error:
             print(f"{PREFIX}{error}", file=file)
             print(f"{PREFIX}{error}", file=terminal)
             sys.exit(1)
         except Exception as error:
             traceback.print_exc(file=file)
-            line = f"{PREFIX}{type(error).__name__}: {error}; see {log_path}"
+            line = f"{PREFIX}{type(error).__name__}: {' '.join(str(error).split())}; see {log_path}"
             print(line, file=file)
             print(line, file=terminal)
             sys.exit(1)
@@ -51,4 +55,7 @@ def last_error(log_path: str | Path) -> str:
         lines = Path(log_path).read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
         return ""
-    return lines[-1].removeprefix(PREFIX) if lines and lines[-1].startswith(PREFIX) else ""
+    if lines and lines[-1].startswith(PREFIX):
+        return lines[-1].removeprefix(PREFIX)
+    killed = f"ended without a word, killed perhaps, for memory or by hand; see {log_path}"
+    return "" if lines and lines[-1] == DONE else killed

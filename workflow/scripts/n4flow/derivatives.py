@@ -51,7 +51,7 @@ def mask_scan(
         sidecar,
         {
             "Type": "ROI",
-            "Sources": _uris(sources),
+            "Sources": [_raw_uri(path, output) for path in sources.values()],
             "Mask": made,
             "Provenance": provenance(sources, ("numpy", "nibabel")),
         },
@@ -132,16 +132,16 @@ def _write(
     volume = Volume(image)
     field = keep_mean_intensity(field, volume, Volume(mask), xp)
     self_check = write_corrected(volume, field, files.corrected, files.bias, keep_dtype=keep_dtype, xp=xp)
-    sources = {"image": image, "mask": mask}
-    write_json(files.lattice, {"Sources": _uris(sources), **field.to_mapping()})
+    sources = [_raw_uri(image, files.corrected), _own_uri(mask)]
+    write_json(files.lattice, {"Sources": sources, **field.to_mapping()})
     seconds = round(time.perf_counter() - start, 3)
     write_json(
         files.sidecar,
         {
             **_image_metadata(volume),
-            "Sources": _uris(sources),
+            "Sources": sources,
             "N4": {**facts, "SelfCheck": self_check, "WallTimeSeconds": seconds},
-            "Provenance": provenance(sources, packages),
+            "Provenance": provenance({"image": image, "mask": mask}, packages),
         },
     )
 
@@ -164,7 +164,9 @@ def _image_metadata(volume: Volume) -> dict[str, Any]:
     """What the raw image's own sidecar says, and what BIDS asks of a derivative beside it."""
     own = volume.path.with_name(volume.path.name.removesuffix(".gz").removesuffix(".nii") + ".json")
     try:
-        metadata = json.loads(own.read_text(encoding="utf-8")) if own.is_file() else {}
+        metadata = json.loads(own.read_text(encoding="utf-8"), parse_constant=_refuse) if own.is_file() else {}
+        if not isinstance(metadata, dict):
+            raise ValueError("it holds no object")
     except (OSError, ValueError) as error:
         log.warning("%s: left out of the sidecar, cannot be read (%s)", own, error)
         metadata = {}
@@ -177,18 +179,32 @@ def _image_metadata(volume: Volume) -> dict[str, Any]:
     return metadata
 
 
-def _uris(sources: Mapping[str, Path]) -> list[str]:
-    """BIDS URIs of files: in the dataset that they lie in, or beside the outputs."""
-    uris = []
-    for path in sources.values():
-        root = dataset_root(path)
-        uris.append(f"bids:{_link_name(root)}:{path.resolve().relative_to(root).as_posix()}" if root else path.name)
-    return uris
+def _refuse(constant: str) -> None:
+    raise ValueError(f"{constant} is no JSON")
 
 
-def _link_name(root: Path) -> str:
-    """How DatasetLinks and URIs call a dataset: by its folder."""
-    return re.sub(r"[^A-Za-z0-9._-]", "", root.name) or "raw"
+def _raw_uri(path: Path, output: Path) -> str:
+    """BIDS URI of a raw file, as a sidecar in the outputs names it; its mere name outside of a dataset."""
+    root = dataset_root(path)
+    if not root:
+        return path.name
+    return f"bids:{_link_name(root, _output_root(output))}:{Path(os.path.abspath(path)).relative_to(root).as_posix()}"
+
+
+def _own_uri(path: Path) -> str:
+    """BIDS URI of a file of the outputs."""
+    return f"bids::{Path(os.path.abspath(path)).relative_to(_output_root(path)).as_posix()}"
+
+
+def _output_root(path: Path) -> Path:
+    """The folder of derivatives that an output lies in: the parent of its ``sub-`` folder, or its own."""
+    folders = Path(os.path.abspath(path)).parents
+    return next((folder.parent for folder in folders if folder.name.startswith("sub-")), folders[0])
+
+
+def _link_name(root: Path, output_root: Path) -> str:
+    """How DatasetLinks and URIs call a raw dataset: by the way to it, which no two datasets share."""
+    return re.sub(r"[^A-Za-z0-9]+", "-", os.path.relpath(root, output_root)).strip("-") or "raw"
 
 
 def describe_dataset(images: Iterable[str | Path], description: Path, bidsignore: Path) -> None:
@@ -203,7 +219,7 @@ def describe_dataset(images: Iterable[str | Path], description: Path, bidsignore
     """
     from n4flow import __version__
 
-    folder = description.parent.resolve()
+    folder = Path(os.path.abspath(description.parent))
     roots = {root for image in images if (root := dataset_root(image))}
     write_json(
         description,
@@ -212,10 +228,7 @@ def describe_dataset(images: Iterable[str | Path], description: Path, bidsignore
             "BIDSVersion": BIDS_VERSION,
             "DatasetType": "derivative",
             "GeneratedBy": [{"Name": "n4flow", "Version": __version__}],
-            "DatasetLinks": {
-                _link_name(folder): ".",
-                **{_link_name(root): os.path.relpath(root, folder) for root in sorted(roots)},
-            },
+            "DatasetLinks": {_link_name(root, folder): os.path.relpath(root, folder) for root in sorted(roots)},
         },
     )
     bidsignore.write_text(BIDSIGNORE, encoding="utf-8")

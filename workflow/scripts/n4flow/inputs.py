@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import csv
 import difflib
+import math
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from n4flow.bids import Scan
 from n4flow.errors import InputError
+from n4flow.parameters import N4Parameters
 
 
 def load_schema(path: str | Path) -> dict[str, Any]:
@@ -50,7 +52,31 @@ def schema_problems(content: Any, schema: Mapping[str, Any]) -> Iterator[str]:
 
 def config_problems(config: Mapping[str, Any], schema: Mapping[str, Any]) -> list[str]:
     """What is wrong with the config, a line each."""
-    return [f"config: {problem}" for problem in schema_problems(config, schema)]
+    found = list(schema_problems(config, schema))
+    # what a schema cannot say: JSON's integers hold 4.0, and its numbers NaN
+    found += [f"{key}: is no finite number; give one" for key, value in _leaves(config) if _not_finite(value)]
+    if not found:
+        try:
+            N4Parameters.from_mapping(config.get("n4", {}))
+        except InputError as error:
+            found.append(str(error))
+    return [f"config: {problem}" for problem in found]
+
+
+def _leaves(content: Any, place: str = "") -> Iterator[tuple[str, Any]]:
+    """Every single value of a config, with its dotted key."""
+    if isinstance(content, Mapping):
+        for key, value in content.items():
+            yield from _leaves(value, f"{place}.{key}" if place else str(key))
+    elif isinstance(content, list):
+        for value in content:
+            yield from _leaves(value, place)
+    else:
+        yield place, content
+
+
+def _not_finite(value: Any) -> bool:
+    return isinstance(value, float) and not math.isfinite(value)
 
 
 def read_sheet(path: str | Path, schema: Mapping[str, Any], made: Collection[str] = ()) -> list[Scan]:
@@ -91,6 +117,11 @@ def read_sheet(path: str | Path, schema: Mapping[str, Any], made: Collection[str
         for column in schema["required"]
         if column not in columns
     ]
+    problems += [
+        f"{path}: column {column!r} stands there twice; remove one"
+        for column in dict.fromkeys(columns)
+        if columns.count(column) > 1
+    ]
     if not rows and not problems:
         problems.append(f"{path}: the sheet has no rows; add a line per scan")
     scans: dict[str, tuple[int, Scan]] = {}
@@ -121,7 +152,11 @@ def _read_row(row: dict[Any, Any], schema: Mapping[str, Any], made: Collection[s
     found = [f"{problem}" for problem in scan.problems()]
     for role in ("image", "mask"):
         path = getattr(scan, role)
-        if path and path not in made and not Path(path).is_file():
+        if not path or path in made or Path(path).is_file():
+            continue
+        if Path(path).is_symlink():
+            found.append(f"{role} {path} is a link to a file that is not there; fetch it")
+        else:
             found.append(f"{role} {path} is not there; check the path (it is taken from the working directory)")
     return found, None if found else scan
 

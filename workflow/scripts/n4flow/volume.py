@@ -67,13 +67,12 @@ class Volume:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
+        if self.path.is_dir():
+            raise InputError(path, "is a folder", "give a .nii or .nii.gz file")
+        if self.path.is_symlink() and not self.path.is_file():
+            raise InputError(path, "is a link to a file that is not there", "fetch the data it points to")
         if not self.path.is_file():
-            broken = self.path.is_symlink()
-            raise InputError(
-                path,
-                "is a link to a file that is not there" if broken else "there is no such file",
-                "fetch the data it points to" if broken else "check the path in the sample sheet",
-            )
+            raise InputError(path, "there is no such file", "check the path in the sample sheet")
         with self._opened() as image:
             self.header = image.header
             self.affine = image.affine
@@ -100,6 +99,9 @@ class Volume:
             if start not in sizes[348] | sizes[540]:
                 raise ImageFileError("it does not start with a NIfTI header")
             kind = nib.Nifti2Image if start in sizes[540] else nib.Nifti1Image
+            # as it stands in the file: nibabel makes a voxel size of 0 to 1
+            self._check_voxel_size(kind.header_class.from_fileobj(stream, check=False))
+            stream.seek(0)
             yield kind.from_file_map({"image": FileHolder(fileobj=stream)})
 
     def _unit(self, which: int = 0) -> str:
@@ -108,6 +110,15 @@ class Volume:
         except KeyError:  # a code that the standard does not know
             return "unknown"
 
+    def _check_voxel_size(self, header: nib.Nifti1Header) -> None:
+        sizes = np.array(header["pixdim"][1 : 1 + min(3, max(0, int(header["dim"][0])))], dtype=float)
+        if not np.isfinite(sizes).all() or (sizes == 0).any():
+            raise InputError(
+                self.path,
+                f"has the voxel size {' x '.join(f'{size:g}' for size in sizes)}",
+                "set pixdim in its header to the real voxel size",
+            )
+
     def _check(self, image: nib.Nifti1Image) -> None:
         shape = image.shape
         if len(shape) not in (2, 3, 4) or min(shape) < 1:
@@ -115,14 +126,6 @@ class Volume:
         if self.dtype.fields is not None or np.issubdtype(self.dtype, np.complexfloating):
             kind = "complex" if self.dtype.fields is None else "colour"
             raise InputError(self.path, f"holds {kind} values", "give an image of real numbers, such as the magnitude")
-        zooms = np.array([*self.header.get_zooms()[:3]], dtype=float)
-        raw = np.array(self.header["pixdim"][1 : 1 + min(3, len(shape))], dtype=float)
-        if not (np.isfinite(zooms).all() and np.isfinite(raw).all() and (zooms > 0).all() and (raw != 0).all()):
-            raise InputError(
-                self.path,
-                f"has the voxel size {' x '.join(f'{z:g}' for z in raw)}",
-                "set pixdim in its header to the real voxel size",
-            )
         if not np.isfinite(self.affine).all() or abs(np.linalg.det(self.affine[:3, :3])) == 0:
             raise InputError(self.path, "its affine cannot be inverted", "mend qform or sform in its header")
         if self.path.suffix != ".gz":
@@ -246,7 +249,7 @@ class VolumeWriter:
         self, path: str | Path, like: Volume, dtype: Any, *, slope: float = 1.0, frames: int | None = None
     ) -> None:
         self.path = Path(path)
-        self.dtype = np.dtype(dtype)
+        self.dtype = np.dtype(dtype).newbyteorder(like.header.endianness)  # as the header is written
         self.slope = slope
         header = like.header.copy()
         header.extensions.clear()  # they describe the acquisition, or a file that this no longer is
@@ -286,7 +289,10 @@ class VolumeWriter:
         """Append the next slab (n0, n1, planes), in real values."""
         if np.issubdtype(self.dtype, np.integer):
             limits = np.iinfo(self.dtype)
-            values = np.clip(np.rint(np.nan_to_num(values / self.slope)), limits.min, limits.max)
+            # the largest float64 that is no larger than the largest integer
+            top = float(limits.max) if int(float(limits.max)) <= limits.max else np.nextafter(float(limits.max), 0)
+            stored = np.nan_to_num(np.asarray(values, dtype=np.float64) / self.slope)
+            values = np.clip(np.rint(stored), limits.min, top)
         self._put(np.asarray(values, dtype=self.dtype).tobytes(order="F"))
 
     def __exit__(

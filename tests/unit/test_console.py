@@ -1,0 +1,52 @@
+import subprocess
+import sys
+
+import pytest
+
+from n4flow import InputError
+from n4flow.console import last_error, reporting
+
+KILLED = """
+import os, sys, signal
+sys.path.insert(0, sys.argv[1])
+from n4flow.console import reporting
+with reporting(sys.argv[2]):
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def fail_in(log, error):
+    with reporting(log):
+        raise error
+
+
+def test_a_job_that_is_done_has_no_error(tmp_path):
+    with reporting(tmp_path / "log"):
+        pass
+    assert last_error(tmp_path / "log") == ""
+
+
+def test_an_input_error_is_one_line_without_a_traceback(tmp_path, capsys):
+    with pytest.raises(SystemExit, match="1"):
+        fail_in(tmp_path / "log", InputError("a.nii", "is\nbroken", "mend it"))
+    assert capsys.readouterr().err == "n4flow: a.nii: is broken; mend it\n"
+    assert (tmp_path / "log").read_text() == "n4flow: a.nii: is broken; mend it\n"
+    assert last_error(tmp_path / "log") == "a.nii: is broken; mend it"
+
+
+def test_a_defect_leaves_its_traceback_in_the_log_and_one_line_on_the_terminal(tmp_path, capsys):
+    with pytest.raises(SystemExit, match="1"):
+        fail_in(tmp_path / "log", KeyError("nonsense"))
+    assert capsys.readouterr().err.count("\n") == 1
+    assert "Traceback" in (tmp_path / "log").read_text()
+    assert last_error(tmp_path / "log").startswith("KeyError: 'nonsense'; see")
+
+
+def test_a_job_that_was_killed_is_noticed(tmp_path, pytestconfig):
+    scripts = pytestconfig.rootpath / "workflow" / "scripts"
+    subprocess.run([sys.executable, "-c", KILLED, scripts, tmp_path / "log"], check=False)
+    assert last_error(tmp_path / "log").startswith("ended without a word")
+
+
+def test_a_job_that_has_not_run_has_no_error(tmp_path):
+    assert last_error(tmp_path / "log") == ""
