@@ -90,7 +90,7 @@ def write_corrected(
     Returns
     -------
     float
-        Largest ``|corrected * field - original| / |original|`` that was written.
+        Largest ``|corrected * field - original| / |original|`` in float32, before integers are rounded to.
     """
     dtype = volume.dtype.newbyteorder("=") if keep_dtype else np.dtype(np.float32)
     slope = _slope(volume, field, dtype, xp) if np.issubdtype(dtype, np.integer) else 1.0
