@@ -1,3 +1,4 @@
+import pickle
 import subprocess
 import sys
 
@@ -50,3 +51,9 @@ def test_a_job_that_was_killed_is_noticed(tmp_path, pytestconfig):
 
 def test_a_job_that_has_not_run_has_no_error(tmp_path):
     assert last_error(tmp_path / "log") == ""
+
+
+def test_an_input_error_survives_the_way_between_processes():
+    error = InputError("a.nii", "is broken", "mend it")
+    again = pickle.loads(pickle.dumps(error))
+    assert (type(again), str(again)) == (InputError, "a.nii: is broken; mend it")

@@ -1,35 +1,20 @@
-"""The estimate against SimpleITK, against the truth, and against itself."""
+"""The estimate against the truth, and against itself."""
 
 import sys
 
-import nibabel as nib
 import numpy as np
 import pytest
-import SimpleITK as sitk
 from numpy.testing import assert_allclose, assert_array_equal
 
 from n4flow import InputError, N4Parameters, correct
 from n4flow.estimate import estimate_field
-from n4flow.field import Mesh
 from n4flow.kernels import plain
 from n4flow.mask import otsu_threshold
 from n4flow.phantom import make_phantom
 from n4flow.samples import sample_positions
 from tests.conftest import demeaned_error, rms, samples_of
+from tests.unit.references import simpleitk_log_field
 from tests.unit.strict_device import StrictModule
-
-PRESET_ITK = {"shrink_factor": 1, "convergence_threshold": 0}
-
-
-def simpleitk_log_field(image, mask, iterations, spans, threshold=0.0):
-    """SimpleITK's own log field on an array."""
-    n4 = sitk.N4BiasFieldCorrectionImageFilter()
-    n4.SetMaximumNumberOfIterations(iterations)
-    n4.SetConvergenceThreshold(threshold)
-    n4.SetNumberOfControlPoints([s + 3 for s in spans])
-    volume = sitk.GetImageFromArray(np.ascontiguousarray(image.T, dtype=np.float32))
-    n4.Execute(volume, sitk.GetImageFromArray(np.ascontiguousarray(mask.T, dtype=np.uint8)))
-    return sitk.GetArrayFromImage(n4.GetLogBiasFieldAsImage(volume)).T.astype(np.float64)
 
 
 @pytest.fixture(scope="module")
@@ -37,54 +22,6 @@ def small_head(head):
     """Every fourth voxel of the phantom, with its Otsu mask."""
     image = head.image[::3, ::3, ::3]
     return image, image > otsu_threshold(image.ravel())
-
-
-@pytest.fixture(scope="module")
-def real_head(real_scans):
-    image = np.asarray(nib.load(real_scans / "sub-01" / "anat" / "sub-01_T1w.nii.gz").dataobj)[::4, ::4, ::4]
-    return image.astype(np.float32), image > 30
-
-
-CASES = [
-    pytest.param("fixed", (1,), (1, 1, 1), 1e-7, 1e-6, id="one iteration"),
-    pytest.param("fixed", (50,), (4, 5, 4), 1e-5, 1e-3, id="fixed mesh, 50 iterations"),
-    pytest.param("refined", (20, 20, 20, 20), (1, 1, 1), 1e-5, 1e-3, id="refined mesh, 4 x 20 iterations"),
-    pytest.param("refined", (5, 5), (2, 1, 3), 1e-5, 1e-3, id="anisotropic mesh"),
-]
-
-
-def check_agreement(image, mask, mesh, iterations, spans, bar_rms, bar_max):
-    parameters = N4Parameters(mesh=mesh, iterations=iterations, **PRESET_ITK)
-    samples = samples_of(image, mask)
-    ours = estimate_field(samples, parameters, mesh=Mesh.of_grid(image.shape, spans))
-    assert len(ours.history) == sum(iterations)
-    reference = simpleitk_log_field(image, mask, list(iterations), spans)
-    difference = (ours.field.log_at(samples.positions) - reference)[samples.mask]
-    difference -= difference.mean()
-    assert np.std(reference[mask]) > 20 * bar_rms  # there was something to agree on
-    assert rms(difference) <= bar_rms
-    assert np.abs(difference).max() <= bar_max
-
-
-@pytest.mark.parametrize(("mesh", "iterations", "spans", "bar_rms", "bar_max"), CASES)
-def test_agrees_with_simpleitk_on_a_phantom(small_head, mesh, iterations, spans, bar_rms, bar_max):
-    check_agreement(*small_head, mesh, iterations, spans, bar_rms, bar_max)
-
-
-@pytest.mark.data
-@pytest.mark.parametrize(("mesh", "iterations", "spans", "bar_rms", "bar_max"), CASES)
-def test_agrees_with_simpleitk_on_a_real_head(real_head, mesh, iterations, spans, bar_rms, bar_max):
-    check_agreement(*real_head, mesh, iterations, spans, bar_rms, bar_max)
-
-
-def test_agrees_with_simpleitk_in_two_dimensions(head):
-    image = head.image[:, :, 45]
-    mask = image > otsu_threshold(image.ravel())
-    parameters = N4Parameters(iterations=(30,), **PRESET_ITK)
-    samples = samples_of(image[:, :, None], mask[:, :, None])
-    ours = estimate_field(samples, parameters, mesh=Mesh.of_grid(samples.image_shape, (4, 4, 0)))
-    difference = ours.field.log_at(samples.positions)[:, :, 0] - simpleitk_log_field(image, mask, [30], (4, 4))
-    assert rms(difference[mask] - difference[mask].mean()) <= 1e-5
 
 
 @pytest.mark.parametrize(("inu_percent", "where"), [(20, "head"), (40, "head"), (20, "brain"), (40, "brain")])

@@ -10,7 +10,7 @@ import yaml
 from n4flow.bids import Scan
 from n4flow.errors import InputError
 from n4flow.inputs import config_problems, in_fraction, load_schema, read_sheet, with_defaults
-from n4flow.parameters import N4Parameters
+from n4flow.parameters import PRESETS, N4Parameters
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = yaml.safe_load((ROOT / "config/config.yaml").read_text(encoding="utf-8"))
@@ -23,15 +23,37 @@ def test_config_of_the_repository_is_the_defaults():
     assert with_defaults({}, CONFIG_SCHEMA) == CONFIG
 
 
-def test_defaults_of_the_config_are_those_of_the_package():
-    assert N4Parameters.from_mapping(CONFIG["n4"]) == N4Parameters()
-    assert set(CONFIG["n4"]) == {field.name for field in fields(N4Parameters)}
+def commented_keys():
+    """The n4 keys that config.yaml shows as comments, with the values it shows."""
+    text = (ROOT / "config/config.yaml").read_text(encoding="utf-8")
+    section = text.split("\nn4:\n")[1].split("\n\n")[0]
+    names = "|".join(field.name for field in fields(N4Parameters))
+    return yaml.safe_load("\n".join(re.findall(rf"^  # ((?:{names}): \S+.*)$", section, flags=re.M)))
+
+
+def test_n4_keys_that_the_config_shows_are_those_of_the_package_and_show_its_defaults():
+    shown = commented_keys()
+    assert set(shown) == {field.name for field in fields(N4Parameters)}
+    assert set(CONFIG_SCHEMA["properties"]["n4"]["properties"]) == {"preset", *shown}
+    assert CONFIG["n4"] == {"preset": "mri-head"}
+    del shown["spans"]  # instead of the spline distance: an example, not a default
+    assert N4Parameters.from_mapping(shown) == N4Parameters.from_mapping(CONFIG["n4"]) == N4Parameters()
+
+
+def test_presets_of_the_schema_are_those_of_the_package_and_a_key_wins_over_them():
+    assert CONFIG_SCHEMA["properties"]["n4"]["properties"]["preset"]["enum"] == list(PRESETS)
+    assert N4Parameters.from_mapping({"preset": "itk"}).iterations == (50, 50, 50, 50)
+    assert N4Parameters.from_mapping({"preset": "itk", "iterations": [7]}).iterations == (7,)
+    for name in PRESETS:
+        parameters = N4Parameters.from_mapping({"preset": name})
+        assert N4Parameters.from_mapping(parameters.to_mapping()) == parameters
+    assert config_problems({"n4": {"preset": "mri-hed"}}, CONFIG_SCHEMA)
 
 
 def test_every_key_of_the_config_is_commented():
     lines = (ROOT / "config/config.yaml").read_text(encoding="utf-8").splitlines()
     keys = [n for n, line in enumerate(lines) if re.match(r"\s*\w+:", line)]
-    assert len(keys) > 15
+    assert len(keys) > 12
     # two keys that stand together may share a comment
     assert [lines[n] for n in keys if not any("#" in line for line in lines[max(0, n - 2) : n])] == []
 

@@ -149,6 +149,7 @@ def correct(
     mask: Any = None,
     *,
     voxel_size_mm: tuple[float, ...],
+    weights: Any = None,
     parameters: N4Parameters | None = None,
     device: DeviceChoice = "auto",
     out: Any = None,
@@ -164,6 +165,9 @@ def correct(
         Where it is not 0 the field is estimated; everywhere by default.
     voxel_size_mm : tuple of float
         Per axis, in the order of the array's axes.
+    weights : array of the same shape, optional
+        Confidence of each voxel in the fit of the field, from 0; a voxel of weight 0 takes no part in the estimate.
+        All 1 by default.
     parameters : N4Parameters, optional
     device : {"auto", "gpu", "cpu"}
     out, bias_out : float32 arrays of the volume's shape, optional
@@ -178,7 +182,7 @@ def correct(
     InputError
         The array holds nothing a field can be estimated from.
     ValueError
-        A shape, dtype or voxel size does not fit.
+        A shape, dtype or voxel size does not fit, or a weight is negative or not finite.
     """
     parameters = parameters or N4Parameters()
     shape = tuple(volume.shape)
@@ -188,6 +192,11 @@ def correct(
         raise ValueError(f"voxel_size_mm must be above 0, got {voxel_size_mm}")
     if mask is not None and tuple(mask.shape) != shape:
         raise ValueError(f"the mask has shape {tuple(mask.shape)}, the volume {shape}")
+    if weights is not None:
+        if tuple(weights.shape) != shape:
+            raise ValueError(f"the weights have shape {tuple(weights.shape)}, the volume {shape}")
+        if not (array_module(weights).isfinite(weights) & (weights >= 0)).all():
+            raise ValueError("the weights must be finite and not below 0")
     for name, buffer in (("out", out), ("bias_out", bias_out)):
         if buffer is not None and (tuple(buffer.shape) != shape or buffer.dtype != np.float32):
             raise ValueError(f"{name} must be float32 of shape {shape}, is {buffer.dtype} of {tuple(buffer.shape)}")
@@ -200,10 +209,10 @@ def correct(
 
     # from here on a plane is a volume of one plane; the views share memory with what the user gave
     flat = volume.ndim == 2
-    image, inside, corrected, bias = (
-        array[..., None] if flat and array is not None else array for array in (volume, mask, out, bias_out)
+    image, inside, confidence, corrected, bias = (
+        array[..., None] if flat and array is not None else array for array in (volume, mask, weights, out, bias_out)
     )
-    samples = _take_samples(image, inside, (*voxel_size_mm, 1.0)[:3], parameters.shrink_factor)
+    samples = _take_samples(image, inside, confidence, (*voxel_size_mm, 1.0)[:3], parameters.shrink_factor)
     field, history = estimate_field(samples, parameters, xp=xp)
     sums = np.zeros(2)
     for tile, ratio in _ratio_tiles(field, xp):
@@ -227,7 +236,7 @@ def _ratio_tiles(field: BiasField, xp: Any) -> Iterator[tuple[tuple[slice, ...],
         yield tile, field.ratio_tile(tile, xp)
 
 
-def _take_samples(image: Any, mask: Any, voxel_size_mm: tuple[float, ...], shrink_factor: int) -> Samples:
+def _take_samples(image: Any, mask: Any, weights: Any, voxel_size_mm: tuple[float, ...], shrink_factor: int) -> Samples:
     """What `read_samples` does for files."""
     positions = sample_positions(image.shape, shrink_factor)
     grid = np.ix_(*positions)
@@ -237,7 +246,20 @@ def _take_samples(image: Any, mask: Any, voxel_size_mm: tuple[float, ...], shrin
 
     values = sampled(image)
     inside = np.ones(values.shape, dtype=bool) if mask is None else sampled(mask) != 0
+    confidence = None if weights is None else sampled(weights).astype(np.float32)
+    if confidence is not None:
+        inside &= confidence > 0
     usable, dropped = usable_voxels(values, inside)
     check_dropped("volume", dropped, int(inside.sum()))
     affine = np.diag([*voxel_size_mm, 1.0])
-    return Samples(log_where(values, usable), usable, positions, image.shape, voxel_size_mm, affine, dropped, "volume")
+    return Samples(
+        log_where(values, usable),
+        usable,
+        positions,
+        image.shape,
+        voxel_size_mm,
+        affine,
+        dropped,
+        "volume",
+        confidence,
+    )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Self
+from typing import Any, Self
 
 
 class InputError(ValueError):
@@ -11,6 +11,9 @@ class InputError(ValueError):
 
     def __init__(self, source: object, problem: str, remedy: str) -> None:
         super().__init__(" ".join(f"{source}: {problem}; {remedy}".split()))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self).of_lines, ([str(self)],)  # so that it survives the way between processes
 
     @classmethod
     def of_lines(cls, lines: Sequence[str]) -> Self:

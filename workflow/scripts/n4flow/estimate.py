@@ -44,7 +44,7 @@ def estimate_field(samples: Samples, parameters: N4Parameters, *, xp: Any = np, 
     xp : module
         numpy or cupy: where to compute.
     mesh : Mesh, optional
-        Mesh of the first level; by default spans of ``spline_distance_mm`` (`Mesh.of_distance`).
+        Mesh of the first level; by default the one that the parameters describe.
 
     Returns
     -------
@@ -61,11 +61,10 @@ def estimate_field(samples: Samples, parameters: N4Parameters, *, xp: Any = np, 
     Tustison et al. 2010, doi:10.1109/TMI.2010.2046908; ITK's N4BiasFieldCorrectionImageFilter.
     """
     samples = samples.check().cropped()
-    if mesh is None:
-        mesh = Mesh.of_distance(samples.image_shape, samples.voxel_size_mm, parameters.spline_distance_mm)
+    mesh = mesh or initial_mesh(samples, parameters)
     check_mesh(samples, mesh, parameters)
 
-    kernels = make_kernels(samples.log_image, samples.mask, xp)
+    kernels = make_kernels(samples.log_image, samples.confidence, xp)
     lattice = np.zeros(mesh.lattice_shape)
     history: list[Iteration] = []
     for level, most_iterations in enumerate(parameters.iterations):
@@ -99,6 +98,13 @@ def estimate_field(samples: Samples, parameters: N4Parameters, *, xp: Any = np, 
     return Estimate(BiasField(lattice, mesh, samples.image_shape, samples.affine), history)
 
 
+def initial_mesh(samples: Samples, parameters: N4Parameters) -> Mesh:
+    """The mesh of the first level: so many spans on the image, or spans of a length in mm."""
+    if parameters.spans:
+        return Mesh.of_grid(samples.image_shape, parameters.spans)
+    return Mesh.of_distance(samples.image_shape, samples.voxel_size_mm, parameters.spline_distance_mm)
+
+
 def check_mesh(samples: Samples, mesh: Mesh, parameters: N4Parameters) -> None:
     """Refuse a mesh with more spans than samples along an axis: it would fit single voxels.
 
@@ -113,5 +119,5 @@ def check_mesh(samples: Samples, mesh: Mesh, parameters: N4Parameters) -> None:
             raise InputError(
                 samples.source,
                 f"the mesh has {spans * 2**doublings} spans along axis {axis}, which has {count} samples",
-                "raise n4.spline_distance_mm, or lower n4.shrink_factor or the number of levels",
+                "raise n4.spline_distance_mm, or lower n4.spans, n4.shrink_factor or the number of levels",
             )

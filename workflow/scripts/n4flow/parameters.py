@@ -12,7 +12,7 @@ from n4flow.errors import InputError
 
 @dataclass(frozen=True)
 class N4Parameters:
-    """How the bias field is estimated.
+    """How the bias field is estimated; the defaults are the preset ``mri-head``.
 
     Parameters
     ----------
@@ -27,6 +27,9 @@ class N4Parameters:
     convergence_threshold : float
         A level ends when the coefficient of variation of ``exp`` of the update in the mask falls
         to this value.
+    spans : tuple of int, optional
+        Mesh elements per axis at the first level, from the first to the last voxel, as ITK lays its
+        mesh; instead of `spline_distance_mm`.
     shrink_factor : int
         The field is estimated on every n-th voxel along each axis (see `estimate.shrink_per_axis`).
     histogram_bins : int
@@ -47,9 +50,10 @@ class N4Parameters:
     """
 
     mesh: Literal["fixed", "refined"] = "fixed"
-    spline_distance_mm: float = 40.0
+    spline_distance_mm: float = 60.0
     iterations: tuple[int, ...] = (100,)
-    convergence_threshold: float = 1e-3
+    convergence_threshold: float = 1.5e-3
+    spans: tuple[int, ...] | None = None
     shrink_factor: int = 4
     histogram_bins: int = 200
     fwhm: float = 0.15
@@ -57,6 +61,8 @@ class N4Parameters:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "iterations", tuple(self.iterations))
+        if self.spans is not None:
+            object.__setattr__(self, "spans", tuple(self.spans))
         checks = {
             "mesh": (self.mesh in ("fixed", "refined"), "'fixed' or 'refined'"),
             "spline_distance_mm": (_number(self.spline_distance_mm) > 0, "a length above 0"),
@@ -67,6 +73,10 @@ class N4Parameters:
             "convergence_threshold": (
                 _number(self.convergence_threshold) >= 0,
                 "a number from 0",
+            ),
+            "spans": (
+                self.spans is None or (len(self.spans) == 3 and all(_whole(n) >= 1 for n in self.spans)),
+                "three whole numbers from 1, one per axis",
             ),
             "shrink_factor": (_whole(self.shrink_factor) >= 1, "a whole number from 1"),
             "histogram_bins": (_whole(self.histogram_bins) >= 10, "a whole number from 10"),
@@ -79,16 +89,38 @@ class N4Parameters:
 
     @classmethod
     def from_mapping(cls, mapping: Mapping[str, Any]) -> N4Parameters:
-        """Build from plain values, as they stand in a config file or a sidecar."""
-        known = {field.name for field in fields(cls)}
+        """Build from plain values, as they stand in a config file or a sidecar.
+
+        The key ``preset`` names one of `PRESETS`; other keys win over what it sets.
+        """
+        known = {field.name for field in fields(cls)} | {"preset"}
         for name in mapping:
             if name not in known:
                 raise InputError(f"n4.{name}", "there is no such key", f"choose from {', '.join(sorted(known))}")
-        return cls(**mapping)
+        own = dict(mapping)
+        preset = own.pop("preset", "mri-head")
+        if preset not in PRESETS:
+            raise InputError("n4.preset", f"{preset!r} is not known", f"choose from {', '.join(PRESETS)}")
+        return cls(**{**PRESETS[preset], **own})
 
     def to_mapping(self) -> dict[str, Any]:
         """Plain values, ready for JSON."""
-        return {**asdict(self), "iterations": list(self.iterations)}
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
+
+
+#: Named settings: what each sets otherwise than the default. tests/benchmarks/ACCURACY.md measures them.
+PRESETS: dict[str, dict[str, Any]] = {
+    # one coarse mesh that stops in time: does next to nothing where there is no field
+    "mri-head": {},
+    # coarse to fine: each mesh goes on where the coarser one has stopped
+    "mri-brain": {"mesh": "refined", "spline_distance_mm": 200.0, "iterations": (100, 100, 100)},
+    # many spans, for fields that vary within millimetres
+    "microscopy": {"spline_distance_mm": 1.5},
+    # what SimpleITK does if nothing is set
+    "itk": {"mesh": "refined", "spans": (1, 1, 1), "iterations": (50, 50, 50, 50), "convergence_threshold": 1e-3},
+    # what linumpy.gpu.n4 does if nothing is set: a fine mesh, all iterations
+    "seed": {"spline_distance_mm": 10.0, "iterations": (25, 25, 25), "convergence_threshold": 0.0},
+}
 
 
 def _number(value: object) -> float:

@@ -7,7 +7,7 @@ import logging
 import numpy as np
 
 from n4flow.bspline import basis_matrix, control_points
-from n4flow.estimate import Estimate, Iteration, check_mesh
+from n4flow.estimate import Estimate, Iteration, check_mesh, initial_mesh
 from n4flow.field import BiasField, Mesh
 from n4flow.parameters import N4Parameters
 from n4flow.samples import Samples
@@ -46,7 +46,7 @@ def reference_field(samples: Samples, parameters: N4Parameters) -> Estimate:
     import SimpleITK as sitk
 
     samples.check()
-    mesh = Mesh.of_distance(samples.image_shape, samples.voxel_size_mm, parameters.spline_distance_mm)
+    mesh = initial_mesh(samples, parameters)
     check_mesh(samples, mesh, parameters)
     if parameters.mesh == "fixed":
         levels, doublings = [sum(parameters.iterations)], 0

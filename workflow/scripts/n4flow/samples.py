@@ -43,6 +43,8 @@ class Samples:
         Voxels of the mask that could not be used, by reason.
     source : str
         Name of the image, for messages.
+    weights : (n0, n1, n2) float32 array, optional
+        Confidence of each sample in the fit, from 0; a sample of weight 0 takes no part. All 1 by default.
     """
 
     log_image: np.ndarray
@@ -53,6 +55,12 @@ class Samples:
     affine: np.ndarray
     dropped: dict[str, int]
     source: str
+    weights: np.ndarray | None = None
+
+    @property
+    def confidence(self) -> np.ndarray:
+        """Weight of each sample, 0 outside the mask: what the kernels take."""
+        return self.mask if self.weights is None else np.where(self.mask, self.weights, 0)
 
     def check(self) -> Self:
         """Refuse samples that no field can be estimated from; return them otherwise.
@@ -62,7 +70,8 @@ class Samples:
         InputError
             Too few of them, or all of one intensity.
         """
-        count = int(self.mask.sum())
+        used = self.confidence > 0
+        count = int(used.sum())
         if count < MINIMUM_SAMPLES:
             raise InputError(
                 self.source,
@@ -70,7 +79,7 @@ class Samples:
                 + describe_dropped(self.dropped),
                 "give a larger mask or a smaller n4.shrink_factor",
             )
-        values = self.log_image[self.mask]
+        values = self.log_image[used]
         if values.min() == values.max():
             raise InputError(
                 self.source,
@@ -89,6 +98,7 @@ class Samples:
             self,
             log_image=np.ascontiguousarray(self.log_image[tuple(box)]),
             mask=np.ascontiguousarray(self.mask[tuple(box)]),
+            weights=None if self.weights is None else np.ascontiguousarray(self.weights[tuple(box)]),
             positions=tuple(p[part] for p, part in zip(self.positions, box, strict=True)),
         )
 
