@@ -1,4 +1,5 @@
 # The door: the workflow itself is in workflow/Snakefile. Here stand the defaults of a run.
+import importlib.util
 import shutil
 
 
@@ -11,7 +12,7 @@ include: "workflow/Snakefile"
 if "gpu" not in workflow.global_resources:
     if config["device"] == "cpu":
         workflow.register_resource("gpu", 0)
-    elif config["device"] == "gpu" or shutil.which("nvidia-smi"):
+    elif config["device"] == "gpu" or (shutil.which("nvidia-smi") and importlib.util.find_spec("cupy")):
         workflow.register_resource("gpu", 1)
 
 

@@ -3,8 +3,8 @@
     python tests/benchmarks/accuracy.py [--mni152 FOLDER] [--output tests/benchmarks/ACCURACY.md] [--quick]
 
 Cases are those of ``tests/phantoms.py``: fields, strengths, noise, contrasts, masks and lesions, mixed. Defaults were
-chosen on every second case; the tables report on the others, and beside them on those that were tuned on. The error is the
-standard deviation, in the brain, of the difference between estimated and true log field, on every 4th voxel.
+chosen on every second case; the tables report on the others, and beside them on those that were tuned on. The error is
+the standard deviation, in the brain, of the difference between estimated and true log field, on every 4th voxel.
 """
 
 import argparse
@@ -114,7 +114,7 @@ def summary(results, reference):
             cells.append(f"{statistics.median(ratios):.2f} ({max(ratios):.2f})")
         rms, p99, cjv = (statistics.median(rows[name][i] for _, rows in results) for i in range(3))
         counts = [rows[name][3] for _, rows in results if rows[name][3] is not None]
-        cells += [f"{rms:.4f}", f"{p99:.4f}", f"{cjv:.2f}", f"{statistics.median(counts):.0f}" if counts else "–"]
+        cells += [f"{rms:.4f}", f"{p99:.4f}", f"{cjv:.2f}", f"{statistics.median(counts):.0f}" if counts else "n/a"]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -136,9 +136,9 @@ def main():
     head = f"| | {strengths} | rms | p99 | CJV | iterations |\n|{' --- |' * 9}"
     text = f"""# Accuracy
 
-Error of the log field in the brain against the truth, over {len(cases)} phantoms. Under each strength of the field: median of
-the ratio to SimpleITK at its defaults (worst case). Behind it medians over all strengths: rms and 99th percentile of the error,
-CJV of grey and white matter, iterations. `python tests/benchmarks/accuracy.py`
+Error of the log field in the brain against the truth, over {len(cases)} phantoms. Under each strength of the field:
+median of the ratio to SimpleITK at its defaults (worst case). Behind it medians over all strengths: rms and 99th
+percentile of the error, CJV of grey and white matter, iterations. `python tests/benchmarks/accuracy.py`
 
 ## Reported on
 

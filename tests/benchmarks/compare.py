@@ -58,7 +58,8 @@ import sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 from n4flow import N4Parameters
-from n4flow.derivatives import CorrectionFiles, correct_scan, mask_scan
+from n4flow.derivatives import CorrectionFiles, correct_scan
+from n4flow.mask import mask_scan
 image, folder = Path(sys.argv[2]), Path(sys.argv[3])
 mask = folder / "mask.nii.gz"
 mask_scan(image, None, mask, folder / "mask.json", method="otsu", percentile=50)
@@ -196,8 +197,8 @@ def main():
     text = f"""# Results
 
 {date.today()}, {os.cpu_count()} cores of {_processor()}, Python {platform.python_version()},
-SimpleITK {version("SimpleITK")}, NumPy {version("numpy")}. `python tests/benchmarks/compare.py`, medians of {given.runs}
-runs in turns. SimpleITK uses all cores, n4flow one.
+SimpleITK {version("SimpleITK")}, NumPy {version("numpy")}. `python tests/benchmarks/compare.py`,
+medians of {given.runs} runs in turns. SimpleITK uses all cores, n4flow one.
 
 ## The same work, and a whole subject
 

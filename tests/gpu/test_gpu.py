@@ -8,10 +8,11 @@ import pytest
 from numpy.testing import assert_allclose, assert_array_equal
 
 from n4flow import N4Parameters, bspline_fit, correct, sharpen_residual
-from n4flow.derivatives import CorrectionFiles, correct_scan, mask_scan
+from n4flow.derivatives import CorrectionFiles, correct_scan
 from n4flow.device import select_device
 from n4flow.estimate import estimate_field
 from n4flow.field import Mesh
+from n4flow.mask import mask_scan
 from tests.conftest import samples_of
 
 pytestmark = pytest.mark.gpu

@@ -56,8 +56,8 @@ class ndarray(NDArrayOperatorsMixin):
     def __int__(self):
         return int(self.host)
 
-    def get(self):
-        return self.host.copy()
+    def get(self, order="C"):
+        return self.host.copy(order=order)
 
 
 class StrictModule:

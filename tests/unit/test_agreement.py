@@ -46,8 +46,8 @@ ANISOTROPIC_ITERATION = Schedule("fixed", (1,), (4, 2, 3), 1e-7, 1e-6)
 FIXED = Schedule("fixed", (50,), (4, 5, 4), 1e-5, 3e-4)
 REFINED = Schedule("refined", (20, 20, 20, 20), (1, 1, 1), 1e-5, 3e-4)
 ANISOTROPIC = Schedule("refined", (20, 20, 20), (2, 1, 3), 1e-5, 3e-4)
-# part of the T1w is 15 000 voxels of 120 intensities: SimpleITK itself moves by this much with its threads, which
-# test_simpleitk_alone_moves_by_more_than_the_bar_on_part_of_a_t1w shows; the whole T1w keeps the bar
+# part of the T1w, shrunk, is 15 000 voxels of 120 intensities, and there SimpleITK moves by more than the bar with its
+# number of threads alone, as a test below shows; the whole T1w keeps the bar
 REFINED_PART_OF_T1W = REFINED._replace(bar_rms=5e-5, bar_max=1e-3)
 
 SCHEDULES = [
@@ -205,8 +205,9 @@ def test_two_dimensions_agree_with_simpleitk(head):
 # Scans, and the samples that a shrink factor leaves
 
 
-def at_most(schedule, name):
-    return REFINED_PART_OF_T1W if (schedule, name) == (REFINED, "T1w") else schedule
+def with_bar(schedule, name, shrink_factor):
+    part_of_t1w = name == "T1w" and shrink_factor > 1
+    return REFINED_PART_OF_T1W if part_of_t1w and schedule is REFINED else schedule
 
 
 @pytest.mark.parametrize("schedule", [ONE_ITERATION, REFINED], ids=["one iteration", "4x20 iterations"])
@@ -214,14 +215,14 @@ def at_most(schedule, name):
 def test_scans_agree_with_simpleitk(scan, name, shrink_factor, schedule):
     image, mask = central(scan(name), shrink_factor)
     grid = np.ix_(*shrink_positions(image.shape, shrink_factor))
-    check_against_simpleitk(image[grid], mask[grid], at_most(schedule, name))
+    check_against_simpleitk(image[grid], mask[grid], with_bar(schedule, name, shrink_factor))
 
 
 @pytest.mark.parametrize("schedule", [ONE_ITERATION, REFINED], ids=["one iteration", "4x20 iterations"])
 @pytest.mark.parametrize(("name", "shrink_factor"), SCANS)
 def test_scans_agree_with_ants(ants, scan, name, shrink_factor, schedule):
     part = central(scan(name), shrink_factor)
-    check_against_ants(ants, *part, at_most(schedule, name), shrink_factor=shrink_factor)
+    check_against_ants(ants, *part, with_bar(schedule, name, shrink_factor), shrink_factor=shrink_factor)
 
 
 @pytest.mark.data
@@ -232,16 +233,15 @@ def test_a_whole_t1w_agrees_with_simpleitk(scan):
 
 
 @pytest.mark.data
-def test_simpleitk_alone_moves_by_more_than_the_bar_on_part_of_a_t1w(scan):
-    image, mask = central(scan("T1w"), 2)
-    grid = np.ix_(*shrink_positions(image.shape, 2))
-    one, two = (
-        simpleitk_log_field(image[grid], mask[grid], REFINED.iterations, REFINED.spans, threads=threads)[mask[grid]]
-        for threads in (1, 2)
+@pytest.mark.parametrize(("shrink_factor", "threads"), [(2, 2), (4, 4)])
+def test_simpleitk_alone_moves_by_more_than_the_bar_on_part_of_a_t1w(scan, shrink_factor, threads):
+    image, mask = central(scan("T1w"), shrink_factor)
+    grid = np.ix_(*shrink_positions(image.shape, shrink_factor))
+    image, mask = image[grid], mask[grid]
+    one, more = (
+        simpleitk_log_field(image, mask, REFINED.iterations, REFINED.spans, threads=n)[mask] for n in (1, threads)
     )
-    difference = two - one - (two - one).mean()
-    assert rms(difference) > REFINED.bar_rms
-    assert np.abs(difference).max() > REFINED.bar_max
+    assert rms(more - one - (more - one).mean()) > REFINED.bar_rms
 
 
 @pytest.mark.parametrize("shrink_factor", [1, 2, 3, 4, 5])

@@ -7,10 +7,10 @@ import nibabel as nib
 import numpy as np
 import pytest
 
+from n4flow.correction import read_samples
 from n4flow.derivatives import CorrectionFiles, correct_scan
 from n4flow.errors import InputError
 from n4flow.parameters import N4Parameters
-from n4flow.samples import read_samples
 from n4flow.volume import Volume, VolumeWriter
 
 SHAPE = (24, 22, 20)

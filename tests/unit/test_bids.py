@@ -5,8 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from n4flow.bids import DATATYPE_OF, Scan, dataset_root, index_dataset
-from n4flow.derivatives import describe_dataset
+from n4flow.bids import DATATYPE_OF, Scan, dataset_root, describe_dataset, index_dataset
 from n4flow.errors import InputError
 
 
@@ -167,3 +166,16 @@ def test_two_datasets_of_one_name_have_a_link_each(tmp_path):
     describe_dataset(images, results / "dataset_description.json", results / ".bidsignore")
     links = json.loads((results / "dataset_description.json").read_text())["DatasetLinks"]
     assert {(results / place).resolve() for place in links.values()} == {path.resolve() for path in roots}
+
+
+def test_what_is_no_scan_of_its_own_is_left_out_and_named(tmp_path, caplog):
+    names = [
+        "sub-01/anat/sub-01_T1w.nii.gz", "sub-01/anat/sub-01_T1w.nii", "sub-01/anat/sub-02_T1w.nii.gz",
+        "sub-01/anat/sub-01_part-phase_T1w.nii.gz", "sub-01/anat/sub-01_desc-preproc_T1w.nii.gz",
+        "sub-01/anat/._sub-01_run-1_T1w.nii.gz",
+    ]  # fmt: skip
+    touch(tmp_path, *names)
+    assert [scan.image for scan in index_dataset(tmp_path, ["T1w"])] == [str(tmp_path / names[0])]
+    assert [record.getMessage().split(": ")[0] for record in caplog.records] == [
+        str(tmp_path / name) for name in sorted(names[1:5])
+    ]

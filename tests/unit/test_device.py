@@ -79,3 +79,18 @@ def test_locks_are_named_after_the_physical_gpu(tmp_path, monkeypatch):
     assert first == 0
     assert claim_gpu(1, tmp_path) == (0, None)
     lock.close()
+
+
+def test_the_lock_of_another_user_can_be_taken(tmp_path, monkeypatch):
+    lock = tmp_path / "n4flow-gpu-0.lock"
+    lock.touch()
+    lock.chmod(0o444)
+
+    def not_ours(*_, **__):
+        raise PermissionError
+
+    monkeypatch.setattr("pathlib.Path.touch", not_ours)
+    index, held = claim_gpu(1, tmp_path)
+    assert index == 0
+    assert held is not None
+    held.close()

@@ -6,7 +6,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 
 from n4flow import BiasField, InputError
 from n4flow.field import Mesh
-from n4flow.provenance import write_json
+from n4flow.files import write_json
 
 
 @pytest.fixture

@@ -72,6 +72,14 @@ def test_a_gap_is_closed_by_millimetres_whatever_the_voxel():
     assert not head_from_foreground(halves, (9.0, 9.0, 9.0))[18:21, 10:30, 5].any(), "a gap of 27 mm"
 
 
+def test_a_cavity_wider_than_the_closing_is_filled():
+    head = np.zeros((40, 40, 40), dtype=bool)
+    head[4:36, 4:36, 4:36] = True
+    hollow = head.copy()
+    hollow[10:30, 10:30, 10:30] = False  # 40 mm of air: the closing reaches across 12
+    np.testing.assert_array_equal(head_from_foreground(hollow, (2.0, 2.0, 2.0)), head)
+
+
 def test_percentile_is_of_the_positive_voxels(tmp_path):
     image = np.zeros((30, 30, 30), dtype=np.float32)
     image[10:20, 10:20, 10:20] = np.arange(1, 1001).reshape(10, 10, 10)
@@ -117,3 +125,9 @@ def test_an_own_mask_that_does_not_fit_is_refused(tmp_path, mask, affine, proble
     with pytest.raises(InputError, match=problem):
         adopt_mask(image, own, tmp_path / "mask.nii")
     assert not (tmp_path / "mask.nii").exists()
+
+
+def test_closing_stays_within_the_image_on_voxels_of_micrometres():
+    foreground = np.zeros((40, 40, 40), dtype=bool)
+    foreground[10:30, 10:30, 10:30] = True
+    assert head_from_foreground(foreground, (0.001, 0.001, 0.001)).sum() >= foreground.sum()

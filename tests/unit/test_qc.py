@@ -321,6 +321,40 @@ def test_an_empty_sidecar_will_do(tmp_path):
     assert "Convergence" not in Elements(files["page"]).text
 
 
+def page_with_reference(folder, log_offset):
+    """Alt texts and pixels (without the title) of the field panels, where the reference is ours plus a constant."""
+    files = make_files(folder)
+    field = BiasField.load(files["field"]).shifted(0.1)  # so that no mean is 0
+    files["field"].write_text(json.dumps(field.to_mapping()))
+    files["reference_field"].write_text(json.dumps(field.shifted(log_offset).to_mapping()))
+    make_subject(name="sub-01", **files)
+    titles = ("Bias field", "Reference field", "Difference")
+    found = {alt.split(":")[0]: (alt, np.asarray(picture).astype(int)[40:]) for alt, picture in pictures(files["page"])}
+    return [found[title] for title in titles]
+
+
+def coloured(pixels):
+    """Share of the pixels above the colour bar that are not grey."""
+    return float((np.ptp(pixels[:-60], axis=2) > 40).mean())
+
+
+def test_the_reference_is_shown_in_the_window_of_the_field(tmp_path):
+    (ours_alt, ours), (reference_alt, reference), _ = page_with_reference(tmp_path, 0.0)
+    assert "window ×0.67 to ×1.50" in ours_alt
+    assert reference_alt == ours_alt.replace("Bias field", "Reference field")
+    assert coloured(ours) > 0.1
+    # the same field looks the same, and so do the ticks of its colour bar; WebP may move a pixel by little
+    assert np.abs(reference - ours).max() < 20
+
+
+@pytest.mark.parametrize("log_offset", [0.3, -0.3])
+def test_a_constant_between_ours_and_the_reference_is_no_difference(tmp_path, log_offset):
+    (_, ours), (_, reference), (alt, difference) = page_with_reference(tmp_path, log_offset)
+    assert np.abs(reference - ours).max() > 100
+    assert "×1.00 to ×1.00 in the mask; window ×0.90 to ×1.11; nothing exceeds it" in alt
+    assert coloured(difference) == 0
+
+
 def test_a_field_beyond_the_window_is_said(tmp_path):
     files = make_files(tmp_path) | {"field_window_log": 0.1}
     make_subject(name="sub-01", **files)

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import SimpleITK as sitk
@@ -9,7 +11,7 @@ from n4flow.field import BiasField, Mesh
 from n4flow.mask import otsu_threshold
 from n4flow.reference import _grid_like, _recover_lattice, reference_field
 from n4flow.samples import Samples, log_where, sample_positions
-from tests.conftest import rms
+from tests.conftest import rms, samples_of
 
 
 def shrunken_samples(head, shrink_factor, part=np.s_[:, :, :]):
@@ -37,6 +39,23 @@ def test_the_same_estimate_as_ours_up_to_the_whole_samples_of_its_mesh(head, par
     difference -= difference.mean()
     spread = ours.log_at(samples.positions)[samples.mask].std()
     assert rms(difference) < 0.03 * spread
+
+
+@pytest.mark.parametrize("setting", [{"fwhm": 0.4}, {"histogram_bins": 12}, {"wiener_noise": 1.0}], ids=str)
+def test_settings_of_the_sharpening_reach_simpleitk(head, setting):
+    image = head.image[::3, ::3, ::3]
+    samples = samples_of(image, image > otsu_threshold(image.ravel()), (6.0, 6.0, 6.0))
+    # spans from the first sample to the last, where the two meshes are one
+    defaults = N4Parameters(spans=(3, 3, 3), shrink_factor=1, iterations=(10,), convergence_threshold=0)
+    parameters = replace(defaults, **setting)
+
+    def in_mask(estimate):
+        log_field = estimate.field.log_at(samples.positions)[samples.mask]
+        return log_field - log_field.mean()
+
+    ours, at_defaults = (in_mask(estimate_field(samples, p)) for p in (parameters, defaults))
+    assert rms(ours - at_defaults) > 5e-3, "the setting matters"
+    assert rms(in_mask(reference_field(samples, parameters)) - ours) < 1e-5
 
 
 def test_its_mesh_is_ours_to_less_than_a_sample(head):

@@ -116,3 +116,28 @@ def test_a_shift_of_the_grid_is_noticed_and_rounding_is_not(tmp_path):
     with pytest.raises(InputError, match="the affine of the mask differs"):
         volume.check_same_grid(Volume(save(tmp_path / "b.nii", ARRAY.astype(np.uint8), shifted)), "mask")
     volume.check_same_grid(Volume(save(tmp_path / "c.nii", ARRAY.astype(np.uint8), rounded)), "mask")
+
+
+@pytest.mark.parametrize(("unit", "scale"), [("micron", 1e3), ("meter", 1e-3), ("mm", 1.0)])
+def test_grids_are_compared_in_voxels_whatever_the_unit(tmp_path, unit, scale):
+    def volume(name, shift):
+        affine = np.diag([scale, scale, scale, 1.0])
+        affine[0, 3] = shift * scale
+        image = nib.Nifti1Image(ARRAY.astype(np.uint8), affine)
+        image.header.set_xyzt_units(unit)
+        nib.save(image, tmp_path / name)
+        return Volume(tmp_path / name)
+
+    volume("a.nii", 0).check_same_grid(volume("b.nii", 1e-4), "mask")
+    with pytest.raises(InputError, match="affine of the mask differs"):
+        volume("c.nii", 0).check_same_grid(volume("d.nii", 0.5), "mask")
+
+
+def test_a_wrong_suffix_is_named_as_such(tmp_path):
+    path = save(tmp_path / "a.nii", ARRAY.astype(np.uint8))
+    (tmp_path / "b.nii.gz").write_bytes(path.read_bytes())
+    (tmp_path / "c.nii").write_bytes(gzip.compress(path.read_bytes()))
+    with pytest.raises(InputError, match=r"is not compressed, .* rename it to \.nii"):
+        Volume(tmp_path / "b.nii.gz")
+    with pytest.raises(InputError, match=r"is compressed, .* rename it to \.nii\.gz"):
+        Volume(tmp_path / "c.nii")

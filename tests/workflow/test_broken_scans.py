@@ -183,7 +183,7 @@ def run(tmp_path_factory):
     write_sheet(folder / "config/samples.tsv", [GOOD[0], *map(scan_of, BROKEN), GOOD[1]])
     write_config(folder)
     done = snakemake(folder, "--cores", 2)
-    page = folder / "results/qc/incomplete.html"
+    page = folder / "results/qc/index.html"
     return Run(folder, done.returncode, done.stdout, page.read_text(encoding="utf-8") if page.is_file() else "")
 
 
@@ -267,7 +267,7 @@ def test_report_links_the_page_of_the_good_scan(run, scan):
 def test_report_and_terminal_count_the_failed(run):
     assert f"{len(BROKEN)} failed" in run.incomplete
     assert f"2 of {len(BROKEN) + 2} scans are done, {len(BROKEN)} failed" in run.terminal
-    assert not (run.folder / "results/qc/index.html").exists()
+    assert not (run.folder / "results/qc/bundle").exists(), "the index is to be made anew"
 
 
 @pytest.fixture(scope="module")
@@ -291,8 +291,8 @@ def test_mended_scan_is_done_and_the_good_ones_are_not_made_again(mended, run):
 
 def test_complete_report_takes_the_place_of_the_incomplete_one(mended):
     folder, _ = mended
-    assert (folder / "results/qc/index.html").is_file()
-    assert list((folder / "results/qc").glob("incomplete*")) == []
+    assert "failed" not in (folder / "results/qc/index.html").read_text(encoding="utf-8")
+    assert (folder / "results/qc/bundle/index.html").is_file()
 
 
 @pytest.fixture(scope="module")
@@ -308,5 +308,5 @@ def test_scan_that_was_done_and_now_fails_counts_as_failed_alone(spoilt):
     folder, done = spoilt
     assert done.returncode == 1
     assert "2 of 3 scans are done, 1 failed" in done.stdout
-    page = (folder / "results/qc/incomplete.html").read_text(encoding="utf-8")
+    page = (folder / "results/qc/index.html").read_text(encoding="utf-8")
     assert json.dumps(f"{GOOD[0].name}.html") not in page

@@ -129,7 +129,7 @@ def test_gpu_that_is_not_there_ends_the_job_with_one_line(raw, tmp_path):
     assert (folder / results_of(scan)["mask"]).is_file()
     assert not (folder / results_of(scan)["corrected"]).exists()
     assert partial_files(folder) == []
-    page = (folder / "results/qc/incomplete.html").read_text(encoding="utf-8")
+    page = (folder / "results/qc/index.html").read_text(encoding="utf-8")
     assert "1 failed" in page  # the scans that were not asked for have not failed
     assert line.removeprefix("n4flow: ") in page
 

@@ -1,5 +1,7 @@
 # What the rules share: the package, the checked config and sample sheet, and input functions.
+import shutil
 import sys
+import time
 from pathlib import Path
 
 from snakemake.exceptions import WorkflowError
@@ -17,9 +19,11 @@ PACKAGE_FILES = [
     "errors.py",
     "estimate.py",
     "field.py",
+    "files.py",
     "inputs.py",
     "kernels/__init__.py",
     "kernels/plain.py",
+    "kernels/protocol.py",
     "mask.py",
     "metrics.py",
     "parameters.py",
@@ -52,8 +56,10 @@ from n4flow.provenance import package_digest
 CONFIG_SCHEMA = load_schema(workflow.source_path("../schemas/config.schema.yaml"))
 SHEET_SCHEMA = load_schema(workflow.source_path("../schemas/samples.schema.yaml"))
 
-# Where a run that failed reports; a complete report removes it.
-INCOMPLETE = "incomplete"
+# Index, table and pages once more (as links, where the file system has them): what --report packs.
+BUNDLE = "<results>/qc/bundle"
+
+RUN_START = time.time()
 
 DEMO_ROOT = "resources/demo"
 DEMO_ANAT = f"{DEMO_ROOT}/sub-{{subject}}/anat/sub-{{subject}}"
@@ -87,6 +93,11 @@ def scan_of(wildcards):
     if name not in SCAN_OF:
         raise WorkflowError(f"{name}: no such scan in {config['samples']}; add a line for it")
     return SCAN_OF[name]
+
+
+def with_reference(scan):
+    """Whether SimpleITK corrects the scan too."""
+    return in_fraction(scan.subject, config["reference"]["fraction"])
 
 
 def image_of(wildcards):
@@ -124,7 +135,7 @@ def qc_inputs(wildcards):
         "sidecar": derivative(scan, f"desc-N4_{scan.suffix}.json"),
         "field": derivative(scan, f"desc-N4{scan.suffix}_biasfield.json"),
     }
-    if in_fraction(scan.name, config["reference"]["fraction"]):
+    if with_reference(scan):
         inputs["reference_field"] = derivative(scan, f"desc-N4sitk{scan.suffix}_biasfield.json")
         inputs["reference_sidecar"] = derivative(scan, f"desc-N4sitk_{scan.suffix}.json")
     return inputs
@@ -144,27 +155,51 @@ def memory_mb(baseline, per_mb):
     return resource
 
 
+def products(scan):
+    """Everything that is made of a scan."""
+    made = [
+        corrected_path(scan),
+        derivative(scan, f"desc-N4_{scan.suffix}.json"),
+        derivative(scan, f"desc-N4{scan.suffix}_biasfield.json"),
+        derivative(scan, f"desc-foreground{scan.suffix}_mask.nii.gz"),
+        derivative(scan, f"desc-foreground{scan.suffix}_mask.json"),
+        page_path(scan),
+        metrics_path(scan),
+    ]
+    if config["output"]["bias_field"]:
+        made.append(derivative(scan, f"desc-N4{scan.suffix}_biasfield.nii.gz"))
+    if with_reference(scan):
+        made += [derivative(scan, f"desc-N4sitk_{scan.suffix}.{kind}") for kind in ("nii.gz", "json")]
+        made.append(derivative(scan, f"desc-N4sitk{scan.suffix}_biasfield.json"))
+    return made
+
+
 def report_failures():
-    """After a run that failed: a report over the scans that are done, with the failed ones named."""
-    results, logs = (Path(workflow.pathvars.apply(name)) for name in ("<results>", "<logs>"))
-    failed = []
+    """After a run that failed: the index over the scans that are done, with the failed ones named."""
+    place = lambda path: Path(workflow.pathvars.apply(path))
+    failed = {}
     for scan in SCANS:
         for step in ("mask", "n4", "reference", "qc"):
-            place = logs / step / ("" if step == "qc" else scan.folder) / f"{scan.name}.log"
-            if error := last_error(place):
-                failed.append((scan.name, error))
-                break
-    metrics = {scan.name: results / "qc" / "data" / f"{scan.name}.json" for scan in SCANS}
-    done = [path for name, path in metrics.items() if path.is_file() and name not in dict(failed)]
-    page = results / "qc" / f"{INCOMPLETE}.html"
+            log = place("<logs>") / step / ("" if step == "qc" else scan.folder) / f"{scan.name}.log"
+            # an older log tells of an older run
+            if log.is_file() and log.stat().st_mtime >= RUN_START and (error := last_error(log)):
+                failed.setdefault(scan.name, error)
+    done = [
+        place(metrics_path(scan))
+        for scan in SCANS
+        if scan.name not in failed and all(place(path).is_file() for path in (metrics_path(scan), corrected_path(scan)))
+    ]
+    qc = place("<results>/qc")
     try:
         from n4flow.qc.dataset import make_index
 
-        page.parent.mkdir(parents=True, exist_ok=True)
-        make_index(done, page, page.with_suffix(".tsv"), failed=failed)
+        qc.mkdir(parents=True, exist_ok=True)
+        make_index(done, qc / "index.html", qc / "metrics.tsv", failed=list(failed.items()))
     except ImportError as error:  # the workflow's own environment need not hold the QC's packages
-        logger.error(f"No report over the scans that are done: {error}")
+        logger.error(f"No index over the scans that are done: {error}")
     else:
-        logger.error(f"{len(done)} of {len(SCANS)} scans are done, {len(failed)} failed: see {page}")
-    for name, error in failed:
+        logger.error(f"{len(done)} of {len(SCANS)} scans are done, {len(failed)} failed: see {qc / 'index.html'}")
+    # without it the rule index is not done, and makes the index anew when all scans are
+    shutil.rmtree(place(BUNDLE), ignore_errors=True)
+    for name, error in failed.items():
         logger.error(f"{name}: {error}")

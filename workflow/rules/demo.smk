@@ -20,6 +20,6 @@ rule demo:
     resources:
         mem_mb=500,
     params:
-        package=package_digest("derivatives", "phantom"),
+        package=package_digest("phantom"),
     script:
         "../scripts/demo.py"

@@ -21,6 +21,6 @@ rule mask:
         mem_mb=memory_mb(baseline=300, per_mb=8),
     params:
         settings=config["mask"],
-        package=package_digest("derivatives"),
+        package=package_digest("mask"),
     script:
         "../scripts/mask.py"

@@ -27,7 +27,6 @@ rule n4:
         mem_mb=memory_mb(baseline=400, per_mb=20),
     params:
         settings=config["n4"],
-        device=config["device"],
         keep_dtype=config["output"]["keep_dtype"],
         package=package_digest("derivatives"),
     script:

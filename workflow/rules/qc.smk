@@ -7,12 +7,7 @@ rule qc:
     input:
         unpack(qc_inputs),
     output:
-        page=report(
-            "<results>/qc/{entities}_{suffix}.html",
-            caption="../report/subject.rst",
-            category="Scans",
-            labels={"scan": "{entities}_{suffix}"},
-        ),
+        page="<results>/qc/{entities}_{suffix}.html",
         metrics="<results>/qc/data/{entities}_{suffix}.json",
     log:
         "<logs>/qc/{entities}_{suffix}.log",
@@ -33,9 +28,11 @@ rule index:
     """Gather the metrics of all scans into a table and the report's first page."""
     input:
         metrics=[metrics_path(scan) for scan in SCANS],
+        pages=[page_path(scan) for scan in SCANS],
     output:
-        page=report("<results>/qc/index.html", caption="../report/index.rst", category="Dataset"),
+        page="<results>/qc/index.html",
         table="<results>/qc/metrics.tsv",
+        bundle=report(directory(BUNDLE), htmlindex="index.html", caption="../report/index.rst", category="Scans"),
     log:
         "<logs>/index.log",
     benchmark:
@@ -45,7 +42,6 @@ rule index:
     resources:
         mem_mb=500,
     params:
-        incomplete=INCOMPLETE,
         package=package_digest("qc.dataset"),
     script:
         "../scripts/index.py"
@@ -67,6 +63,6 @@ rule dataset:
     resources:
         mem_mb=300,
     params:
-        package=package_digest("derivatives"),
+        package=package_digest("bids"),
     script:
         "../scripts/dataset.py"

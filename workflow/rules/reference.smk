@@ -22,6 +22,6 @@ rule reference:
     params:
         settings=config["n4"],
         keep_dtype=config["output"]["keep_dtype"],
-        package=package_digest("derivatives", "reference"),
+        package=package_digest("reference"),
     script:
         "../scripts/reference.py"

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from n4flow.bids import DATATYPE_OF, index_dataset
 from n4flow.errors import InputError
-from n4flow.volume import atomic_text
+from n4flow.files import atomic_text
 
 COLUMNS = ["subject", "session", "image", "mask", "modality"]
 
@@ -44,8 +44,11 @@ def main(arguments=None):
     if not given.output:
         sys.stdout.write(sheet_of(scans))
         return
-    with atomic_text(given.output) as file:
-        file.write(sheet_of(scans))
+    try:
+        with atomic_text(given.output) as file:
+            file.write(sheet_of(scans))
+    except OSError as error:
+        sys.exit(f"n4flow: {given.output}: cannot be written ({error.strerror}); give a path in a folder that is there")
     print(f"{len(scans)} scans; next: snakemake --cores 8 --config samples={given.output}", file=sys.stderr)
 
 

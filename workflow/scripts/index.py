@@ -1,17 +1,28 @@
 """Rule index: the report over all scans."""
 
+import os
+import shutil
 from pathlib import Path
 
 from n4flow.console import reporting
 from n4flow.qc.dataset import make_index
 
 
+def link(source, target):
+    """A second name for a file, or a copy where the file system has no links."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
+
+
 def main(snakemake):
     page, table = Path(snakemake.output.page), Path(snakemake.output.table)
     make_index([Path(path) for path in snakemake.input.metrics], page, table)
-    # what an earlier run that failed had to say is mended now
-    for suffix in (".html", ".tsv"):
-        page.with_name(f"{snakemake.params.incomplete}{suffix}").unlink(missing_ok=True)
+    bundle = Path(snakemake.output.bundle)
+    bundle.mkdir(parents=True)
+    for file in (page, table, *map(Path, snakemake.input.pages)):
+        link(file, bundle / file.name)
 
 
 if __name__ == "__main__":

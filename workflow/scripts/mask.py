@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from n4flow.console import reporting
-from n4flow.derivatives import mask_scan
+from n4flow.mask import mask_scan
 
 
 def main(snakemake):

@@ -14,7 +14,7 @@ def main(snakemake):
         CorrectionFiles(**{role: Path(path) for role, path in snakemake.output.items()}),
         parameters=N4Parameters.from_mapping(snakemake.params.settings),
         # --resources gpu=0 is the switch to the CPU
-        device=snakemake.params.device if snakemake.resources.gpu else "cpu",
+        device=snakemake.config["device"] if snakemake.resources.gpu else "cpu",
         keep_dtype=snakemake.params.keep_dtype,
     )
 

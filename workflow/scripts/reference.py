@@ -3,8 +3,9 @@
 from pathlib import Path
 
 from n4flow.console import reporting
-from n4flow.derivatives import CorrectionFiles, reference_scan
+from n4flow.derivatives import CorrectionFiles
 from n4flow.parameters import N4Parameters
+from n4flow.reference import reference_scan
 
 
 def main(snakemake):

@@ -5,12 +5,14 @@ from __future__ import annotations
 import logging
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+from n4flow import __version__
 from n4flow.errors import InputError
+from n4flow.files import write_json
 
 log = logging.getLogger(__name__)
 
@@ -26,6 +28,11 @@ DATATYPE_OF = {
 }
 
 LABEL = re.compile(r"[A-Za-z0-9]+")
+BIDS_VERSION = "1.10.0"
+
+#: Files that BIDS has no name for yet.
+BIDSIGNORE = "*_biasfield.*\n**/perf/*_mask.*\n**/micr/*_mask.*\nqc\n"
+
 ENTITY = re.compile(r"[a-z0-9]+-[A-Za-z0-9+]+")
 
 
@@ -125,12 +132,28 @@ def index_dataset(folder: str | Path, suffixes: Sequence[str]) -> list[Scan]:
                 for image in sorted(_images(place / datatype)):
                     stem = image.name.removesuffix(".gz").removesuffix(".nii")
                     *entities, suffix = stem.split("_")
-                    if suffix in suffixes:
+                    if suffix in suffixes and not _left_out(image, entities, subject.name):
                         kept = [e for e in entities if not e.startswith(("sub-", "ses-"))]
                         scans.append(Scan(subject.name[4:], session, "_".join([*kept, suffix]), str(image)))
     if not scans:
         raise InputError(folder, f"holds no scan with the suffix {' or '.join(suffixes)}", "check the folder")
     return scans
+
+
+def _left_out(image: Path, entities: list[str], subject: str) -> bool:
+    """Whether a file is no scan of its own to correct; says so."""
+    reason = ""
+    if subject not in entities:
+        reason = f"its name is not of {subject}, whose folder it lies in"
+    elif {"part-phase", "part-real", "part-imag"} & set(entities):
+        reason = "a part of a complex image; only its magnitude can be corrected"
+    elif any(entity.startswith("desc-") for entity in entities):
+        reason = "a derivative, since its name has desc-"
+    elif image.suffix == ".nii" and image.with_name(f"{image.name}.gz").exists():
+        reason = "the same scan is there as .nii.gz"
+    if reason:
+        log.warning("%s: left out, %s", image, reason)
+    return bool(reason)
 
 
 def _folders(place: Path, prefix: str) -> list[Path]:
@@ -142,7 +165,8 @@ def _images(place: Path) -> list[Path]:
     if not place.is_dir():
         return []
     with os.scandir(place) as entries:
-        found = [Path(entry.path) for entry in entries if entry.name.endswith((".nii", ".nii.gz"))]
+        names = [entry.name for entry in entries if entry.name.endswith((".nii", ".nii.gz"))]
+    found = [place / name for name in names if not name.startswith(".")]
     for path in found:
         if not path.is_file():
             log.warning("%s: left out, a link to a file that is not there; fetch it", path)
@@ -158,3 +182,52 @@ def dataset_root(path: str | Path) -> Path | None:
         if (folder / "dataset_description.json").is_file():
             return folder
     return None
+
+
+def raw_uri(path: Path, output: Path) -> str:
+    """BIDS URI of a raw file, as a sidecar in the outputs names it; its mere name outside of a dataset."""
+    root = dataset_root(path)
+    if not root:
+        return path.name
+    return f"bids:{_link_name(root, _output_root(output))}:{Path(os.path.abspath(path)).relative_to(root).as_posix()}"
+
+
+def own_uri(path: Path) -> str:
+    """BIDS URI of a file of the outputs."""
+    return f"bids::{Path(os.path.abspath(path)).relative_to(_output_root(path)).as_posix()}"
+
+
+def _output_root(path: Path) -> Path:
+    """The folder of derivatives that an output lies in: the parent of its ``sub-`` folder, or its own."""
+    folders = Path(os.path.abspath(path)).parents
+    return next((folder.parent for folder in folders if folder.name.startswith("sub-")), folders[0])
+
+
+def _link_name(root: Path, output_root: Path) -> str:
+    """How DatasetLinks and URIs call a raw dataset: by the way to it, which no two datasets share."""
+    return re.sub(r"[^A-Za-z0-9]+", "-", os.path.relpath(root, output_root)).strip("-") or "raw"
+
+
+def describe_dataset(images: Iterable[str | Path], description: Path, bidsignore: Path) -> None:
+    """Write dataset_description.json, with links to the raw datasets, and .bidsignore.
+
+    Parameters
+    ----------
+    images : iterable of path-like
+        All raw images.
+    description, bidsignore : Path
+        In the folder of the derivatives.
+    """
+    folder = Path(os.path.abspath(description.parent))
+    roots = {root for image in images if (root := dataset_root(image))}
+    write_json(
+        description,
+        {
+            "Name": "N4 bias-corrected images",
+            "BIDSVersion": BIDS_VERSION,
+            "DatasetType": "derivative",
+            "GeneratedBy": [{"Name": "n4flow", "Version": __version__}],
+            "DatasetLinks": {_link_name(root, folder): os.path.relpath(root, folder) for root in sorted(roots)},
+        },
+    )
+    bidsignore.write_text(BIDSIGNORE, encoding="utf-8")

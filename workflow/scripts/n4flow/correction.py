@@ -15,13 +15,62 @@ from n4flow.device import DeviceChoice, array_module, select_device, to_host, to
 from n4flow.estimate import Iteration, estimate_field
 from n4flow.field import BiasField
 from n4flow.parameters import N4Parameters
-from n4flow.samples import Samples, check_dropped, log_where, sample_positions, usable_voxels
+from n4flow.samples import Samples, check_dropped, check_range, log_where, sample_positions, usable_voxels
 from n4flow.volume import Volume, VolumeWriter
 
 log = logging.getLogger(__name__)
 
 #: Voxels that `correct` works on at a time.
 TILE_VOXELS = 2**22
+
+
+def read_samples(image: str | Path | Volume, mask: str | Path | Volume, shrink_factor: int) -> Samples:
+    """Take the samples of an image (of the mean over its frames) inside a mask, slab by slab.
+
+    Parameters
+    ----------
+    image, mask : path or Volume
+        On the same grid.
+    shrink_factor : int
+
+    Returns
+    -------
+    Samples
+
+    Raises
+    ------
+    InputError
+        A file cannot be read, the grids differ, or the mask is empty or mostly unusable.
+    """
+    volume = image if isinstance(image, Volume) else Volume(image)
+    mask = mask if isinstance(mask, Volume) else Volume(mask)
+    volume.check_same_grid(mask, "mask")
+    positions = sample_positions(volume.shape, shrink_factor)
+    log_image = np.zeros([len(p) for p in positions])
+    kept = np.zeros(log_image.shape, dtype=bool)
+    dropped: dict[str, int] = {}
+    mask_voxels = 0
+    for (slab, values), (_, mask_values) in zip(volume.mean_slabs(), mask.mean_slabs(), strict=True):
+        inside = mask_values != 0
+        usable, lost = usable_voxels(values, inside)
+        mask_voxels += int(inside.sum())
+        dropped = {reason: dropped.get(reason, 0) + n for reason, n in lost.items()}
+        hit = (positions[2] >= slab.start) & (positions[2] < slab.stop)
+        grid = np.ix_(positions[0], positions[1], positions[2][hit] - slab.start)
+        kept[:, :, hit] = usable[grid]
+        log_image[:, :, hit] = log_where(values[grid], usable[grid])
+    check_dropped(volume.path, dropped, mask_voxels)
+    check_range(volume.path, log_image[kept])
+    return Samples(
+        log_image,
+        kept,
+        positions,
+        volume.shape,
+        volume.voxel_size_mm,
+        volume.affine,
+        dropped,
+        str(volume.path),
+    )
 
 
 @one_blas_thread
@@ -82,35 +131,48 @@ def write_corrected(
     bias_output : path-like, optional
         Where to write the multiplicative field, float32 on the image's grid.
     keep_dtype : bool
-        Write integers as integers of the same size, with a scl_slope that uses their range;
-        otherwise float32.
+        Write integers as integers of the same type, with a scl_slope (and scl_inter) that uses its
+        range; otherwise float32.
     xp : module
         numpy or cupy: where to compute.
 
     Returns
     -------
     float
-        Largest ``|corrected * field - original| / |original|`` in float32, before integers are rounded to.
+        Largest error of what was written, see `_largest_error`.
     """
     dtype = volume.dtype.newbyteorder("=") if keep_dtype else np.dtype(np.float32)
-    slope = _slope(volume, field, dtype, xp) if np.issubdtype(dtype, np.integer) else 1.0
+    integers = np.issubdtype(dtype, np.integer)
+    slope, intercept = _scaling(volume, field, dtype, xp) if integers else (1.0, 0.0)
+    rounding = slope / 2 if integers else 0.0
     worst = 0.0
     with contextlib.ExitStack() as files:
-        # entered last, the corrected image appears first or not at all
+        # entered first, the corrected image appears last: when all is well
+        writer = files.enter_context(VolumeWriter(output, volume, dtype, slope=slope, intercept=intercept))
         bias_writer = (
             files.enter_context(VolumeWriter(bias_output, volume, np.float32, frames=1)) if bias_output else None
         )
-        writer = files.enter_context(VolumeWriter(output, volume, dtype, slope=slope))
         for slab, frame, values, corrected, ratio in _corrected_slabs(volume, field, xp):
-            writer.write(corrected)
+            written = writer.write(corrected)
             if bias_writer and frame == 0:
                 bias_writer.write(ratio)
-            with np.errstate(invalid="ignore"):
-                error = np.abs(corrected * ratio - values)
-                worst = max(worst, float(np.nanmax(error / np.maximum(np.abs(values), 1e-30), initial=0)))
+            worst = max(worst, _largest_error(values, written, ratio, rounding))
             if slab.stop == volume.shape[2]:
                 log.info("%s: frame %d of %d written", volume.path.name, frame + 1, volume.frames)
     return worst
+
+
+def _largest_error(values: np.ndarray, written: np.ndarray, ratio: np.ndarray, rounding: float) -> float:
+    """Largest ``|written * field - original|``, beyond the rounding to integers, relative to the original.
+
+    Voxels below a millionth of the slab's brightest count as that, or noise around 0 would decide.
+    """
+    original = np.where(np.isfinite(values), values, 0).astype(np.float64)
+    floor = 1e-6 * float(np.abs(original).max())
+    if floor == 0:
+        return 0.0
+    error = np.abs(np.where(np.isfinite(values), written * ratio.astype(np.float64), 0) - original)
+    return float(np.nan_to_num((error - rounding * ratio) / np.maximum(np.abs(original), floor), nan=np.inf).max())
 
 
 def _corrected_slabs(
@@ -122,16 +184,20 @@ def _corrected_slabs(
         yield slab, frame, values, to_host(corrected), to_host(ratio)
 
 
-def _slope(volume: Volume, field: BiasField, dtype: np.dtype, xp: Any) -> float:
-    """The scl_slope with which the corrected image just fits the integer type."""
+def _scaling(volume: Volume, field: BiasField, dtype: np.dtype, xp: Any) -> tuple[float, float]:
+    """The scl_slope and scl_inter with which the corrected image just fits the integer type."""
     low = high = 0.0
     for _, _, _, corrected, _ in _corrected_slabs(volume, field, xp):
         finite = corrected[np.isfinite(corrected)]
         low = min(low, float(finite.min(initial=0)))
         high = max(high, float(finite.max(initial=0)))
     limits = np.iinfo(dtype)
-    candidates = [high / limits.max] + ([low / limits.min] if limits.min else [])
-    return max(candidates) or 1.0
+    if limits.min == 0:  # an unsigned type begins at the lowest value
+        slope, intercept = (high - low) / limits.max, low
+    else:
+        slope, intercept = max(high / limits.max, low / limits.min), 0.0
+    # as the header will hold them, and the slope no smaller, or the brightest voxel would not fit
+    return float(np.nextafter(np.float32(slope or 1.0), np.float32(np.inf))), float(np.float32(intercept))
 
 
 class Correction(NamedTuple):
@@ -190,6 +256,8 @@ def correct(
         raise ValueError(f"need a 2-D or 3-D array and a voxel size per axis, got {shape} and {voxel_size_mm}")
     if not all(np.isfinite(size) and size > 0 for size in voxel_size_mm):
         raise ValueError(f"voxel_size_mm must be above 0, got {voxel_size_mm}")
+    if volume.dtype.kind not in "biuf":
+        raise ValueError(f"need real numbers, got {volume.dtype}")
     if mask is not None and tuple(mask.shape) != shape:
         raise ValueError(f"the mask has shape {tuple(mask.shape)}, the volume {shape}")
     if weights is not None:
@@ -200,10 +268,12 @@ def correct(
     for name, buffer in (("out", out), ("bias_out", bias_out)):
         if buffer is not None and (tuple(buffer.shape) != shape or buffer.dtype != np.float32):
             raise ValueError(f"{name} must be float32 of shape {shape}, is {buffer.dtype} of {tuple(buffer.shape)}")
-    if out is not None and out is bias_out:
-        raise ValueError("out and bias_out must be two arrays")
     home = array_module(volume)
-    xp = select_device(device).xp
+    if out is not None and bias_out is not None and home.shares_memory(out, bias_out):
+        raise ValueError("out and bias_out must be two arrays")
+    # kept to the end, since it holds the claim to a GPU; arrays on a GPU are worked on where they are
+    claim = select_device(device) if home is np or device == "cpu" else None
+    xp = claim.xp if claim else home
     out = home.empty(shape, dtype=np.float32) if out is None else out
     bias_out = home.empty(shape, dtype=np.float32) if bias_out is None else bias_out
 
@@ -216,7 +286,7 @@ def correct(
     field, history = estimate_field(samples, parameters, xp=xp)
     sums = np.zeros(2)
     for tile, ratio in _ratio_tiles(field, xp):
-        within = np.ones(ratio.shape, dtype=bool) if inside is None else to_host(inside[tile]) != 0
+        within = np.ones(ratio.shape, dtype=bool) if inside is None else _is_set(to_host(inside[tile]))
         for plane in _sums_inside(to_host(image[tile]), to_host(ratio), within):
             sums += plane
     field = field.shifted(np.log(sums[1] / sums[0]))
@@ -225,6 +295,11 @@ def correct(
         divided = image[tile].astype(np.float32) / ratio  # first: the image may be one of the outputs
         corrected[tile], bias[tile] = divided, ratio
     return Correction(out, bias_out, field, history)
+
+
+def _is_set(mask: np.ndarray) -> np.ndarray:
+    """Where a mask is neither 0 nor NaN."""
+    return (mask != 0) & (mask == mask)
 
 
 def _ratio_tiles(field: BiasField, xp: Any) -> Iterator[tuple[tuple[slice, ...], Any]]:
@@ -245,7 +320,7 @@ def _take_samples(image: Any, mask: Any, weights: Any, voxel_size_mm: tuple[floa
         return to_host(array[tuple(array_module(array).asarray(axis) for axis in grid)])
 
     values = sampled(image)
-    inside = np.ones(values.shape, dtype=bool) if mask is None else sampled(mask) != 0
+    inside = np.ones(values.shape, dtype=bool) if mask is None else _is_set(sampled(mask))
     confidence = None if weights is None else sampled(weights).astype(np.float32)
     if confidence is not None:
         inside &= confidence > 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import sys
@@ -46,6 +47,10 @@ def select_device(choice: DeviceChoice = "auto") -> Device:
 
         count = cupy.cuda.runtime.getDeviceCount()
         problem = "CuPy sees no GPU" if count == 0 else ""
+        if count:
+            # a driver alone is not enough: kernels are compiled and matrices multiplied by CUDA's libraries
+            ones = cupy.ones((2, 2))
+            float(cupy.expm1(ones @ ones).sum())
     except ImportError:
         count, problem = 0, "CuPy is not installed"
     except Exception as error:  # CuPy raises classes of its own that cannot be named without it
@@ -86,9 +91,12 @@ def claim_gpu(count: int, folder: Path | None = None) -> tuple[int, IO[str] | No
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
     for index in range(count):
         entry = visible[index].strip() if index < len(visible) and visible[index] else str(index)
+        path = folder / f"n4flow-gpu-{entry.replace('/', '_')}.lock"
+        with contextlib.suppress(OSError):  # another user's file, which can be locked all the same
+            path.touch()
         try:
-            lock = open(folder / f"n4flow-gpu-{entry.replace('/', '_')}.lock", "a")  # noqa: SIM115 (open as long as the GPU is held)
-        except OSError:  # another user's file: that user holds or held the GPU
+            lock = open(path)  # noqa: SIM115 (open as long as the GPU is held)
+        except OSError:
             continue
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -107,7 +115,8 @@ def array_module(array: Any) -> ModuleType:
 
 def to_host(array: Any) -> np.ndarray:
     """The array as a NumPy array: itself, or copied from the GPU."""
-    return array if isinstance(array, np.ndarray) else array.get()
+    # in the order it has on the device, so that neither side transposes
+    return array if isinstance(array, np.ndarray) else array.get(order="A")
 
 
 def to_module(array: Any, module: ModuleType) -> Any:

@@ -10,7 +10,7 @@ import numpy as np
 from n4flow.bspline import one_blas_thread, refine
 from n4flow.errors import InputError
 from n4flow.field import BiasField, Mesh
-from n4flow.kernels import make_kernels
+from n4flow.kernels import Kernels, PlainKernels
 from n4flow.parameters import N4Parameters
 from n4flow.samples import Samples, sample_positions
 from n4flow.sharpening import expected_log_values
@@ -64,7 +64,7 @@ def estimate_field(samples: Samples, parameters: N4Parameters, *, xp: Any = np, 
     mesh = mesh or initial_mesh(samples, parameters)
     check_mesh(samples, mesh, parameters)
 
-    kernels = make_kernels(samples.log_image, samples.confidence, xp)
+    kernels: Kernels = PlainKernels(samples.log_image, samples.confidence, xp)
     lattice = np.zeros(mesh.lattice_shape)
     history: list[Iteration] = []
     for level, most_iterations in enumerate(parameters.iterations):

@@ -27,7 +27,9 @@ def with_defaults(config: Mapping[str, Any], schema: Mapping[str, Any]) -> dict[
     for key, part in schema["properties"].items():
         if part.get("type") == "object" and "properties" in part:
             given = filled.get(key, {})
-            filled[key] = with_defaults(given, part) if isinstance(given, Mapping) else given
+            value = with_defaults(given, part) if isinstance(given, Mapping) else given
+            if value or key in filled:
+                filled[key] = value
         elif "default" in part:
             filled.setdefault(key, part["default"])
     return filled
@@ -47,7 +49,17 @@ def schema_problems(content: Any, schema: Mapping[str, Any]) -> Iterator[str]:
                 yield f"{'.'.join(filter(None, [place, str(key)]))}: there is no such key; {hint}"
         else:
             message = error.message.replace("\n", " ")
-            yield f"{place + ': ' if place else ''}{message}; {error.schema.get('description', 'see config/README.md')}"
+            remedy = error.schema.get("description", "see config/README.md")
+            if isinstance(error.instance, str) and _is_number(error.instance):
+                remedy += f" (it is text to YAML: write {float(error.instance)!r}, without quotes)"
+            yield f"{place + ': ' if place else ''}{message}; {remedy}"
+
+
+def _is_number(text: str) -> bool:
+    try:
+        return math.isfinite(float(text))
+    except ValueError:
+        return False
 
 
 def config_problems(config: Mapping[str, Any], schema: Mapping[str, Any]) -> list[str]:
@@ -152,6 +164,9 @@ def _read_row(row: dict[Any, Any], schema: Mapping[str, Any], made: Collection[s
     found = [f"{problem}" for problem in scan.problems()]
     for role in ("image", "mask"):
         path = getattr(scan, role)
+        if bad := sorted(set(path) & set("{}<>")):
+            found.append(f"{role} {path} holds {' '.join(bad)}, which Snakemake takes for wildcards; rename it")
+            continue
         if not path or path in made or Path(path).is_file():
             continue
         if Path(path).is_symlink():
@@ -161,11 +176,11 @@ def _read_row(row: dict[Any, Any], schema: Mapping[str, Any], made: Collection[s
     return found, None if found else scan
 
 
-def in_fraction(name: str, fraction: float) -> bool:
-    """Whether a scan belongs to a stable random part of all scans.
+def in_fraction(subject: str, fraction: float) -> bool:
+    """Whether a subject belongs to a stable random part of all subjects.
 
-    The choice hangs on the name alone, so that it stays when scans are added.
+    The choice hangs on the label alone, so that it stays when subjects are added.
     """
     import hashlib
 
-    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") < fraction * 2**64
+    return int.from_bytes(hashlib.sha256(subject.encode()).digest()[:8], "big") < fraction * 2**64

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
+from n4flow.bids import raw_uri
 from n4flow.errors import InputError
+from n4flow.files import write_json
+from n4flow.provenance import provenance
 from n4flow.volume import Volume, VolumeWriter
+
+log = logging.getLogger(__name__)
 
 MaskMethod = Literal["otsu", "head", "percentile"]
 
@@ -98,7 +104,11 @@ def head_from_foreground(foreground: np.ndarray, voxel_size_mm: tuple[float, ...
     """
     import SimpleITK as sitk
 
-    radius = [max(1, round(CLOSING_MM / size)) for size in voxel_size_mm[::-1]]
+    # no more than a tenth of the image, which may be no head
+    radius = [
+        max(1, min(round(CLOSING_MM / size), n // 10))
+        for size, n in zip(voxel_size_mm[::-1], foreground.shape[::-1], strict=True)
+    ]
     # padded, so that closing does not take the border of the image for air
     image = sitk.ConstantPad(sitk.GetImageFromArray(foreground.astype(np.uint8)), radius, radius, 0)
     closed = sitk.BinaryMorphologicalClosing(image, radius, sitk.sitkBall)
@@ -164,3 +174,30 @@ def _write(output: str | Path, like: Volume, slabs: Iterator[np.ndarray], source
         if count == 0:
             raise InputError(source or like.path, "the mask is empty", "give a mask, or another mask.method")
     return count
+
+
+def mask_scan(
+    image: Path, own_mask: Path | None, output: Path, sidecar: Path, *, method: MaskMethod, percentile: float
+) -> None:
+    """Write the mask of a scan and its sidecar; the user's own mask wins over `method`.
+
+    Raises
+    ------
+    InputError
+        As `make_mask` and `adopt_mask`.
+    """
+    if own_mask:
+        made = adopt_mask(image, own_mask, output)
+    else:
+        made = make_mask(image, output, method=method, percentile=percentile)
+    sources = {"image": image} | ({"mask": own_mask} if own_mask else {})
+    write_json(
+        sidecar,
+        {
+            "Type": "ROI",
+            "Sources": [raw_uri(path, output) for path in sources.values()],
+            "Mask": made,
+            "Provenance": provenance(sources, ("numpy", "nibabel")),
+        },
+    )
+    log.info("%s: %s", image, made)

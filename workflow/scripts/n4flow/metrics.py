@@ -541,6 +541,8 @@ def find_flags(metrics: Mapping[str, Any]) -> list[str]:
 
     limits = FLAG_LIMITS
     flags = []
+    if metrics.get("mask_volume_ml") is not None and known("mean_ratio", "log_entropy_after_bits") is None:
+        flags.append("not_measurable: the corrected image has no usable intensities in the mask")
     if (field := known("field_min", "field_max")) and field[1] > limits["field_range"] * field[0]:
         flags.append(f"field_range: ×{field[0]:.2f} to ×{field[1]:.2f}, more than {limits['field_range']:g}-fold")
     if (inu := known("inu_range")) and inu[0] < limits["field_flat"]:

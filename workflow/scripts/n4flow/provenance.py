@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import ast
 import hashlib
-import json
 import platform
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
-
-from n4flow.volume import atomic_text
 
 PACKAGE = Path(__file__).parent
 
@@ -100,10 +97,3 @@ def _version(name: str) -> str | None:
         return version(name)
     except PackageNotFoundError:
         return None
-
-
-def write_json(path: str | Path, content: Mapping[str, Any]) -> None:
-    """Write a JSON file that appears when it is complete. NaN is refused: it is no JSON."""
-    with atomic_text(path) as file:
-        json.dump(content, file, indent=2, allow_nan=False)
-        file.write("\n")

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import logging
+import time
+from pathlib import Path
 
 import numpy as np
 
 from n4flow.bspline import basis_matrix, control_points
+from n4flow.correction import read_samples
+from n4flow.derivatives import CorrectionFiles, estimate_facts, write_derivatives
 from n4flow.estimate import Estimate, Iteration, check_mesh, initial_mesh
 from n4flow.field import BiasField, Mesh
 from n4flow.parameters import N4Parameters
@@ -88,6 +92,18 @@ def reference_field(samples: Samples, parameters: N4Parameters) -> Estimate:
         grid_mesh = grid_mesh.refined()
     lattice = _recover_lattice(log_field.reshape(_padded_shape(samples, padding)), grid_mesh)
     return Estimate(BiasField(lattice, grid_mesh, samples.image_shape, samples.affine), history)
+
+
+def reference_scan(
+    image: Path, mask: Path, files: CorrectionFiles, *, parameters: N4Parameters, keep_dtype: bool = False
+) -> None:
+    """As `derivatives.correct_scan`, with the field that SimpleITK estimates."""
+    start = time.perf_counter()
+    samples = read_samples(image, mask, parameters.shrink_factor)
+    estimate = reference_field(samples, parameters)
+    facts = {**estimate_facts(estimate, samples, parameters), "Device": "CPU", "Threads": THREADS}
+    packages = ("numpy", "nibabel", "isal", "SimpleITK")
+    write_derivatives(image, mask, files, estimate.field, facts, packages, start, keep_dtype=keep_dtype, xp=np)
 
 
 def _grid_like(mesh: Mesh, samples: Samples) -> tuple[list[tuple[int, int]], Mesh]:

@@ -5,13 +5,11 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Self
 
 import numpy as np
 
 from n4flow.errors import InputError
-from n4flow.volume import Volume
 
 log = logging.getLogger(__name__)
 
@@ -162,6 +160,25 @@ def check_dropped(source: object, dropped: dict[str, int], mask_voxels: int) -> 
         log.warning("%s: %d of %d voxels left out%s", source, lost, mask_voxels, describe_dropped(dropped))
 
 
+def check_range(source: object, log_values: np.ndarray) -> None:
+    """Refuse intensities that float32, which everything is written in, does not hold.
+
+    Raises
+    ------
+    InputError
+    """
+    limits = np.finfo(np.float32)
+    # a tenfold margin for the field, and a thousand steps of precision for dark tissue
+    if log_values.size and not (
+        np.log(float(limits.tiny) * 1e3) < np.median(log_values) and log_values.max() < np.log(float(limits.max) / 10)
+    ):
+        raise InputError(
+            source,
+            f"its intensities, around {np.exp(np.median(log_values)):.1e}, are beyond what float32 holds",
+            "multiply the image by a constant",
+        )
+
+
 def describe_dropped(dropped: dict[str, int]) -> str:
     """The counts in brackets, as they stand in messages; empty if nothing was dropped."""
     reasons = ", ".join(f"{n} {reason}" for reason, n in dropped.items() if n)
@@ -171,51 +188,3 @@ def describe_dropped(dropped: dict[str, int]) -> str:
 def log_where(values: np.ndarray, usable: np.ndarray) -> np.ndarray:
     """Natural logarithm in float64 where usable, else 0."""
     return np.log(np.where(usable, values, 1).astype(np.float64))
-
-
-def read_samples(image: str | Path | Volume, mask: str | Path | Volume, shrink_factor: int) -> Samples:
-    """Take the samples of an image (of the mean over its frames) inside a mask, slab by slab.
-
-    Parameters
-    ----------
-    image, mask : path or Volume
-        On the same grid.
-    shrink_factor : int
-
-    Returns
-    -------
-    Samples
-
-    Raises
-    ------
-    InputError
-        A file cannot be read, the grids differ, or the mask is empty or mostly unusable.
-    """
-    volume = image if isinstance(image, Volume) else Volume(image)
-    mask = mask if isinstance(mask, Volume) else Volume(mask)
-    volume.check_same_grid(mask, "mask")
-    positions = sample_positions(volume.shape, shrink_factor)
-    log_image = np.zeros([len(p) for p in positions])
-    kept = np.zeros(log_image.shape, dtype=bool)
-    dropped: dict[str, int] = {}
-    mask_voxels = 0
-    for (slab, values), (_, mask_values) in zip(volume.mean_slabs(), mask.mean_slabs(), strict=True):
-        inside = mask_values != 0
-        usable, lost = usable_voxels(values, inside)
-        mask_voxels += int(inside.sum())
-        dropped = {reason: dropped.get(reason, 0) + n for reason, n in lost.items()}
-        hit = (positions[2] >= slab.start) & (positions[2] < slab.stop)
-        grid = np.ix_(positions[0], positions[1], positions[2][hit] - slab.start)
-        kept[:, :, hit] = usable[grid]
-        log_image[:, :, hit] = log_where(values[grid], usable[grid])
-    check_dropped(volume.path, dropped, mask_voxels)
-    return Samples(
-        log_image,
-        kept,
-        positions,
-        volume.shape,
-        volume.voxel_size_mm,
-        volume.affine,
-        dropped,
-        str(volume.path),
-    )

@@ -29,6 +29,11 @@ GZIP_LEVEL = 2
 
 WRITE_BYTES = 2**20
 
+GZIP_MAGIC = b"\x1f\x8b"
+
+#: A NIfTI header starts with its own size, in either byte order: 348 (NIfTI-1) or 540 (NIfTI-2).
+HEADER_SIZES = {n: {n.to_bytes(4, order) for order in ("little", "big")} for n in (348, 540)}
+
 #: An unknown unit is taken for mm, as every reader does.
 MM_PER_UNIT = {"meter": 1e3, "mm": 1.0, "micron": 1e-3}
 SECONDS_PER_UNIT = {"sec": 1.0, "msec": 1e-3, "usec": 1e-6}
@@ -91,14 +96,18 @@ class Volume:
     def _opened(self) -> Iterator[nib.Nifti1Image]:
         """The image, whose data can be read as long as the context lasts."""
         opener: Any = igzip.open if self.path.suffix == ".gz" else open
+        with self._errors(), open(self.path, "rb") as file:
+            start = file.read(4)
+        if opener is igzip.open and start in HEADER_SIZES[348] | HEADER_SIZES[540]:
+            raise InputError(self.path, "is not compressed, though its name says so", "rename it to .nii")
+        if opener is open and start[:2] == GZIP_MAGIC:
+            raise InputError(self.path, "is compressed, which its name does not say", "rename it to .nii.gz")
         with self._errors(), opener(self.path, "rb") as stream:
             start = stream.read(4)
             stream.seek(0)
-            # a NIfTI header starts with its own size, in either byte order: 348 or 540
-            sizes = {n: {n.to_bytes(4, order) for order in ("little", "big")} for n in (348, 540)}
-            if start not in sizes[348] | sizes[540]:
+            if start not in HEADER_SIZES[348] | HEADER_SIZES[540]:
                 raise ImageFileError("it does not start with a NIfTI header")
-            kind = nib.Nifti2Image if start in sizes[540] else nib.Nifti1Image
+            kind = nib.Nifti2Image if start in HEADER_SIZES[540] else nib.Nifti1Image
             # as it stands in the file: nibabel makes a voxel size of 0 to 1
             self._check_voxel_size(kind.header_class.from_fileobj(stream, check=False))
             stream.seek(0)
@@ -220,8 +229,10 @@ class Volume:
                 f"the {role} has shape {other.shape}, its image {self.path.name} has {self.shape}",
                 f"resample the {role} to the image",
             )
-        # a thousandth of a voxel: header rounding passes, a shift does not
-        if not np.allclose(other.affine, self.affine, rtol=0, atol=1e-3 * min(self.voxel_size_mm)):
+        corners = np.array([[*corner, 1] for corner in np.ndindex(2, 2, 2)]) * [*(n - 1 for n in self.shape), 1]
+        apart = corners @ (np.linalg.inv(self.affine) @ other.affine - np.eye(4)).T
+        # a hundredth of a voxel: rounding in a header passes, a shift does not
+        if not np.abs(apart).max() < 0.01:
             raise InputError(
                 other.path,
                 f"the affine of the {role} differs from that of its image {self.path.name}",
@@ -239,18 +250,25 @@ class VolumeWriter:
     like : Volume
         Gives shape, affine, codes, zooms and units.
     dtype : numpy dtype
-    slope : float
-        Stored value times slope is the real value (integers only).
+    slope, intercept : float
+        Stored value times slope plus intercept is the real value (integers only).
     frames : int, optional
         Frames to write; those of `like` by default.
     """
 
     def __init__(
-        self, path: str | Path, like: Volume, dtype: Any, *, slope: float = 1.0, frames: int | None = None
+        self,
+        path: str | Path,
+        like: Volume,
+        dtype: Any,
+        *,
+        slope: float = 1.0,
+        intercept: float = 0.0,
+        frames: int | None = None,
     ) -> None:
         self.path = Path(path)
         self.dtype = np.dtype(dtype).newbyteorder(like.header.endianness)  # as the header is written
-        self.slope = slope
+        self.slope, self.intercept = slope, intercept
         header = like.header.copy()
         header.extensions.clear()  # they describe the acquisition, or a file that this no longer is
         header.set_data_dtype(self.dtype)
@@ -259,7 +277,7 @@ class VolumeWriter:
             zooms = header.get_zooms()[:3]
             header.set_data_shape(like.shape)
             header.set_zooms(zooms)
-        header.set_slope_inter(slope, 0)
+        header.set_slope_inter(slope, intercept)
         header["magic"] = header.single_magic
         header.set_data_offset(0)  # lets nibabel put the data right behind the header
         self.header = header
@@ -285,15 +303,19 @@ class VolumeWriter:
             self._stream.write(bytes(self._pending[start : start + WRITE_BYTES]))
         del self._pending[:whole]
 
-    def write(self, values: np.ndarray) -> None:
-        """Append the next slab (n0, n1, planes), in real values."""
+    def write(self, values: np.ndarray) -> np.ndarray:
+        """Append the next slab (n0, n1, planes), in real values; returns them as they will be read."""
         if np.issubdtype(self.dtype, np.integer):
             limits = np.iinfo(self.dtype)
             # the largest float64 that is no larger than the largest integer
             top = float(limits.max) if int(float(limits.max)) <= limits.max else np.nextafter(float(limits.max), 0)
-            stored = np.nan_to_num(np.asarray(values, dtype=np.float64) / self.slope)
-            values = np.clip(np.rint(stored), limits.min, top)
-        self._put(np.asarray(values, dtype=self.dtype).tobytes(order="F"))
+            real = np.where(np.isnan(values), 0, values).astype(np.float64)
+            stored = np.clip(np.rint((real - self.intercept) / self.slope), limits.min, top).astype(self.dtype)
+            self._put(stored.tobytes(order="F"))
+            return stored * self.slope + self.intercept
+        stored = np.asarray(values, dtype=self.dtype)
+        self._put(stored.tobytes(order="F"))
+        return stored
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -308,17 +330,3 @@ class VolumeWriter:
         finally:
             self._file.close()
             self._partial.unlink(missing_ok=True)
-
-
-@contextlib.contextmanager
-def atomic_text(path: str | Path) -> Iterator[Any]:
-    """A text file that appears under its name when it is complete."""
-    path = Path(path)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        with open(partial, "w", encoding="utf-8") as file:
-            yield file
-        os.replace(partial, path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise

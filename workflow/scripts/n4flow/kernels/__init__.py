@@ -1,44 +1,6 @@
-"""The passes over the voxels, behind one protocol.
+"""The passes over the voxels, behind one protocol: see `protocol`."""
 
-An iteration needs three light passes over the log intensities of the samples: histogram; look-up,
-residual and contraction onto the lattice; subtraction of the update with its statistics. `plain` is
-array code for NumPy and CuPy and the readable truth; every other set must agree with it.
-"""
+from n4flow.kernels.plain import PlainKernels
+from n4flow.kernels.protocol import Kernels, Statistics
 
-from __future__ import annotations
-
-from collections.abc import Sequence
-from typing import Any, NamedTuple, Protocol
-
-import numpy as np
-
-
-class Statistics(NamedTuple):
-    """What a pass over the corrected log intensities ``u - B`` finds inside the mask."""
-
-    low: float  # smallest
-    high: float  # largest
-    cv: float  # coefficient of variation of exp(-update), as N4 measures convergence
-
-
-class Kernels(Protocol):
-    """Holds ``u - B`` on the sample grid, on its device, and works on it in passes."""
-
-    def set_mesh(self, bases: Sequence[np.ndarray]) -> None:
-        """Take the per-axis basis matrices (n_axis, m_axis) of a level; compute ``omega`` once."""
-
-    def subtract(self, update: np.ndarray) -> Statistics:
-        """Subtract the spline with the control points `update` from ``u - B``."""
-
-    def histogram(self, low: float, high: float, bins: int) -> np.ndarray:
-        """Histogram of ``u - B`` as `sharpening.linear_histogram` defines it, on the host."""
-
-    def fit(self, table: np.ndarray, low: float, high: float) -> np.ndarray:
-        """Control points that approximate ``(u - B) - E(u - B)``, with E the look-up `table`."""
-
-
-def make_kernels(log_image: np.ndarray, weights: np.ndarray, xp: Any) -> Kernels:
-    """Kernels for the device that `xp` stands for."""
-    from n4flow.kernels.plain import PlainKernels
-
-    return PlainKernels(log_image, weights, xp)
+__all__ = ["Kernels", "PlainKernels", "Statistics"]

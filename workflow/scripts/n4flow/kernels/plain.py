@@ -9,7 +9,7 @@ import numpy as np
 
 from n4flow.bspline import contract, divide_where_seen, expand, fit_matrices
 from n4flow.device import to_host
-from n4flow.kernels import Statistics
+from n4flow.kernels.protocol import Statistics
 from n4flow.sharpening import linear_histogram, look_up
 
 #: Voxels worked on at a time. Blocks bound the temporary arrays, and since they do not depend on

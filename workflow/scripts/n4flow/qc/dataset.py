@@ -13,9 +13,9 @@ from urllib.parse import quote
 
 from markupsafe import Markup
 
+from n4flow.files import atomic_text
 from n4flow.metrics import robust_z
 from n4flow.qc.rendering import plain, read_json, render
-from n4flow.volume import atomic_text
 
 #: Columns of metrics.tsv and of the dataset table: key, heading, digits, the direction that is worse.
 COLUMNS: tuple[tuple[str, str, int, int], ...] = (

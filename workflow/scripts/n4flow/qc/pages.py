@@ -16,6 +16,7 @@ import numpy as np
 from n4flow.bids import DATATYPE_OF
 from n4flow.errors import InputError
 from n4flow.field import BiasField
+from n4flow.files import atomic_text
 from n4flow.metrics import (
     PLANE_VOXELS,
     correction_metrics,
@@ -27,7 +28,7 @@ from n4flow.metrics import (
 from n4flow.qc import panels
 from n4flow.qc.panels import Profile, Slice
 from n4flow.qc.rendering import number, plain, read_json, render
-from n4flow.volume import Volume, atomic_text
+from n4flow.volume import Volume
 
 #: A page may have so many bytes; the two mosaics of the image take what the rest leaves.
 PAGE_BYTES = 480_000

@@ -1,0 +1,63 @@
+"""Which voxels take part in the estimate."""
+
+import numpy as np
+import pytest
+import SimpleITK as sitk
+from numpy.testing import assert_array_equal
+
+from n4flow import InputError
+from n4flow.samples import check_dropped, sample_positions, shrink_per_axis, usable_voxels
+
+
+def itk_positions(shape, factors):
+    """Voxels that itk::ShrinkImageFilter takes: what it makes of images of the voxels' own indices."""
+    ramps = np.indices(shape).astype(np.float32)
+    shrunken = [sitk.GetArrayFromImage(sitk.Shrink(sitk.GetImageFromArray(ramp.T), factors)).T for ramp in ramps]
+    return [np.unique(ramp) for ramp in shrunken]
+
+
+@pytest.mark.parametrize("shrink_factor", [1, 2, 3, 4, 5])
+@pytest.mark.parametrize("voxels", range(80, 92))
+def test_samples_are_centred_as_itk_centres_them(voxels, shrink_factor):
+    shape = (voxels, 16, 33)  # axes shrunk as asked for, not at all, and by two at the most
+    positions = sample_positions(shape, shrink_factor)
+    assert shrink_per_axis(shape, shrink_factor) == (shrink_factor, 1, min(shrink_factor, 2))
+    for ours, itk in zip(positions, itk_positions(shape, shrink_per_axis(shape, shrink_factor)), strict=True):
+        assert_array_equal(ours, itk)
+
+
+@pytest.mark.parametrize(
+    ("voxels", "shrink_factor", "first", "last"),
+    [(80, 2, 1, 79), (81, 2, 1, 79), (82, 3, 2, 80), (83, 4, 3, 79), (80, 4, 2, 78), (84, 5, 4, 79)],
+)
+def test_as_much_is_left_out_before_the_first_sample_as_after_the_last(voxels, shrink_factor, first, last):
+    positions = sample_positions((voxels, 1, 1), shrink_factor)[0]
+    assert (positions[0], positions[-1]) == (first, last)
+    assert 0 <= first - (voxels - 1 - last) <= 1
+
+
+def test_a_voxel_without_a_logarithm_is_dropped_under_its_reason():
+    values = np.array([1.0, np.inf, -np.inf, np.nan, 0.0, -0.0, -1.0, 1e-30, np.inf, 0.0, -2.0])
+    inside = np.array([True] * 8 + [False] * 3)
+    usable, dropped = usable_voxels(values, inside)
+    assert_array_equal(np.flatnonzero(usable), [0, 7])
+    assert dropped == {"not finite": 3, "zero": 2, "negative": 1}
+
+
+def test_a_mask_of_which_most_is_dropped_is_refused():
+    with pytest.raises(
+        InputError, match=r"most of the mask cannot be used, 510 of 1000 voxels .*500 zero, 10 negative"
+    ):
+        check_dropped("image.nii", {"not finite": 0, "zero": 500, "negative": 10}, 1000)
+
+
+@pytest.mark.parametrize("lost", [490, 500])
+def test_a_mask_of_which_no_more_than_half_is_dropped_is_used_with_a_warning(lost, caplog):
+    check_dropped("image.nii", {"not finite": lost - 400, "zero": 400, "negative": 0}, 1000)
+    assert f"{lost} of 1000 voxels left out" in caplog.text
+    assert f"{lost - 400} not finite, 400 zero" in caplog.text
+
+
+def test_a_mask_of_which_nothing_is_dropped_is_used_without_a_word(caplog):
+    check_dropped("image.nii", {"not finite": 0, "zero": 0, "negative": 0}, 1000)
+    assert not caplog.text
