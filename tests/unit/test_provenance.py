@@ -14,7 +14,7 @@ def test_modules_are_followed_through_lazy_imports():
 
 # the modules that the rules name, and what may not make their jobs run again
 NOT_USED = {
-    "mask": {"estimate", "sharpening", "reference", "phantom", "metrics", "qc.pages"},
+    "mask": {"estimate", "sharpening", "bspline", "reference", "phantom", "metrics", "qc.pages"},
     "derivatives": {"reference", "phantom", "mask", "metrics", "qc.pages"},
     "reference": {"phantom", "mask", "metrics", "qc.pages"},
     "phantom": {"estimate", "mask", "qc.pages"},

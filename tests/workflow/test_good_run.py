@@ -133,7 +133,7 @@ def folder(tmp_path_factory):
 def roles_of(scan):
     """What there must be of a scan."""
     roles = results_of(scan)
-    return {r: path for r, path in roles.items() if r not in REFERENCE_ROLES or in_fraction(scan.name, FRACTION)}
+    return {r: path for r, path in roles.items() if r not in REFERENCE_ROLES or in_fraction(scan.subject, FRACTION)}
 
 
 def images_of(folder, scan):
@@ -148,13 +148,17 @@ def test_outputs_are_there_and_those_of_sitk_for_the_chosen_fraction_alone(folde
 
 
 def test_fraction_chose_some_of_the_scans():
-    assert 0 < sum(in_fraction(scan.name, FRACTION) for scan in SCANS.values()) < len(SCANS)
+    assert 0 < sum(in_fraction(scan.subject, FRACTION) for scan in SCANS.values()) < len(SCANS)
 
 
 def test_results_hold_nothing_else_and_no_partial_file(folder):
     expected = {path for scan in SCANS.values() for path in roles_of(scan).values()}
     expected |= {f"results/{n}" for n in ("dataset_description.json", ".bidsignore", "qc/index.html", "qc/metrics.tsv")}
-    assert {p.relative_to(folder).as_posix() for p in (folder / "results").rglob("*") if p.is_file()} == expected
+    found = {p.relative_to(folder).as_posix() for p in (folder / "results").rglob("*") if p.is_file()}
+    bundle = {path for path in found if path.startswith("results/qc/bundle/")}
+    assert found - bundle == expected
+    pages = {Path(path).name for path in expected if path.startswith("results/qc/") and not path.endswith(".json")}
+    assert {Path(path).name for path in bundle} - {".snakemake_timestamp"} == pages
     assert partial_files(folder) == []
 
 
@@ -275,7 +279,7 @@ def test_log_names_the_device_once_and_shows_progress(folder, name):
 
 
 def test_own_results_agree_with_those_of_sitk(folder):
-    chosen = [scan for scan in SCANS.values() if in_fraction(scan.name, FRACTION)]
+    chosen = [scan for scan in SCANS.values() if in_fraction(scan.subject, FRACTION)]
     r = {s.name: json.loads((folder / results_of(s)["metrics"]).read_text())["reference_r"] for s in chosen}
     assert min(r.values()) > 0.95, r
 

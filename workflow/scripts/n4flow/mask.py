@@ -13,6 +13,7 @@ from n4flow.bids import raw_uri
 from n4flow.errors import InputError
 from n4flow.files import write_json
 from n4flow.provenance import provenance
+from n4flow.samples import check_range
 from n4flow.volume import Volume, VolumeWriter
 
 log = logging.getLogger(__name__)
@@ -85,6 +86,7 @@ def foreground_threshold(volume: Volume, method: MaskMethod = "otsu", percentile
     values = np.maximum(values[np.isfinite(values)], 0)
     if len(values) == 0 or values.min() == values.max():
         raise InputError(volume.path, "all voxels have the same intensity", "check that this is the right image")
+    check_range(volume.path, np.log(values[values > 0]))
     if method == "percentile":
         return float(np.percentile(values[values > 0], percentile))
     return otsu_threshold(values)
