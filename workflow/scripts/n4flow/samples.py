@@ -94,7 +94,7 @@ class Samples:
             box.append(slice(hit[0], hit[-1] + 1))
         return replace(
             self,
-            log_image=np.ascontiguousarray(self.log_image[tuple(box)]),
+            log_image=self.log_image[tuple(box)],
             mask=np.ascontiguousarray(self.mask[tuple(box)]),
             weights=None if self.weights is None else np.ascontiguousarray(self.weights[tuple(box)]),
             positions=tuple(p[part] for p, part in zip(self.positions, box, strict=True)),
