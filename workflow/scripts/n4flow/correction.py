@@ -157,8 +157,14 @@ def write_corrected(
             if bias_writer and frame == 0:
                 bias_writer.write(ratio)
             worst = max(worst, _largest_error(values, written, ratio, rounding))
-            if slab.stop == volume.shape[2]:
-                log.info("%s: frame %d of %d written", volume.path.name, frame + 1, volume.frames)
+            log.info(
+                "%s: frame %d of %d, plane %d of %d written",
+                volume.path.name,
+                frame + 1,
+                volume.frames,
+                slab.stop,
+                volume.shape[2],
+            )
     return worst
 
 

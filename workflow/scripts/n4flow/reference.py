@@ -119,8 +119,16 @@ def _grid_like(mesh: Mesh, samples: Samples) -> tuple[list[tuple[int, int]], Mes
         step = positions[1] - positions[0]
         end = mesh.start[axis] + spans * mesh.span_voxels[axis]
         # no more than the grid's own length: a mesh far larger than the image costs memory
-        before = min(n, max(0, round((positions[0] - mesh.start[axis]) / step)))
-        after = min(n, max(0, round((end - positions[-1]) / step)))
+        wanted = [max(0, round((positions[0] - mesh.start[axis]) / step)), max(0, round((end - positions[-1]) / step))]
+        before, after = (min(n, width) for width in wanted)
+        if max(wanted) > n:
+            log.warning(
+                "%s: the mesh is far larger than the image; SimpleITK has spans of %.1f voxels along axis %d, not %.1f",
+                samples.source,
+                (n + before + after - 1) * step / spans,
+                axis,
+                mesh.span_voxels[axis],
+            )
         padding.append((before, after))
         start.append(float(positions[0] - before * step))
         span_voxels.append(float((n + before + after - 1) * step / spans))

@@ -1,0 +1,109 @@
+"""Input at the edge of sense: it works within a stated error, or it ends in words. Never is the input handed back."""
+
+import numpy as np
+import pytest
+
+from n4flow import InputError, N4Parameters, correct
+from n4flow.phantom import make_phantom
+from tests.conftest import demeaned_error, rms
+
+
+@pytest.fixture(scope="module")
+def strong(tissues):
+    """A head at 2 mm with 80 % INU: the field is worth correcting in any part of it."""
+    return make_phantom(tissues, 2.0, inu_percent=80, noise_percent=2, seed=5)
+
+
+def error_ratio(image, mask, truth, inside, size=(2.0, 2.0, 2.0), parameters=None):
+    """Error of the field as a share of the field itself; the field must not be flat."""
+    parameters = parameters or N4Parameters(shrink_factor=2)
+    result = correct(image, mask, voxel_size_mm=size, parameters=parameters, device="cpu")
+    assert np.ptp(np.log(result.bias[mask])) > 0.01, "the input was handed back"
+    return rms(demeaned_error(result.bias, truth, inside)) / rms(demeaned_error(np.ones_like(truth), truth, inside))
+
+
+def part_of(head, part):
+    return head.image[part], head.image[part] > 400, head.bias[part], head.brain[part]
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2])
+@pytest.mark.parametrize("slices", [1, 2, 3])
+def test_thin_slabs(strong, axis, slices):
+    part = [slice(None)] * 3
+    part[axis] = slice(46, 46 + slices)
+    assert error_ratio(*part_of(strong, tuple(part)), parameters=N4Parameters(shrink_factor=1)) < 0.6
+
+
+def test_a_plane(strong):
+    image, mask, truth, brain = part_of(strong, np.s_[:, :, 46])
+    assert error_ratio(image, mask, truth, brain, (2.0, 2.0), N4Parameters(shrink_factor=1)) < 0.6
+
+
+def test_a_mask_that_touches_every_border(strong):
+    part = np.s_[30:70, 25:85, 25:65]
+    image, truth = strong.image[part], strong.bias[part]
+    everything = np.ones(image.shape, dtype=bool)
+    assert error_ratio(image, everything, truth, everything) < 0.6
+
+
+def test_a_mask_of_two_far_components(strong):
+    image, mask, truth, _ = part_of(strong, np.s_[:, :, :])
+    mask = mask.copy()
+    mask[30:70] = False
+    # what they have in common is the intensity of the tissue: the step between them is seen, too
+    assert error_ratio(image, mask, truth, mask & strong.brain) < 0.6
+
+
+def test_few_distinct_values(strong):
+    image, _, truth, brain = part_of(strong, np.s_[:, :, :])
+    levels = np.clip(np.rint(image / image.max() * 12), 0, 12).astype(np.uint8)
+    mask = levels > 2
+    assert len(np.unique(levels[mask])) <= 10
+    # ten spikes look like a sharp histogram: little is corrected, but nothing is made worse
+    assert error_ratio(levels, mask, truth, brain & mask) < 0.95
+
+
+@pytest.mark.parametrize("count", [1, 20])
+def test_hot_voxels(strong, count):
+    image, mask, truth, brain = part_of(strong, np.s_[:, :, :])
+    image = image.copy()
+    rng = np.random.default_rng(3)
+    places = np.argwhere(mask)
+    for place in places[rng.choice(len(places), count, replace=False)]:
+        image[tuple(place)] *= 1e4
+    assert error_ratio(image, mask, truth, brain, parameters=N4Parameters(shrink_factor=1)) < 0.7
+
+
+def test_zeros_in_the_mask(strong):
+    image, mask, truth, brain = part_of(strong, np.s_[:, :, :])
+    zeroed = np.where(np.random.default_rng(4).random(image.shape) < 0.01, 0, image)
+    assert error_ratio(zeroed, mask, truth, brain) < 1.1 * error_ratio(image, mask, truth, brain)
+
+
+@pytest.mark.parametrize("scale", [1e-4, 1e4])
+def test_huge_and_tiny_voxels(strong, scale):
+    """With the mesh in proportion nothing changes; without, the mesh is flat or refused, and that in words."""
+    image, mask, truth, brain = part_of(strong, np.s_[:, :, :])
+    size = (2.0 * scale,) * 3
+    fitting = N4Parameters(shrink_factor=2, spline_distance_mm=60 * scale)
+    assert error_ratio(image, mask, truth, brain, size, fitting) == pytest.approx(
+        error_ratio(image, mask, truth, brain), rel=1e-6
+    )
+    if scale > 1:
+        with pytest.raises(InputError, match=r"spans along axis 0, which has .* raise n4\.spline_distance_mm"):
+            correct(image, mask, voxel_size_mm=size, device="cpu")
+    else:  # one span over millions of voxels: next to no field, which the flag field_flat of the report names
+        flat = correct(image, mask, voxel_size_mm=size, device="cpu")
+        assert np.ptp(np.log(flat.bias)) < 1e-3
+
+
+@pytest.mark.parametrize("shrink_factor", [16, 200])
+def test_a_shrink_factor_larger_than_an_axis_is_limited(strong, shrink_factor):
+    image, mask, truth, brain = part_of(strong, np.s_[:, :, :])
+    ratio = error_ratio(image, mask, truth, brain, parameters=N4Parameters(shrink_factor=shrink_factor))
+    assert ratio < 0.6
+
+
+def test_a_volume_of_few_voxels_is_refused_in_words():
+    with pytest.raises(InputError, match=r"only 27 usable samples .* give a larger mask or a smaller n4.shrink_factor"):
+        correct(np.arange(1.0, 28.0).reshape(3, 3, 3), voxel_size_mm=(1, 1, 1), device="cpu")

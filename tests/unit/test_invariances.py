@@ -1,0 +1,93 @@
+"""What must not matter to the estimate, on random small heads."""
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from numpy.testing import assert_allclose
+
+from n4flow import N4Parameters, correct
+from n4flow.estimate import estimate_field
+from n4flow.field import Mesh
+from tests.conftest import samples_of
+
+# every example estimates twice; a few dozen are enough to find an axis that was mixed up
+SEARCH = settings(deadline=None, max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+SIZE = (6.0, 6.0, 6.0)
+PARAMETERS = N4Parameters(shrink_factor=1, iterations=(8,), convergence_threshold=0)
+MESHES = st.sampled_from(["fixed", "refined"])
+
+
+@pytest.fixture(scope="module")
+def small(head):
+    """Every third voxel of the phantom and its foreground."""
+    return head.image[::3, ::3, ::3], head.image[::3, ::3, ::3] > 300
+
+
+def log_field(image, mask, size=SIZE, mesh_kind="fixed", mesh=None):
+    iterations = (8,) if mesh_kind == "fixed" else (4, 4)
+    parameters = N4Parameters(
+        mesh=mesh_kind, shrink_factor=1, iterations=iterations, convergence_threshold=0, spline_distance_mm=80
+    )
+    samples = samples_of(image, mask, size)
+    return estimate_field(samples, parameters, mesh=mesh).field.log_at(samples.positions)
+
+
+@SEARCH
+@given(st.permutations([0, 1, 2]), st.sets(st.integers(0, 2)), MESHES)
+def test_axes_may_be_permuted_and_flipped(small, order, flipped, mesh):
+    image, mask = small
+    turned = [np.flip(array.transpose(order), tuple(flipped)) for array in (image, mask)]
+    found = log_field(*turned, mesh_kind=mesh)
+    assert_allclose(found, np.flip(log_field(image, mask, mesh_kind=mesh).transpose(order), tuple(flipped)), atol=1e-6)
+
+
+@SEARCH
+@given(st.floats(-6, 6), MESHES)
+def test_intensities_may_be_scaled(small, exponent, mesh):
+    image, mask = small
+    scaled = image.astype(np.float64) * 10**exponent
+    assert_allclose(log_field(scaled, mask, mesh_kind=mesh), log_field(image, mask, mesh_kind=mesh), atol=1e-6)
+
+
+@SEARCH
+@given(st.sampled_from([np.nan, np.inf, -np.inf, 0.0, -5.0, 1e30]))
+def test_voxels_outside_the_mask_may_hold_anything(small, value):
+    image, mask = small
+    with np.errstate(invalid="ignore"):
+        other = correct(np.where(mask, image, value), mask, voxel_size_mm=SIZE, parameters=PARAMETERS, device="cpu")
+    expected = correct(image, mask, voxel_size_mm=SIZE, parameters=PARAMETERS, device="cpu")
+    np.testing.assert_array_equal(other.field.lattice, expected.field.lattice)
+
+
+@SEARCH
+@given(st.tuples(*[st.tuples(st.integers(0, 4), st.integers(0, 4))] * 3))
+def test_background_may_be_added_around_on_the_same_domain(small, widths):
+    image, mask = small
+    mesh = Mesh.of_distance(image.shape, SIZE, 80.0)
+    moved = Mesh(
+        mesh.spans, tuple(s + before for s, (before, _) in zip(mesh.start, widths, strict=True)), mesh.span_voxels
+    )
+    inner = tuple(slice(before, before + n) for (before, _), n in zip(widths, image.shape, strict=True))
+    padded = log_field(np.pad(image, widths), np.pad(mask, widths), mesh=moved)[inner]
+    assert_allclose(padded, log_field(image, mask, mesh=mesh), atol=1e-9)
+
+
+@SEARCH
+@given(st.floats(0.05, 20.0))
+def test_voxel_and_mesh_may_be_measured_in_another_unit(small, unit):
+    image, mask = small
+    parameters = N4Parameters(shrink_factor=1, iterations=(8,), convergence_threshold=0, spline_distance_mm=80 * unit)
+    samples = samples_of(image, mask, tuple(size * unit for size in SIZE))
+    found = estimate_field(samples, parameters).field.log_at(samples.positions)
+    assert_allclose(found, log_field(image, mask), atol=1e-6)
+
+
+@pytest.mark.parametrize("where", ["head", "brain"])
+def test_a_corrected_image_is_hardly_changed_again(head, where):
+    mask = head.brain if where == "brain" else head.image > 300
+    first = correct(head.image, mask, voxel_size_mm=(2, 2, 2), device="cpu")
+    second = correct(first.corrected, mask, voxel_size_mm=(2, 2, 2), device="cpu")
+    changes = [np.std(np.log(result.bias[mask])) for result in (first, second)]
+    assert changes[1] < 0.1 * changes[0]
