@@ -275,7 +275,7 @@ def test_log_names_the_device_once_and_shows_progress(folder, name):
     assert log.count("computing on") == 1
     assert Path(scan.image).name in log
     assert re.search(r"level 1 of 1, .* iteration 1 of at most 100, cv \d", log)
-    assert re.search(r"frame 1 of \d written", log)
+    assert re.search(r"frame 1 of \d+, plane (\d+) of \1 written", log), "to the last plane"
 
 
 def test_own_results_agree_with_those_of_sitk(folder):
