@@ -113,10 +113,6 @@ def derivative(scan, name):
     return f"<results>/{scan.folder}/{scan.entities}_{name}"
 
 
-def corrected_path(scan):
-    return derivative(scan, f"desc-N4_{scan.suffix}.nii.gz")
-
-
 def page_path(scan):
     return f"<results>/qc/{scan.name}.html"
 
@@ -125,20 +121,32 @@ def metrics_path(scan):
     return f"<results>/qc/data/{scan.name}.json"
 
 
+def products(scan):
+    """Everything that is made of a scan, by role."""
+    made = {
+        "mask": derivative(scan, f"desc-foreground{scan.suffix}_mask.nii.gz"),
+        "mask_sidecar": derivative(scan, f"desc-foreground{scan.suffix}_mask.json"),
+        "corrected": derivative(scan, f"desc-N4_{scan.suffix}.nii.gz"),
+        "sidecar": derivative(scan, f"desc-N4_{scan.suffix}.json"),
+        "field": derivative(scan, f"desc-N4{scan.suffix}_biasfield.json"),
+        "page": page_path(scan),
+        "metrics": metrics_path(scan),
+    }
+    if config["output"]["bias_field"]:
+        made["bias"] = derivative(scan, f"desc-N4{scan.suffix}_biasfield.nii.gz")
+    if with_reference(scan):
+        made["reference"] = derivative(scan, f"desc-N4sitk_{scan.suffix}.nii.gz")
+        made["reference_sidecar"] = derivative(scan, f"desc-N4sitk_{scan.suffix}.json")
+        made["reference_field"] = derivative(scan, f"desc-N4sitk{scan.suffix}_biasfield.json")
+    return made
+
+
 def qc_inputs(wildcards):
     """What the page of a scan shows; SimpleITK's field for the scans that have one."""
     scan = scan_of(wildcards)
-    inputs = {
-        "image": scan.image,
-        "mask": derivative(scan, f"desc-foreground{scan.suffix}_mask.nii.gz"),
-        "corrected": corrected_path(scan),
-        "sidecar": derivative(scan, f"desc-N4_{scan.suffix}.json"),
-        "field": derivative(scan, f"desc-N4{scan.suffix}_biasfield.json"),
-    }
-    if with_reference(scan):
-        inputs["reference_field"] = derivative(scan, f"desc-N4sitk{scan.suffix}_biasfield.json")
-        inputs["reference_sidecar"] = derivative(scan, f"desc-N4sitk_{scan.suffix}.json")
-    return inputs
+    made = products(scan)
+    shown = ("mask", "corrected", "sidecar", "field", "reference_field", "reference_sidecar")
+    return {"image": scan.image} | {role: made[role] for role in shown if role in made}
 
 
 def memory_mb(baseline, per_mb):
@@ -155,25 +163,6 @@ def memory_mb(baseline, per_mb):
     return resource
 
 
-def products(scan):
-    """Everything that is made of a scan."""
-    made = [
-        corrected_path(scan),
-        derivative(scan, f"desc-N4_{scan.suffix}.json"),
-        derivative(scan, f"desc-N4{scan.suffix}_biasfield.json"),
-        derivative(scan, f"desc-foreground{scan.suffix}_mask.nii.gz"),
-        derivative(scan, f"desc-foreground{scan.suffix}_mask.json"),
-        page_path(scan),
-        metrics_path(scan),
-    ]
-    if config["output"]["bias_field"]:
-        made.append(derivative(scan, f"desc-N4{scan.suffix}_biasfield.nii.gz"))
-    if with_reference(scan):
-        made += [derivative(scan, f"desc-N4sitk_{scan.suffix}.{kind}") for kind in ("nii.gz", "json")]
-        made.append(derivative(scan, f"desc-N4sitk{scan.suffix}_biasfield.json"))
-    return made
-
-
 def report_failures():
     """After a run that failed: the index over the scans that are done, with the failed ones named."""
     place = lambda path: Path(workflow.pathvars.apply(path))
@@ -187,7 +176,7 @@ def report_failures():
     done = [
         place(metrics_path(scan))
         for scan in SCANS
-        if scan.name not in failed and all(place(path).is_file() for path in (metrics_path(scan), corrected_path(scan)))
+        if scan.name not in failed and all(place(products(scan)[role]).is_file() for role in ("metrics", "corrected"))
     ]
     qc = place("<results>/qc")
     try:

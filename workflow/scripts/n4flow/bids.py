@@ -27,12 +27,12 @@ DATATYPE_OF = {
     **dict.fromkeys(("CARS", "NLO", "SEM", "TEM", "SR", "uCT"), "micr"),
 }
 
-LABEL = re.compile(r"[A-Za-z0-9]+")
 BIDS_VERSION = "1.10.0"
 
 #: Files that BIDS has no name for yet.
 BIDSIGNORE = "*_biasfield.*\n**/perf/*_mask.*\n**/micr/*_mask.*\nqc\n"
 
+LABEL = re.compile(r"[A-Za-z0-9]+")
 ENTITY = re.compile(r"[a-z0-9]+-[A-Za-z0-9+]+")
 
 

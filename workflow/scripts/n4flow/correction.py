@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,7 +15,7 @@ from n4flow.device import DeviceChoice, array_module, select_device, to_host, to
 from n4flow.estimate import Iteration, estimate_field
 from n4flow.field import BiasField
 from n4flow.parameters import N4Parameters
-from n4flow.samples import Samples, check_dropped, check_range, log_where, sample_positions, usable_voxels
+from n4flow.samples import Samples, check_dropped, check_range, inside_mask, log_where, sample_positions, usable_voxels
 from n4flow.volume import Volume, VolumeWriter
 
 log = logging.getLogger(__name__)
@@ -51,7 +51,7 @@ def read_samples(image: str | Path | Volume, mask: str | Path | Volume, shrink_f
     dropped: dict[str, int] = {}
     mask_voxels = 0
     for (slab, values), (_, mask_values) in zip(volume.mean_slabs(), mask.mean_slabs(), strict=True):
-        inside = mask_values != 0
+        inside = inside_mask(mask_values)
         usable, lost = usable_voxels(values, inside)
         mask_voxels += int(inside.sum())
         dropped = {reason: dropped.get(reason, 0) + n for reason, n in lost.items()}
@@ -90,23 +90,28 @@ def keep_mean_intensity(field: BiasField, volume: Volume, mask: Volume, xp: Any 
     -------
     BiasField
     """
-    sums = np.zeros(2)
-    for (slab, values), (_, mask_values) in zip(volume.mean_slabs(), mask.mean_slabs(), strict=True):
-        ratio = to_host(field.ratio_tile((slice(None), slice(None), slab), xp))
-        for plane in _sums_inside(values, ratio, mask_values != 0):
-            sums += plane
-    return field.shifted(np.log(sums[1] / sums[0]))
+    return _shift_to_mean(
+        field,
+        (
+            (values, to_host(field.ratio_tile((slice(None), slice(None), slab), xp)), inside_mask(mask_values))
+            for (slab, values), (_, mask_values) in zip(volume.mean_slabs(), mask.mean_slabs(), strict=True)
+        ),
+    )
 
 
-def _sums_inside(values: np.ndarray, ratio: np.ndarray, inside: np.ndarray) -> Iterator[np.ndarray]:
-    """Sum of the usable intensities before and after division by the field, plane by plane.
+def _shift_to_mean(field: BiasField, parts: Iterable[tuple[np.ndarray, np.ndarray, np.ndarray]]) -> BiasField:
+    """The field plus the constant that keeps the mean of the usable voxels.
 
-    So the order of the additions is the image's, and not that of the slabs or tiles it comes in.
+    Parts are intensities, field and mask, slab by slab or tile by tile. They are summed plane by
+    plane: so the order of the additions is the image's, and not that of its slabs or tiles.
     """
-    usable, _ = usable_voxels(values, inside)
-    for k in range(values.shape[2]):
-        before = values[:, :, k][usable[:, :, k]].astype(np.float64)
-        yield np.array([before.sum(), (before / ratio[:, :, k][usable[:, :, k]]).sum()])
+    sums = np.zeros(2)
+    for values, ratio, inside in parts:
+        usable, _ = usable_voxels(values, inside)
+        for k in range(values.shape[2]):
+            before = values[:, :, k][usable[:, :, k]].astype(np.float64)
+            sums += [before.sum(), (before / ratio[:, :, k][usable[:, :, k]]).sum()]
+    return field.shifted(np.log(sums[1] / sums[0]))
 
 
 @one_blas_thread
@@ -290,22 +295,22 @@ def correct(
     )
     samples = _take_samples(image, inside, confidence, (*voxel_size_mm, 1.0)[:3], parameters.shrink_factor)
     field, history = estimate_field(samples, parameters, xp=xp)
-    sums = np.zeros(2)
-    for tile, ratio in _ratio_tiles(field, xp):
-        within = np.ones(ratio.shape, dtype=bool) if inside is None else _is_set(to_host(inside[tile]))
-        for plane in _sums_inside(to_host(image[tile]), to_host(ratio), within):
-            sums += plane
-    field = field.shifted(np.log(sums[1] / sums[0]))
+    field = _shift_to_mean(
+        field,
+        (
+            (
+                to_host(image[tile]),
+                to_host(ratio),
+                np.ones(ratio.shape, dtype=bool) if inside is None else inside_mask(to_host(inside[tile])),
+            )
+            for tile, ratio in _ratio_tiles(field, xp)
+        ),
+    )
     for tile, ratio in _ratio_tiles(field, xp):
         ratio = to_module(ratio, home)
         divided = image[tile].astype(np.float32) / ratio  # first: the image may be one of the outputs
         corrected[tile], bias[tile] = divided, ratio
     return Correction(out, bias_out, field, history)
-
-
-def _is_set(mask: np.ndarray) -> np.ndarray:
-    """Where a mask is neither 0 nor NaN."""
-    return (mask != 0) & (mask == mask)
 
 
 def _ratio_tiles(field: BiasField, xp: Any) -> Iterator[tuple[tuple[slice, ...], Any]]:
@@ -326,7 +331,7 @@ def _take_samples(image: Any, mask: Any, weights: Any, voxel_size_mm: tuple[floa
         return to_host(array[tuple(array_module(array).asarray(axis) for axis in grid)])
 
     values = sampled(image)
-    inside = np.ones(values.shape, dtype=bool) if mask is None else _is_set(sampled(mask))
+    inside = np.ones(values.shape, dtype=bool) if mask is None else inside_mask(sampled(mask))
     confidence = None if weights is None else sampled(weights).astype(np.float32)
     if confidence is not None:
         inside &= confidence > 0

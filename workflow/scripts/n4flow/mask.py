@@ -13,7 +13,7 @@ from n4flow.bids import raw_uri
 from n4flow.errors import InputError
 from n4flow.files import write_json
 from n4flow.provenance import provenance
-from n4flow.samples import check_range
+from n4flow.samples import check_range, inside_mask
 from n4flow.volume import Volume, VolumeWriter
 
 log = logging.getLogger(__name__)
@@ -162,7 +162,7 @@ def adopt_mask(image: str | Path, mask: str | Path, output: str | Path) -> dict[
     if own.frames > 1:
         raise InputError(mask, f"the mask has {own.frames} frames", "give a 3-D mask")
     volume.check_same_grid(own, "mask")
-    slabs = (np.nan_to_num(values) != 0 for _, values in own.mean_slabs())
+    slabs = (inside_mask(values) for _, values in own.mean_slabs())
     count = _write(output, volume, slabs, source=mask)
     return {"Method": "given", "Voxels": count}
 

@@ -9,7 +9,7 @@ saturation are looked at instead.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -244,6 +244,15 @@ def field_agreement(log_field: np.ndarray, log_reference: np.ndarray) -> FieldAg
     )
 
 
+def _sections(values: np.ndarray, mask: np.ndarray) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+    """Plane by plane along the third axis: its index, its mask (n1, n0) and the values in it."""
+    stop = 0
+    for section in range(mask.shape[2]):
+        inside = mask[:, :, section].T
+        start, stop = stop, stop + int(inside.sum())
+        yield section, inside, values[start:stop]
+
+
 def section_profile(values: np.ndarray, mask: np.ndarray) -> np.ndarray:
     """Mean of each plane along the third axis, the slow axis of the file: of each section.
 
@@ -260,11 +269,8 @@ def section_profile(values: np.ndarray, mask: np.ndarray) -> np.ndarray:
         NaN for sections of fewer than `PLANE_VOXELS` voxels.
     """
     profile = np.full(mask.shape[2], math.nan)
-    stop = 0
-    for section in range(mask.shape[2]):
-        start, stop = stop, stop + int(mask[:, :, section].sum())
-        part = values[start:stop]
-        part = part[np.isfinite(part) & (part > 0)]
+    for section, _, voxels in _sections(values, mask):
+        part = voxels[np.isfinite(voxels) & (voxels > 0)]
         if part.size >= PLANE_VOXELS:
             profile[section] = np.mean(part, dtype=np.float64)
     return profile
@@ -347,17 +353,13 @@ def tile_seam(values: np.ndarray, mask: np.ndarray) -> TileSeam:
     place : str
         Axis and indices of the two planes; empty where the ratio is NaN.
     """
-    n0, n1, n2 = mask.shape
+    n0, n1, _ = mask.shape
     sums, pairs = ([np.zeros(max(0, n - 3)) for n in (n0, n1)] for _ in range(2))
     stride = max(1, mask.size // SEAM_VOXELS)
     log_plane = np.empty((n1, n0), dtype=np.float32)
-    stop = 0
-    for section in range(n2):
-        inside = mask[:, :, section].T
-        start, stop = stop, stop + int(inside.sum())
-        if section % stride or start == stop:
+    for section, inside, part in _sections(values, mask):
+        if section % stride or part.size == 0:
             continue
-        part = values[start:stop]
         log_plane.fill(math.nan)
         log_plane[inside] = np.log(np.where(np.isfinite(part) & (part > 0), part, math.nan))
         for axis in (0, 1):

@@ -10,6 +10,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from n4flow import __version__
+
 PACKAGE = Path(__file__).parent
 
 
@@ -81,8 +83,6 @@ def provenance(inputs: Mapping[str, str | Path], packages: tuple[str, ...]) -> d
     packages : tuple of str
         Distributions whose versions matter.
     """
-    from n4flow import __version__
-
     return {
         "n4flow": __version__,
         "PackageDigest": package_digest(),

@@ -116,6 +116,11 @@ def sample_positions(shape: Sequence[int], shrink_factor: int) -> tuple[np.ndarr
     return tuple(positions)
 
 
+def inside_mask(mask: np.ndarray) -> np.ndarray:
+    """Where a mask is neither 0 nor NaN."""
+    return np.nan_to_num(mask) != 0
+
+
 def usable_voxels(values: np.ndarray, inside: np.ndarray) -> tuple[np.ndarray, dict[str, int]]:
     """Voxels of a mask that have a logarithm, and how many have none, by reason.
 

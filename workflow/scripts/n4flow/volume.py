@@ -176,17 +176,20 @@ class Volume:
         values : (n0, n1, planes) array
             Real values (scl_slope and scl_inter applied).
         """
-        planes = planes or max(1, SLAB_VOXELS // (self.shape[0] * self.shape[1]))
         with self._opened() as image:
             data = image.dataobj
             for frame in range(self.frames):
-                for start in range(0, self.shape[2], planes):
-                    slab = slice(start, min(start + planes, self.shape[2]))
+                for slab in self._slab_slices(planes):
                     index = {2: (), 3: (slice(None), slice(None), slab)}.get(
                         len(data.shape), (slice(None), slice(None), slab, frame)
                     )
                     values = np.asarray(data[index] if index else data)
                     yield slab, frame, values.reshape(*self.shape[:2], -1, order="F")
+
+    def _slab_slices(self, planes: int | None) -> Iterator[slice]:
+        planes = planes or max(1, SLAB_VOXELS // (self.shape[0] * self.shape[1]))
+        for start in range(0, self.shape[2], planes):
+            yield slice(start, min(start + planes, self.shape[2]))
 
     def mean_slabs(self, planes: int | None = None) -> Iterator[tuple[slice, np.ndarray]]:
         """Slabs of the mean over the frames: of the image itself if it has one frame.
@@ -204,9 +207,7 @@ class Volume:
         for slab, _, values in self.slabs():
             total[:, :, slab] += values
         total /= self.frames
-        planes = planes or max(1, SLAB_VOXELS // (self.shape[0] * self.shape[1]))
-        for start in range(0, self.shape[2], planes):
-            slab = slice(start, min(start + planes, self.shape[2]))
+        for slab in self._slab_slices(planes):
             yield slab, total[:, :, slab]
 
     def mean(self) -> np.ndarray:

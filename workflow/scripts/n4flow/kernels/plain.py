@@ -67,22 +67,22 @@ class PlainKernels:
         return Statistics(min(lows), max(highs), max(variance, 0) ** 0.5 / (1 + total / self.count))
 
     def histogram(self, low: float, high: float, bins: int) -> np.ndarray:
-        parts = [linear_histogram(values, low, high, bins) for values, _ in self._inside()]
+        parts = [linear_histogram(values, low, high, bins) for values, _, _ in self._inside()]
         return to_host(sum(parts))
 
     def fit(self, table: np.ndarray, low: float, high: float) -> np.ndarray:
         _, b, c = self.delta_matrices
         on_device = self.xp.asarray(table)
         delta: Any = 0
-        for values, block in self._inside():
-            inside = self.weights[block] > 0
+        for values, inside, block in self._inside():
             residual = self.xp.zeros(inside.shape)
             residual[inside] = values - look_up(values, on_device, low, high)
             residual *= self.weights[block]
             delta = delta + contract(residual, (self.delta_matrices[0][block], b, c))
         return to_host(divide_where_seen(delta, self.omega))
 
-    def _inside(self) -> Iterator[tuple[Any, slice]]:
-        """Values inside the mask, block by block."""
+    def _inside(self) -> Iterator[tuple[Any, Any, slice]]:
+        """Values inside the mask, where they lie, and their block, block by block."""
         for block in self.blocks:
-            yield self.values[block][self.weights[block] > 0], block
+            inside = self.weights[block] > 0
+            yield self.values[block][inside], inside, block

@@ -28,6 +28,7 @@ from n4flow.metrics import (
 from n4flow.qc import panels
 from n4flow.qc.panels import Profile, Slice
 from n4flow.qc.rendering import number, plain, read_json, render
+from n4flow.samples import inside_mask
 from n4flow.volume import Volume
 
 #: A page may have so many bytes; the two mosaics of the image take what the rest leaves.
@@ -44,7 +45,7 @@ class _View:
         self.grid = mask
         self.mask = np.empty(mask.shape, dtype=bool, order="F")
         for slab, values in mask.mean_slabs():
-            self.mask[:, :, slab] = np.nan_to_num(values) != 0
+            self.mask[:, :, slab] = inside_mask(values)
         self.voxels = int(self.mask.sum())
         if self.voxels == 0:
             raise InputError(mask.path, "the mask is empty", "give a mask, or another mask.method")
