@@ -49,16 +49,49 @@ def basis_matrix(coordinates: np.ndarray, spans: int) -> np.ndarray:
     (n, control_points(spans)) float64 array
         Each row sums to 1 and has at most four entries that are not 0.
     """
+    column, weights = _neighbours(coordinates, spans)
+    basis = np.zeros((len(column), control_points(spans)))
+    np.put_along_axis(basis, column[:, None] + np.arange(len(weights)), weights.T, axis=1)
+    return basis
+
+
+def _neighbours(coordinates: np.ndarray, spans: int) -> tuple[np.ndarray, np.ndarray]:
+    """The first control point that acts on each coordinate, and the weights of it and the three after it.
+
+    On a flat axis it is the only one.
+    """
     coordinates = np.asarray(coordinates, dtype=np.float64)
     if spans == 0:
-        return np.ones((len(coordinates), 1))
+        return np.zeros(coordinates.shape, dtype=np.intp), np.ones((1, *coordinates.shape))
     inside = np.clip(coordinates, 0, spans)
     column = np.minimum(np.floor(inside).astype(np.intp), spans - 1)
     t = inside - column
-    weights = np.stack([(1 - t) ** 3, 3 * t**3 - 6 * t**2 + 4, -3 * t**3 + 3 * t**2 + 3 * t + 1, t**3], axis=1)
-    basis = np.zeros((len(coordinates), spans + 3))
-    np.put_along_axis(basis, column[:, None] + np.arange(4), weights / 6, axis=1)
-    return basis
+    return column, np.stack([(1 - t) ** 3, 3 * t**3 - 6 * t**2 + 4, -3 * t**3 + 3 * t**2 + 3 * t + 1, t**3]) / 6
+
+
+def evaluate_at(lattice: np.ndarray, coordinates: Sequence[np.ndarray], spans: Sequence[int]) -> np.ndarray:
+    """Value of the spline at single points, for grids that are oblique to the mesh.
+
+    Parameters
+    ----------
+    lattice : (m0, m1, m2) array
+    coordinates : three arrays of one shape
+        Parametric coordinates of the points, in spans. Outside of the mesh the value at its border holds.
+    spans : three ints
+
+    Returns
+    -------
+    float64 array of the coordinates' shape
+    """
+    (first, a), (second, b), (third, c) = (_neighbours(p, s) for p, s in zip(coordinates, spans, strict=True))
+    values, (_, m1, m2) = lattice.ravel(), lattice.shape
+    corner = (first * m1 + second) * m2 + third
+    total = np.zeros(corner.shape)
+    # summed in a fixed order, so that a point gets the same bits however many are asked for at once
+    for i, j in np.ndindex(len(a), len(b)):
+        row = corner + (i * m1 + j) * m2
+        total += a[i] * b[j] * sum(weight * values[row + k] for k, weight in enumerate(c))
+    return total
 
 
 def contract(values: Any, matrices: Sequence[Any]) -> Any:

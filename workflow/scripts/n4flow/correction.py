@@ -67,7 +67,7 @@ def read_samples(image: str | Path | Volume, mask: str | Path | Volume, shrink_f
         positions,
         volume.shape,
         volume.voxel_size_mm,
-        volume.affine,
+        volume.affine_mm,
         dropped,
         str(volume.path),
     )
@@ -189,8 +189,11 @@ def _largest_error(values: np.ndarray, written: np.ndarray, ratio: np.ndarray, r
 def _corrected_slabs(
     volume: Volume, field: BiasField, xp: Any
 ) -> Iterator[tuple[slice, int, np.ndarray, np.ndarray, np.ndarray]]:
+    kept: dict[int, Any] = {}  # of a series: every frame is divided by the one field
     for slab, frame, values in volume.slabs():
-        ratio = field.ratio_tile((slice(None), slice(None), slab), xp)
+        ratio = kept[slab.start] if frame else field.ratio_tile((slice(None), slice(None), slab), xp)
+        if volume.frames > 1:
+            kept[slab.start] = ratio
         corrected = xp.asarray(values, dtype=np.float32) / ratio
         yield slab, frame, values, to_host(corrected), to_host(ratio)
 

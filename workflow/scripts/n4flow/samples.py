@@ -36,7 +36,7 @@ class Samples:
         Voxels per axis of the whole image.
     voxel_size_mm : tuple of float
     affine : (4, 4) array
-        Voxel-to-world matrix of the image.
+        Voxel-to-world matrix of the image, in mm.
     dropped : dict
         Voxels of the mask that could not be used, by reason.
     source : str

@@ -55,6 +55,8 @@ class Volume:
     frames : int
         1 for 2-D and 3-D images.
     affine : (4, 4) float64 array
+    affine_mm : (4, 4) float64 array
+        The affine with world coordinates in mm, whatever the header's units.
     voxel_size_mm : tuple of three floats
         From the header's zooms and units.
     frame_time_s : float
@@ -88,6 +90,7 @@ class Volume:
         self.shape = (n0, n1, n2)
         scale = MM_PER_UNIT.get(self._unit(), 1.0)
         zooms = [float(z) * scale for z in self.header.get_zooms()[:3]]
+        self.affine_mm = self.affine * [[scale], [scale], [scale], [1.0]]
         self.voxel_size_mm = tuple((*zooms, 1.0)[:3])
         scale = SECONDS_PER_UNIT.get(self._unit(1), 1.0)
         self.frame_time_s = float(self.header.get_zooms()[3]) * scale if self.frames > 1 else 0.0
