@@ -10,7 +10,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 
 from n4flow import InputError, N4Parameters, correct
 from n4flow.correction import write_corrected
-from n4flow.derivatives import CorrectionFiles, correct_scan
+from n4flow.derivatives import CorrectionFiles, apply_scan, correct_scan
 from n4flow.device import Device
 from n4flow.field import BiasField, Mesh
 from n4flow.kernels import plain
@@ -268,6 +268,24 @@ def test_self_check_notices_what_was_lost_in_writing(head, head_file, tmp_path, 
     assert 0 < write_corrected(volume, field, tmp_path / "a.nii") < 3e-7
     monkeypatch.setattr(VolumeWriter, "write", lambda self, values: np.where(values > 1000, 0, values))
     assert write_corrected(volume, field, tmp_path / "b.nii") == pytest.approx(1)
+
+
+def test_world_coordinates_are_in_mm_whatever_the_unit_of_a_file(head_file, tmp_path):
+    lattice = run_chain(head_file, tmp_path)["lattice"]
+    corrected = []
+    for unit, scale in (("mm", 1.0), ("micron", 1e3), ("meter", 1e-3)):
+        image = nib.load(head_file)
+        other = nib.Nifti1Image(np.asarray(image.dataobj)[::-1], np.diag([-2 * scale, 2 * scale, 2 * scale, 1]))
+        other.affine[0, 3] = 2 * scale * (image.shape[0] - 1)
+        other.header.set_xyzt_units(unit)
+        nib.save(other, tmp_path / f"{unit}.nii")
+        files = CorrectionFiles(*(tmp_path / "sub-01" / f"{unit}{end}" for end in (".nii", ".json", "_field.json")))
+        files.corrected.parent.mkdir(exist_ok=True)
+        apply_scan(tmp_path / f"{unit}.nii", lattice, files)
+        corrected.append(np.asarray(nib.load(files.corrected).dataobj)[::-1])
+    ours = np.asarray(nib.load(tmp_path / "corrected.nii.gz").dataobj)
+    for other in corrected:
+        assert_allclose(other, ours, rtol=1e-5)
 
 
 def test_a_field_of_an_earlier_run_does_not_stay_beside_another_correction(head_file, tmp_path):

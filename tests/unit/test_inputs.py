@@ -197,6 +197,49 @@ def test_rows_become_scans_with_the_defaults():
     ]
 
 
+def test_row_may_take_the_field_of_another_row_of_its_subject_and_session():
+    scans = sheet(
+        """
+        subject session image modality field_from
+        01 pre a.nii echo-2_MEGRE echo-1_MEGRE
+        01 pre a.nii echo-1_MEGRE .
+        01 pre b.nii.gz task-rest_bold echo-1_MEGRE
+        01 post a.nii echo-1_MEGRE .
+        """
+    )
+    assert [scan.field_from for scan in scans] == ["echo-1_MEGRE", "", "echo-1_MEGRE", ""]
+    assert [scan.field_source for scan in scans] == ["sub-01_ses-pre_echo-1_MEGRE"] * 3 + [
+        "sub-01_ses-post_echo-1_MEGRE"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("rows", "lines"),
+    [
+        ("01 . a.nii T2w T1w", {2: "T1w leads to sub-01_T1w, which has no row; add one, or"}),
+        ("01 . a.nii T2w T1w\n02 . a.nii T1w .", {2: "T1w leads to sub-01_T1w, which has no row; add one, or"}),
+        ("01 x a.nii T2w T1w\n01 y a.nii T1w .", {2: "T1w leads to sub-01_ses-x_T1w, which has no row; add one, or"}),
+        ("01 . a.nii T2w T1", {2: "T1 leads to sub-01_T1, which has no row; add one, or"}),
+        ("01 . a.nii T1w T1w", {2: "T1w is the row itself; leave it empty"}),
+        (
+            "01 . a.nii T1w .\n01 . a.nii T2w T1w\n01 . a.nii FLAIR T2w",
+            {4: "T2w leads to sub-01_T2w, which has no field of its own; name the row that"},
+        ),
+        (
+            "01 . a.nii T1w T2w\n01 . a.nii T2w T1w",
+            {2: "T2w leads to sub-01_T2w, which has no field", 3: "T1w leads to sub-01_T1w, which has no field"},
+        ),
+        # the row of the field is there, though something else is wrong with it
+        ("01 . absent.nii T1w .\n01 . a.nii T2w T1w", {2: None}),
+    ],
+)
+def test_field_that_is_not_there_is_one_line_for_each_row(rows, lines):
+    problems = problems_of(f"subject session image modality field_from\n{rows}")
+    assert len(problems) == len(lines)
+    for problem, (number, words) in zip(problems, lines.items(), strict=True):
+        assert problem.startswith(f"sheet.tsv, line {number}: {f'field_from {words}' if words else ''}")
+
+
 def test_two_columns_are_enough_in_any_order():
     assert sheet("image subject\na.nii 01") == [Scan("01", "", "T1w", "a.nii")]
 

@@ -376,6 +376,10 @@ def test_each_flag_fires_alone_and_gives_its_reason(change, flag):
     assert len(reason) > 10
 
 
+def test_mean_may_change_under_the_field_of_another_scan():
+    assert find_flags(FINE | {"mean_ratio": 0.9, "field_from": "sub-01_T1w"}) == []
+
+
 def test_the_flag_of_a_seam_says_where():
     (flag,) = find_flags(FINE | {"seam_ratio_after": 1.5})
     assert "i 4 to 5" in flag

@@ -321,6 +321,19 @@ def test_an_empty_sidecar_will_do(tmp_path):
     assert "Convergence" not in Elements(files["page"]).text
 
 
+def test_field_of_another_scan_is_named_in_place_of_the_history(tmp_path):
+    files = make_files(tmp_path) | {"reference_field": None, "reference_sidecar": None}
+    source = "bids::sub-01/ses-a/anat/sub-01_ses-a_echo-1_desc-N4MEGRE_biasfield.json"
+    files["sidecar"].write_text(json.dumps({"N4": {"FieldFrom": source, "SelfCheck": 1e-7, "WallTimeSeconds": 0.5}}))
+    make_subject(name="sub-01", **files)
+    metrics = json.loads(files["metrics"].read_text())
+    assert (metrics["field_from"], metrics["flags"]) == ("sub-01_ses-a_echo-1_MEGRE", [])
+    page = files["page"].read_text(encoding="utf-8")
+    assert "<dt>field from</dt><dd>sub-01_ses-a_echo-1_MEGRE</dd>" in page
+    assert "iterations" not in page
+    assert "Convergence" not in page
+
+
 def page_with_reference(folder, log_offset):
     """Alt texts and pixels (without the title) of the field panels, where the reference is ours plus a constant."""
     files = make_files(folder)

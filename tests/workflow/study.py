@@ -88,7 +88,7 @@ def describe_raw(folder):
 def write_sheet(path, scans):
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, ["subject", "session", "modality", "image", "mask"], delimiter="\t")
+        writer = csv.DictWriter(file, ["subject", "session", "modality", "image", "mask", "field_from"], delimiter="\t")
         writer.writeheader()
         writer.writerows(asdict(scan) for scan in scans)
 

@@ -1,4 +1,5 @@
 # What the rules share: the package, the checked config and sample sheet, and input functions.
+import re
 import shutil
 import sys
 import time
@@ -81,6 +82,28 @@ except InputError as error:
 SCAN_OF = {scan.name: scan for scan in SCANS}
 
 
+def any_of(words):
+    """A regular expression of exactly these words, as a tree: thousands of them cost hardly more than one."""
+    tails = {}
+    for word in words:
+        tails.setdefault(word[:1], []).append(word[1:])
+    branches = [re.escape(head) + any_of(tails[head]) if head else "" for head in tails]
+    return branches[0] if len(branches) == 1 else f"(?:{'|'.join(branches)})"
+
+
+def entities_with_source():
+    """What constrains rule apply to the scans that take their field from another one; nothing matches if none does.
+
+    The entities do not tell a scan without its suffix, so that this looks ahead at the rest of the file's name.
+    """
+    taking = {}
+    for scan in SCANS:
+        if scan.field_from:
+            taking.setdefault(scan.suffix, []).append(scan.entities)
+    found = [rf"{any_of(entities)}(?=_desc-N4_?{suffix}[._])" for suffix, entities in taking.items()]
+    return "|".join(found) or "(?!)"
+
+
 wildcard_constraints:
     folder=r"sub-[A-Za-z0-9]+(/ses-[A-Za-z0-9]+)?/[a-z]+",
     entities=r"sub-[A-Za-z0-9_+-]+?",
@@ -97,7 +120,7 @@ def scan_of(wildcards):
 
 def with_reference(scan):
     """Whether SimpleITK corrects the scan too."""
-    return in_fraction(scan.subject, config["reference"]["fraction"])
+    return not scan.field_from and in_fraction(scan.subject, config["reference"]["fraction"])
 
 
 def image_of(wildcards):
@@ -107,6 +130,11 @@ def image_of(wildcards):
 def own_mask_of(wildcards):
     """The mask that the sheet gives, if it gives one."""
     return scan_of(wildcards).mask or []
+
+
+def source_field_of(wildcards):
+    """The field that the scan is divided by: that of another scan."""
+    return products(SCAN_OF[scan_of(wildcards).field_source])["field"]
 
 
 def derivative(scan, name):
@@ -168,11 +196,14 @@ def report_failures():
     place = lambda path: Path(workflow.pathvars.apply(path))
     failed = {}
     for scan in SCANS:
-        for step in ("mask", "n4", "reference", "qc"):
+        for step in ("mask", "n4", "apply", "reference", "qc"):
             log = place("<logs>") / step / ("" if step == "qc" else scan.folder) / f"{scan.name}.log"
             # an older log tells of an older run
             if log.is_file() and log.stat().st_mtime >= RUN_START and (error := last_error(log)):
                 failed.setdefault(scan.name, error)
+    for scan in SCANS:
+        if scan.field_from and scan.field_source in failed:
+            failed.setdefault(scan.name, f"its field is that of {scan.field_source}, which failed")
     done = [
         place(metrics_path(scan))
         for scan in SCANS

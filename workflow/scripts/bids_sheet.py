@@ -21,7 +21,7 @@ COLUMNS = ["subject", "session", "image", "mask", "modality"]
 def sheet_of(scans):
     """The sheet as text."""
     text = io.StringIO()
-    writer = csv.DictWriter(text, COLUMNS, delimiter="\t", lineterminator="\n")
+    writer = csv.DictWriter(text, COLUMNS, delimiter="\t", lineterminator="\n", extrasaction="ignore")
     writer.writeheader()
     writer.writerows(asdict(scan) for scan in scans)
     return text.getvalue()

@@ -6,7 +6,7 @@ import logging
 import os
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -49,6 +49,9 @@ class Scan:
         suffix: ``T1w``, ``run-1_T1w``, ``task-rest_bold``.
     image, mask : str
         Paths; the mask may be empty.
+    field_from : str
+        Modality of the scan of the same subject and session whose field this one is divided by; empty for a scan
+        that has a field of its own.
     """
 
     subject: str
@@ -56,6 +59,7 @@ class Scan:
     modality: str
     image: str
     mask: str = ""
+    field_from: str = ""
 
     @property
     def suffix(self) -> str:
@@ -82,6 +86,11 @@ class Scan:
     def name(self) -> str:
         """What tells it from all other scans: ``sub-01_ses-1_run-1_T1w``."""
         return f"{self.entities}_{self.suffix}"
+
+    @property
+    def field_source(self) -> str:
+        """Name of the scan whose field this one is divided by: its own, unless the sheet says otherwise."""
+        return replace(self, modality=self.field_from or self.modality).name
 
     def problems(self) -> list[str]:
         """What is wrong with its names, in words; empty if nothing is."""

@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from n4flow.bids import own_uri, raw_uri
 from n4flow.correction import keep_mean_intensity, read_samples, write_corrected
 from n4flow.device import DeviceChoice, select_device
@@ -63,14 +65,42 @@ def correct_scan(
     log.info("%s: computing on %s (%s)", image, chosen.name, chosen.reason)
     samples = read_samples(image, mask, parameters.shrink_factor)
     estimate = estimate_field(samples, parameters, xp=chosen.xp)
+    field = keep_mean_intensity(estimate.field, Volume(image), Volume(mask), chosen.xp)
     facts = {**estimate_facts(estimate, samples, parameters), "Device": chosen.name, "DeviceReason": chosen.reason}
-    packages = ("numpy", "nibabel", "isal", *(["cupy"] if chosen.kind == "gpu" else []))
-    write_derivatives(image, mask, files, estimate.field, facts, packages, start, keep_dtype=keep_dtype, xp=chosen.xp)
+    packages = ("cupy",) if chosen.kind == "gpu" else ()
+    write_derivatives(image, {"mask": mask}, files, field, facts, packages, start, keep_dtype=keep_dtype, xp=chosen.xp)
+
+
+def apply_scan(image: Path, lattice: Path, files: CorrectionFiles, *, keep_dtype: bool = False) -> None:
+    """Divide a scan by the field of another one of the same space, and write what came about.
+
+    The field is taken as it is. Its mean over this scan is not set to anything: so the ratios between scans that are
+    divided by one field, such as the echoes of a sequence, are what they were.
+
+    Parameters
+    ----------
+    image : Path
+    lattice : Path
+        Field of the other scan: one of the outputs, see `BiasField.load`.
+    files : CorrectionFiles
+    keep_dtype : bool
+        See `correction.write_corrected`.
+
+    Raises
+    ------
+    InputError
+        The scan or the field is unusable, or they do not meet.
+    """
+    start = time.perf_counter()
+    volume = Volume(image)
+    field = BiasField.load(lattice).on_grid(volume.shape, volume.affine_mm, image)
+    facts = {"FieldFrom": own_uri(lattice)}
+    write_derivatives(image, {"lattice": lattice}, files, field, facts, (), start, keep_dtype=keep_dtype, xp=np)
 
 
 def write_derivatives(
     image: Path,
-    mask: Path,
+    inputs: Mapping[str, Path],
     files: CorrectionFiles,
     field: BiasField,
     facts: Mapping[str, Any],
@@ -80,14 +110,31 @@ def write_derivatives(
     keep_dtype: bool,
     xp: Any,
 ) -> None:
-    """Divide a scan by a field and write all `CorrectionFiles`, whoever estimated the field."""
+    """Divide a scan by a field and write all `CorrectionFiles`, wherever the field comes from.
+
+    Parameters
+    ----------
+    image : Path
+    inputs : mapping of str to Path
+        Further files that went in, by role; all of them are outputs of other steps.
+    files : CorrectionFiles
+    field : BiasField
+        On the grid of the image.
+    facts : mapping
+        What the sidecar says of the field.
+    packages : tuple of str
+        Distributions whose versions matter, beside those that are always used.
+    start : float
+        When the work began, by ``time.perf_counter``.
+    keep_dtype : bool
+    xp : module
+    """
     volume = Volume(image)
-    field = keep_mean_intensity(field, volume, Volume(mask), xp)
     self_check = write_corrected(volume, field, files.corrected, files.bias, keep_dtype=keep_dtype, xp=xp)
     if files.bias is None:
         # one of an earlier run would be of another field
         files.lattice.with_suffix(".nii.gz").unlink(missing_ok=True)
-    sources = [raw_uri(image, files.corrected), own_uri(mask)]
+    sources = [raw_uri(image, files.corrected), *map(own_uri, inputs.values())]
     write_json(files.lattice, {"Sources": sources, **field.to_mapping()})
     seconds = round(time.perf_counter() - start, 3)
     write_json(
@@ -96,7 +143,7 @@ def write_derivatives(
             **_image_metadata(volume),
             "Sources": sources,
             "N4": {**facts, "SelfCheck": self_check, "WallTimeSeconds": seconds},
-            "Provenance": provenance({"image": image, "mask": mask}, packages),
+            "Provenance": provenance({"image": image, **inputs}, ("numpy", "nibabel", "isal", *packages)),
         },
     )
 

@@ -147,9 +147,30 @@ def read_sheet(path: str | Path, schema: Mapping[str, Any], made: Collection[str
         elif scan:
             scans[scan.name] = (line, scan)
         problems += [f"{path}, line {line}: {problem}" for problem in found]
+    named = {name: scan for name, (_, scan) in scans.items()}
+    problems += [
+        f"{path}, line {line}: field_from {scan.field_from} {problem}"
+        for line, scan in scans.values()
+        if (problem := _field_source_problem(scan, named))
+    ]
     if problems:
         raise InputError.of_lines(problems)
     return [scan for _, scan in scans.values()]
+
+
+def _field_source_problem(scan: Scan, scans: Mapping[str, Scan]) -> str:
+    """What is wrong with the row that a scan takes its field from; empty if nothing is."""
+    if not scan.field_from:
+        return ""
+    if scan.field_source == scan.name:
+        return "is the row itself; leave it empty for a scan that has a field of its own"
+    if scan.field_source not in scans:
+        return f"leads to {scan.field_source}, which has no row; add one, or name the modality of another row"
+    if scans[scan.field_source].field_from:
+        return (
+            f"leads to {scan.field_source}, which has no field of its own; name the row that the field is estimated on"
+        )
+    return ""
 
 
 def _read_row(row: dict[Any, Any], schema: Mapping[str, Any], made: Collection[str]) -> tuple[list[str], Scan | None]:
@@ -173,7 +194,7 @@ def _read_row(row: dict[Any, Any], schema: Mapping[str, Any], made: Collection[s
             found.append(f"{role} {path} is a link to a file that is not there; fetch it")
         else:
             found.append(f"{role} {path} is not there; check the path (it is taken from the working directory)")
-    return found, None if found else scan
+    return found, scan
 
 
 def in_fraction(subject: str, fraction: float) -> bool:

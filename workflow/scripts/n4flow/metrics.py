@@ -529,7 +529,7 @@ def find_flags(metrics: Mapping[str, Any]) -> list[str]:
     ----------
     metrics : mapping
         As `correction_metrics` and `microscopy_metrics` give them, with what the run reports
-        (dropped_fraction, converged, …); what is absent, None or NaN raises no flag.
+        (dropped_fraction, converged, field_from, …); what is absent, None or NaN raises no flag.
 
     Returns
     -------
@@ -555,7 +555,9 @@ def find_flags(metrics: Mapping[str, Any]) -> list[str]:
     entropy = known("log_entropy_before_bits", "log_entropy_after_bits")
     if entropy and entropy[1] > entropy[0] + limits["entropy_worse"]:
         flags.append(f"entropy_worse: the histogram spread, from {entropy[0]:.2f} to {entropy[1]:.2f} bits")
-    if (mean := known("mean_ratio")) and abs(mean[0] - 1) > limits["mean_drift"]:
+    # the field of another scan is applied as it is
+    own_field = not metrics.get("field_from")
+    if own_field and (mean := known("mean_ratio")) and abs(mean[0] - 1) > limits["mean_drift"]:
         flags.append(f"mean_drift: mean intensity in the mask changed by {100 * (mean[0] - 1):+.1f} %")
     if (dropped := known("dropped_fraction")) and dropped[0] > limits["dropped_voxels"]:
         flags.append(f"dropped_voxels: {100 * dropped[0]:.1f} % of the mask had no usable intensity")

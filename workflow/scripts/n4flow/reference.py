@@ -9,12 +9,13 @@ from pathlib import Path
 import numpy as np
 
 from n4flow.bspline import basis_matrix, control_points
-from n4flow.correction import read_samples
+from n4flow.correction import keep_mean_intensity, read_samples
 from n4flow.derivatives import CorrectionFiles, estimate_facts, write_derivatives
 from n4flow.estimate import Estimate, Iteration, check_mesh, initial_mesh
 from n4flow.field import BiasField, Mesh
 from n4flow.parameters import N4Parameters
 from n4flow.samples import Samples
+from n4flow.volume import Volume
 
 log = logging.getLogger(__name__)
 
@@ -102,8 +103,8 @@ def reference_scan(
     samples = read_samples(image, mask, parameters.shrink_factor)
     estimate = reference_field(samples, parameters)
     facts = {**estimate_facts(estimate, samples, parameters), "Device": "CPU", "Threads": THREADS}
-    packages = ("numpy", "nibabel", "isal", "SimpleITK")
-    write_derivatives(image, mask, files, estimate.field, facts, packages, start, keep_dtype=keep_dtype, xp=np)
+    field = keep_mean_intensity(estimate.field, Volume(image), Volume(mask))
+    write_derivatives(image, {"mask": mask}, files, field, facts, ("SimpleITK",), start, keep_dtype=keep_dtype, xp=np)
 
 
 def _grid_like(mesh: Mesh, samples: Samples) -> tuple[list[tuple[int, int]], Mesh]:

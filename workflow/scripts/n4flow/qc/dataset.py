@@ -47,13 +47,14 @@ COLUMNS: tuple[tuple[str, str, int, int], ...] = (
     ("self_check_max", "self-check", 9, 0),
     ("mean_ratio", "mean after / before", 4, 0),
     ("wall_time_s", "time (s)", 1, 0),
+    ("field_from", "field from", 0, 0),
 )
 
 #: What the dataset table shows; metrics.tsv has every column.
 SHOWN = (
     "cjv_before", "cjv_after", "foreground_cv_before", "foreground_cv_after", "section_spread_after",
     "seam_ratio_after", "saturated_fraction", "inu_range", "field_min", "field_max", "reference_r", "reference_rms_log",
-    "iterations_used", "mask_volume_ml",
+    "iterations_used", "mask_volume_ml", "field_from",
 )  # fmt: skip
 
 #: Robust z beyond which a subject is called an outlier among its dataset, and from how many subjects on.

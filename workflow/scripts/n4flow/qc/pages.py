@@ -250,7 +250,13 @@ def _run_metrics(facts: Mapping[str, Any], reference: Mapping[str, Any], mask_vo
         "reference_wall_time_s": reference_run.get("WallTimeSeconds"),
         "device": run.get("Device"),
         "skull_stripped": facts.get("SkullStripped"),
+        "field_from": _scan_of_field(run["FieldFrom"]) if run.get("FieldFrom") else None,
     }
+
+
+def _scan_of_field(uri: str) -> str:
+    """Name of the scan that a field was estimated on, out of the URI of its lattice."""
+    return uri.rpartition("/")[2].removesuffix("_biasfield.json").replace("_desc-N4", "_")
 
 
 def _uri(data: bytes) -> str:

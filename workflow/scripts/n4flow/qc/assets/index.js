@@ -12,6 +12,7 @@ const digits = (n) => (n === 3 ? 1 : columns[n - 4][1]);
 
 function shown(number, places) {
   if (number === null) return "n/a";
+  if (typeof number === "string") return number;
   return number !== 0 && Math.abs(number) < 0.5 * 10 ** -places ? number.toExponential(1) : number.toFixed(places);
 }
 

@@ -1,0 +1,36 @@
+# Goes in: an image, and the field of another one of the same space (a lattice of control points). Comes out: what n4
+# makes of a scan, under the same names, for the rows of the sheet that have field_from.
+
+
+ruleorder: apply > n4
+
+
+rule apply:
+    """Divide the image by the field of another one, by world coordinates."""
+    input:
+        image=image_of,
+        lattice=source_field_of,
+    output:
+        **(
+            {"bias": "<results>/{folder}/{entities}_desc-N4{suffix}_biasfield.nii.gz"}
+            if config["output"]["bias_field"]
+            else {}
+        ),
+        corrected="<results>/{folder}/{entities}_desc-N4_{suffix}.nii.gz",
+        sidecar="<results>/{folder}/{entities}_desc-N4_{suffix}.json",
+        lattice="<results>/{folder}/{entities}_desc-N4{suffix}_biasfield.json",
+    log:
+        "<logs>/apply/{folder}/{entities}_{suffix}.log",
+    benchmark:
+        "<benchmarks>/apply/{folder}/{entities}_{suffix}.tsv"
+    wildcard_constraints:
+        entities=entities_with_source(),
+    conda:
+        "../../envs/n4.yaml"
+    resources:
+        mem_mb=memory_mb(baseline=400, per_mb=20),
+    params:
+        keep_dtype=config["output"]["keep_dtype"],
+        package=package_digest("derivatives"),
+    script:
+        "../scripts/apply.py"
