@@ -163,7 +163,6 @@ class BiasField:
         """The mesh axis that each axis of the grid runs along; None for a grid that is oblique to the mesh."""
         steps = np.abs(self.voxel_to_mesh[:3, :3]) * [n - 1 for n in self.image_shape]
         strays = steps / np.array(self.mesh.span_voxels)[:, None] > STRAY_SPANS
-        strays[[s == 0 for s in self.mesh.spans]] = False  # the field does not change along a flat axis
         if (strays.sum(axis=0) > 1).any() or (strays.sum(axis=1) > 1).any():
             return None
         along = {axis: mesh_axis for mesh_axis, axis in np.argwhere(strays).tolist()}
