@@ -24,7 +24,7 @@ Positions = Sequence[np.ndarray]
 STRAY_SPANS = 1e-5
 
 #: Points evaluated at a time on a grid that is oblique to the mesh.
-BLOCK_POINTS = 2**16
+BLOCK_POINTS = 2**14
 
 FORMAT = "n4flow log bias field, version 1"
 
