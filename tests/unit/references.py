@@ -36,7 +36,7 @@ def import_ants():
     os.environ["ITK_GLOBAL_DEFAULT_NUMBER_OF_THREADS"] = "1"
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return pytest.importorskip("ants", reason="antspyx is not installed: see envs/requirements-test.in")
+        return pytest.importorskip("ants", reason="antspyx is not here: see envs/requirements-test.in")
 
 
 def ants_log_field(ants, image, mask, iterations, bspline, **options):
