@@ -14,6 +14,7 @@ import pytest
 import SimpleITK as sitk
 
 from n4flow import N4Parameters, correct
+from n4flow.errors import InputError
 from n4flow.estimate import estimate_field
 from n4flow.field import Mesh
 from n4flow.mask import otsu_threshold
@@ -334,6 +335,16 @@ def test_weights_matter_and_their_scale_does_not(small_head, confidence):
 def test_unfit_weights_are_refused(small_head, confidence, change, message):
     with pytest.raises(ValueError, match=message):
         correct(*small_head, voxel_size_mm=(6, 6, 6), weights=change(confidence))
+
+
+def test_weights_that_are_all_0_are_called_so(small_head):
+    image, mask = small_head
+    with pytest.raises(InputError, match="all weights in the mask are 0"):
+        correct(image, mask, voxel_size_mm=(6, 6, 6), weights=np.zeros(image.shape))
+    with pytest.raises(InputError, match="all weights in the mask are 0"):
+        correct(image, mask, voxel_size_mm=(6, 6, 6), weights=~mask)
+    with pytest.raises(InputError, match="the mask is empty"):
+        correct(image, np.zeros(mask.shape), voxel_size_mm=(6, 6, 6), weights=np.ones(image.shape))
 
 
 # Spline distance

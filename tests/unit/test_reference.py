@@ -6,6 +6,7 @@ import SimpleITK as sitk
 from numpy.testing import assert_allclose
 
 from n4flow import N4Parameters
+from n4flow.errors import InputError
 from n4flow.estimate import estimate_field
 from n4flow.field import BiasField, Mesh
 from n4flow.mask import otsu_threshold
@@ -93,3 +94,10 @@ def test_two_runs_give_the_same_bits(head):
     first = reference_field(samples, parameters).field.lattice
     sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(2)
     assert (reference_field(samples, parameters).field.lattice == first).all()
+
+
+def test_weights_which_simpleitk_does_not_take_are_refused(head):
+    samples = shrunken_samples(head, 4)
+    weighted = replace(samples, weights=np.where(samples.mask, 2, 0).astype(np.float32))
+    with pytest.raises(InputError, match="head: its samples have confidence weights, which SimpleITK does not take"):
+        reference_field(weighted, N4Parameters())

@@ -12,6 +12,7 @@ import numpy as np
 
 from n4flow.bspline import one_blas_thread
 from n4flow.device import DeviceChoice, array_module, select_device, to_host, to_module
+from n4flow.errors import InputError
 from n4flow.estimate import Iteration, estimate_field
 from n4flow.field import BiasField
 from n4flow.parameters import N4Parameters
@@ -337,7 +338,10 @@ def _take_samples(image: Any, mask: Any, weights: Any, voxel_size_mm: tuple[floa
     inside = np.ones(values.shape, dtype=bool) if mask is None else inside_mask(sampled(mask))
     confidence = None if weights is None else sampled(weights).astype(np.float32)
     if confidence is not None:
-        inside &= confidence > 0
+        weighted = inside & (confidence > 0)
+        if inside.any() and not weighted.any():
+            raise InputError("volume", "all weights in the mask are 0", "give a weight to the voxels that count")
+        inside = weighted
     usable, dropped = usable_voxels(values, inside)
     check_dropped("volume", dropped, int(inside.sum()))
     affine = np.diag([*voxel_size_mm, 1.0])

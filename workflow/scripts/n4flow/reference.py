@@ -11,6 +11,7 @@ import numpy as np
 from n4flow.bspline import basis_matrix, control_points
 from n4flow.correction import keep_mean_intensity, read_samples
 from n4flow.derivatives import CorrectionFiles, estimate_facts, write_derivatives
+from n4flow.errors import InputError
 from n4flow.estimate import Estimate, Iteration, check_mesh, initial_mesh
 from n4flow.field import BiasField, Mesh
 from n4flow.parameters import N4Parameters
@@ -46,10 +47,21 @@ def reference_field(samples: Samples, parameters: N4Parameters) -> Estimate:
     Raises
     ------
     InputError
-        As `estimate.estimate_field`.
+        As `estimate.estimate_field`; or the samples have weights: ITK's filter knows a confidence
+        image, SimpleITK has no input for it.
+
+    References
+    ----------
+    Tustison et al. 2010, doi:10.1109/TMI.2010.2046908; ITK's N4BiasFieldCorrectionImageFilter.
     """
     import SimpleITK as sitk
 
+    if samples.weights is not None:
+        raise InputError(
+            samples.source,
+            "its samples have confidence weights, which SimpleITK does not take",
+            "leave the weights out, or compare with ANTs",
+        )
     samples.check()
     mesh = initial_mesh(samples, parameters)
     check_mesh(samples, mesh, parameters)
