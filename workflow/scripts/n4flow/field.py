@@ -65,7 +65,12 @@ class Mesh:
 
     @classmethod
     def of_grid(cls, shape: Sequence[int], spans: Sequence[int]) -> Mesh:
-        """So many spans from the first voxel to the last: the domain ITK uses."""
+        """So many spans from the first voxel to the last: the domain ITK uses.
+
+        ITK takes a voxel at its far end for one a thousandth of a voxel inside, since its basis ends
+        there. Ours does not, which keeps it the same under flips: where a mask reaches the last
+        plane, log fields differ from ITK's by about 1e-5 (rms) for that.
+        """
         spans = tuple(s if n > 1 else 0 for n, s in zip(shape, spans, strict=True))
         lengths = tuple((n - 1) / s if s else 1.0 for n, s in zip(shape, spans, strict=True))
         return cls(spans, (0.0,) * len(spans), lengths)
