@@ -30,7 +30,7 @@ def one_blas_thread(function: Function) -> Function:
 
 
 def control_points(spans: int) -> int:
-    """Number of control points of a cubic spline with so many spans; 1 on a flat axis."""
+    """Number of control points of a cubic spline with so many spans (mesh elements); 1 on a flat axis."""
     return spans + 3 if spans else 1
 
 
@@ -48,6 +48,10 @@ def basis_matrix(coordinates: np.ndarray, spans: int) -> np.ndarray:
     -------
     (n, control_points(spans)) float64 array
         Each row sums to 1 and has at most four entries that are not 0.
+
+    References
+    ----------
+    Lee, Wolberg & Shin 1997, doi:10.1109/2945.620490.
     """
     column, weights = _neighbours(coordinates, spans)
     basis = np.zeros((len(column), control_points(spans)))
@@ -101,6 +105,7 @@ def contract(values: Any, matrices: Sequence[Any]) -> Any:
     ----------
     values : (n0, n1, n2) array
     matrices : three arrays (n_axis, m_axis)
+        On the device of `values`.
 
     Returns
     -------
@@ -119,6 +124,7 @@ def expand(lattice: Any, matrices: Sequence[Any]) -> Any:
     ----------
     lattice : (m0, m1, m2) array
     matrices : three basis matrices (n_axis, m_axis)
+        On the device of `lattice`.
 
     Returns
     -------
@@ -138,6 +144,10 @@ def fit_matrices(bases: Sequence[Any]) -> tuple[list[Any], list[Any]]:
     ``delta = sum w r t^3 / sum_d t_d^2``. The inner sum over the 64 neighbours is a product of
     three sums over four, so both factorise.
 
+    Parameters
+    ----------
+    bases : three basis matrices (n_axis, m_axis)
+
     Returns
     -------
     omega_matrices, delta_matrices : lists of three (n_axis, m_axis) arrays
@@ -153,7 +163,17 @@ def fit_matrices(bases: Sequence[Any]) -> tuple[list[Any], list[Any]]:
 
 
 def divide_where_seen(delta: Any, omega: Any) -> Any:
-    """``delta / omega``, and 0 for control points that no voxel reaches."""
+    """``delta / omega``, and 0 for control points that no voxel reaches.
+
+    Parameters
+    ----------
+    delta, omega : (m0, m1, m2) arrays
+        The sums of `fit_matrices`, on one device.
+
+    Returns
+    -------
+    (m0, m1, m2) array
+    """
     xp = array_module(delta)
     seen = omega > np.finfo(np.float64).tiny
     return xp.where(seen, delta / xp.where(seen, omega, 1), 0)
@@ -175,6 +195,10 @@ def bspline_fit(values: Any, weights: Any, bases: Sequence[Any]) -> Any:
     -------
     (m0, m1, m2) array
         Control points; 0 where no sample reaches.
+
+    References
+    ----------
+    As `fit_matrices`.
     """
     xp = array_module(values)
     omega_matrices, delta_matrices = fit_matrices(bases)
@@ -185,7 +209,18 @@ def bspline_fit(values: Any, weights: Any, bases: Sequence[Any]) -> Any:
 
 
 def bspline_evaluate(lattice: Any, bases: Sequence[Any]) -> Any:
-    """Value of the spline with these control points on a grid; see `expand`."""
+    """Value of the spline with these control points on a grid.
+
+    Parameters
+    ----------
+    lattice : (m0, m1, m2) array
+    bases : three arrays (n_axis, m_axis)
+        From `basis_matrix`, on the device of `lattice`.
+
+    Returns
+    -------
+    (n0, n1, n2) array
+    """
     return expand(lattice, bases)
 
 
@@ -203,7 +238,8 @@ def refine(lattice: np.ndarray) -> np.ndarray:
 
     References
     ----------
-    Dyadic subdivision of the uniform cubic B-spline with the masks [1, 1]/2 and [1, 6, 1]/8.
+    Dyadic subdivision of the uniform cubic B-spline with the masks [1, 1]/2 and [1, 6, 1]/8, as in
+    Lee, Wolberg & Shin 1997, doi:10.1109/2945.620490, and ITK.
     """
     return reduce(_refine_axis, range(lattice.ndim), lattice)
 

@@ -33,6 +33,7 @@ def read_samples(image: str | Path | Volume, mask: str | Path | Volume, shrink_f
     image, mask : path or Volume
         On the same grid.
     shrink_factor : int
+        See `samples.shrink_per_axis`.
 
     Returns
     -------
@@ -86,10 +87,17 @@ def keep_mean_intensity(field: BiasField, volume: Volume, mask: Volume, xp: Any 
     volume, mask : Volume
         The image that the field belongs to, and its mask.
     xp : module
+        numpy or cupy: where to compute.
 
     Returns
     -------
     BiasField
+        The mean counts the voxels of the mask that are finite and above 0.
+
+    Raises
+    ------
+    InputError
+        A file cannot be read.
     """
     return _shift_to_mean(
         field,
@@ -145,7 +153,12 @@ def write_corrected(
     Returns
     -------
     float
-        Largest error of what was written, see `_largest_error`.
+        Largest ``|written * field - original|`` relative to the original, beyond the rounding to integers.
+
+    Raises
+    ------
+    InputError
+        The image cannot be read.
     """
     dtype = volume.dtype.newbyteorder("=") if keep_dtype else np.dtype(np.float32)
     integers = np.issubdtype(dtype, np.integer)

@@ -99,7 +99,19 @@ def estimate_field(samples: Samples, parameters: N4Parameters, *, xp: Any = np, 
 
 
 def initial_mesh(samples: Samples, parameters: N4Parameters) -> Mesh:
-    """The mesh of the first level: so many spans on the image, or spans of a length in mm."""
+    """The mesh of the first level: so many spans on the image, or spans of a length in mm.
+
+    Parameters
+    ----------
+    samples : Samples
+        Shape and voxel size are those of their image.
+    parameters : N4Parameters
+
+    Returns
+    -------
+    Mesh
+        `Mesh.of_grid` where `parameters` name spans, else `Mesh.of_distance`.
+    """
     if parameters.spans:
         return Mesh.of_grid(samples.image_shape, parameters.spans)
     return Mesh.of_distance(samples.image_shape, samples.voxel_size_mm, parameters.spline_distance_mm)
@@ -108,9 +120,17 @@ def initial_mesh(samples: Samples, parameters: N4Parameters) -> Mesh:
 def check_mesh(samples: Samples, mesh: Mesh, parameters: N4Parameters) -> None:
     """Refuse a mesh with more spans than samples along an axis: it would fit single voxels.
 
+    Parameters
+    ----------
+    samples : Samples
+    mesh : Mesh
+        Of the first level; it is the last one that is checked.
+    parameters : N4Parameters
+
     Raises
     ------
     InputError
+        The mesh of the last level is finer than the whole grid of samples (before it is cropped).
     """
     doublings = len(parameters.iterations) - 1 if parameters.mesh == "refined" else 0
     grid = [len(p) for p in sample_positions(samples.image_shape, parameters.shrink_factor)]

@@ -69,6 +69,11 @@ def foreground_threshold(volume: Volume, method: MaskMethod = "otsu", percentile
     percentile : float
         For ``percentile``: of the positive voxels, so that air that was set to 0 does not count.
 
+    Returns
+    -------
+    float
+        In the image's own units.
+
     Raises
     ------
     InputError
@@ -127,6 +132,16 @@ def make_mask(
 ) -> dict[str, Any]:
     """Write a foreground mask (uint8, 0 and 1) on the image's grid.
 
+    Parameters
+    ----------
+    image : path-like
+        Of several frames, the mean is taken.
+    output : path-like
+    method : {"otsu", "head", "percentile"}
+        ``head`` makes one filled piece of the foreground, see `head_from_foreground`.
+    percentile : float
+        See `foreground_threshold`.
+
     Returns
     -------
     dict
@@ -152,6 +167,15 @@ def make_mask(
 
 def adopt_mask(image: str | Path, mask: str | Path, output: str | Path) -> dict[str, Any]:
     """Write the user's own mask as uint8: any value that is not 0 (nor NaN) counts.
+
+    Parameters
+    ----------
+    image, mask, output : path-like
+
+    Returns
+    -------
+    dict
+        For the sidecar: the number of voxels.
 
     Raises
     ------
@@ -182,6 +206,14 @@ def mask_scan(
     image: Path, own_mask: Path | None, output: Path, sidecar: Path, *, method: MaskMethod, percentile: float
 ) -> None:
     """Write the mask of a scan and its sidecar; the user's own mask wins over `method`.
+
+    Parameters
+    ----------
+    image : Path
+    own_mask : Path, optional
+    output, sidecar : Path
+    method, percentile
+        As `make_mask`.
 
     Raises
     ------

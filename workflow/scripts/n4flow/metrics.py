@@ -119,7 +119,10 @@ def intensity_classes(values: np.ndarray, *, bins: int = 128, clip_percent: floa
 
 
 def coefficient_of_variation(values: np.ndarray) -> float:
-    """``sd / mean``, without unit; NaN where the mean is 0. Falls too when contrast is flattened."""
+    """``sd / mean`` of an array of intensities, without unit; NaN where it is empty or its mean is 0.
+
+    Falls too when contrast is flattened.
+    """
     mean = float(np.mean(values, dtype=np.float64)) if values.size else 0.0
     return float(np.std(values, dtype=np.float64)) / mean if mean else math.nan
 
@@ -162,6 +165,11 @@ def log_entropy_bits(values: np.ndarray, bin_width: float = 0.05) -> float:
         Intensities above 0.
     bin_width : float
         In natural log intensity; the bin centres are its multiples.
+
+    Returns
+    -------
+    float
+        NaN where there are no values.
 
     References
     ----------
@@ -277,7 +285,10 @@ def section_profile(values: np.ndarray, mask: np.ndarray) -> np.ndarray:
 
 
 def section_spread(profile: np.ndarray) -> float:
-    """``(max - min) / mean`` of the known section means, without unit; NaN where fewer than two are known."""
+    """``(max - min) / mean`` of the known means of a `section_profile` (n,), without unit.
+
+    NaN where fewer than two are known.
+    """
     known = profile[np.isfinite(profile)]
     return float((known.max() - known.min()) / known.mean()) if known.size > 1 else math.nan
 
@@ -428,6 +439,8 @@ def class_metrics(before: np.ndarray, after: np.ndarray) -> dict[str, float]:
     Returns
     -------
     dict
+        Without unit: CJV and CV of the bright class, before and after. In the image's units: the
+        limits of the classes. NaN where there are no three classes.
     """
     classes = intensity_classes(after)
     middle, bright = classes.middle(after), classes.bright(after)
@@ -463,6 +476,7 @@ def microscopy_metrics(
     Returns
     -------
     dict
+        Without unit; the places of the seams are None where there is no ratio.
     """
     usable = _usable(original, corrected)
     result: dict[str, Any] = {"saturated_fraction": saturated_fraction(original, dtype, slope, inter)}
@@ -499,6 +513,7 @@ def correction_metrics(
     Returns
     -------
     dict
+        Entropies in bits, all else without unit; ``reference_*`` only where there is a reference.
     """
     usable = _usable(original, corrected)
     before, after = original[usable], corrected[usable]

@@ -41,7 +41,8 @@ def head_tissues(tissues: np.ndarray, voxel_size_mm: float) -> dict[str, np.ndar
     Returns
     -------
     dict of (n0, n1, n2) float32 arrays
-        Share of each tissue of `T1_LIKE` per voxel.
+        Share of each tissue of `T1_LIKE` per voxel, 0 to 1: 3 mm of fluid, 6 mm of skull and 7 mm of
+        scalp around what is brain.
     """
     shares = {name: tissues[..., i].astype(np.float32) / 255 for i, name in enumerate(("gm", "wm", "csf"))}
     around = sum(shares.values())
@@ -77,6 +78,11 @@ def inu_field(shape: tuple[int, ...], inside: np.ndarray, percent: float, rng: n
     Returns
     -------
     float64 array
+        Of that shape.
+
+    References
+    ----------
+    BrainWeb: Collins et al. 1998, doi:10.1109/42.712135 (the meaning of the percentage; its own fields are others).
     """
     order = 3
     weights = rng.standard_normal([order + 1] * 3)

@@ -110,7 +110,21 @@ def reference_field(samples: Samples, parameters: N4Parameters) -> Estimate:
 def reference_scan(
     image: Path, mask: Path, files: CorrectionFiles, *, parameters: N4Parameters, keep_dtype: bool = False
 ) -> None:
-    """As `derivatives.correct_scan`, with the field that SimpleITK estimates."""
+    """As `derivatives.correct_scan`, with the field that SimpleITK estimates.
+
+    Parameters
+    ----------
+    image, mask : Path
+    files : CorrectionFiles
+    parameters : N4Parameters
+    keep_dtype : bool
+        See `correction.write_corrected`.
+
+    Raises
+    ------
+    InputError
+        The scan or its mask is unusable.
+    """
     start = time.perf_counter()
     samples = read_samples(image, mask, parameters.shrink_factor)
     estimate = reference_field(samples, parameters)

@@ -102,12 +102,41 @@ class Samples:
 
 
 def shrink_per_axis(shape: Sequence[int], shrink_factor: int) -> tuple[int, ...]:
-    """Shrink factor of each axis: the one asked for, less where it would leave too few samples."""
+    """Shrink factor of each axis: the one asked for, less where it would leave too few samples.
+
+    Parameters
+    ----------
+    shape : sequence of int
+        Voxels per axis.
+    shrink_factor : int
+        From 1.
+
+    Returns
+    -------
+    tuple of int
+        At least `MINIMUM_GRID` samples per axis are left, where there are as many voxels.
+    """
     return tuple(max(1, min(shrink_factor, n // MINIMUM_GRID)) for n in shape)
 
 
 def sample_positions(shape: Sequence[int], shrink_factor: int) -> tuple[np.ndarray, ...]:
-    """Voxel indices of the samples along each axis, centred as ITK's ShrinkImageFilter does."""
+    """Voxel indices of the samples along each axis, centred.
+
+    Parameters
+    ----------
+    shape : sequence of int
+        Voxels per axis.
+    shrink_factor : int
+        See `shrink_per_axis`.
+
+    Returns
+    -------
+    tuple of int arrays
+
+    References
+    ----------
+    ITK's ShrinkImageFilter, which takes the same voxels.
+    """
     positions = []
     for n, step in zip(shape, shrink_per_axis(shape, shrink_factor), strict=True):
         count = max(1, n // step)
@@ -117,7 +146,7 @@ def sample_positions(shape: Sequence[int], shrink_factor: int) -> tuple[np.ndarr
 
 
 def inside_mask(mask: np.ndarray) -> np.ndarray:
-    """Where a mask is neither 0 nor NaN."""
+    """Where a mask, an array of any shape and dtype, is neither 0 nor NaN (bool, same shape)."""
     return np.nan_to_num(mask) != 0
 
 
@@ -127,12 +156,14 @@ def usable_voxels(values: np.ndarray, inside: np.ndarray) -> tuple[np.ndarray, d
     Parameters
     ----------
     values : array
+        Intensities.
     inside : bool array of the same shape
 
     Returns
     -------
-    usable : bool array
+    usable : bool array of the same shape
     dropped : dict
+        Voxels per reason: ``not finite``, ``zero``, ``negative``.
     """
     finite = np.isfinite(values)
     positive = finite & (values > 0)
@@ -146,11 +177,20 @@ def usable_voxels(values: np.ndarray, inside: np.ndarray) -> tuple[np.ndarray, d
 
 
 def check_dropped(source: object, dropped: dict[str, int], mask_voxels: int) -> None:
-    """Refuse an empty mask, and one of which most voxels have no logarithm.
+    """Refuse an empty mask, and one of which most voxels have no logarithm; warn of fewer.
+
+    Parameters
+    ----------
+    source : object
+        Name of the image, for messages.
+    dropped : dict
+        From `usable_voxels`.
+    mask_voxels : int
 
     Raises
     ------
     InputError
+        The mask is empty, or more than half of it cannot be used.
     """
     if mask_voxels == 0:
         raise InputError(source, "the mask is empty", "give another mask")
@@ -168,9 +208,18 @@ def check_dropped(source: object, dropped: dict[str, int], mask_voxels: int) -> 
 def check_range(source: object, log_values: np.ndarray) -> None:
     """Refuse intensities that float32, which everything is written in, does not hold.
 
+    Parameters
+    ----------
+    source : object
+        Name of the image, for messages.
+    log_values : (n,) array
+        Natural log of the intensities.
+
     Raises
     ------
     InputError
+        The largest is within a factor of 10 of float32's largest number, or the median within one
+        of 1000 of its smallest.
     """
     limits = np.finfo(np.float32)
     # a tenfold margin for the field, and a thousand steps of precision for dark tissue
@@ -191,5 +240,5 @@ def describe_dropped(dropped: dict[str, int]) -> str:
 
 
 def log_where(values: np.ndarray, usable: np.ndarray) -> np.ndarray:
-    """Natural logarithm in float64 where usable, else 0."""
+    """Natural logarithm in float64 where usable (bool, of the shape of `values`), else 0."""
     return np.log(np.where(usable, values, 1).astype(np.float64))

@@ -32,6 +32,10 @@ def linear_histogram(values: Any, low: float, high: float, bins: int) -> np.ndar
     -------
     (bins,) float64 array
         Whole multiples of ``1 / SHARE_UNIT``, so that histograms of parts add up exactly.
+
+    References
+    ----------
+    As ITK's N4BiasFieldCorrectionImageFilter::SharpenImage, which shares in single precision.
     """
     xp = array_module(values)
     position = (values - low) * ((bins - 1) / (high - low))
@@ -98,8 +102,11 @@ def look_up(values: Any, table: Any, low: float, high: float) -> Any:
     Parameters
     ----------
     values : array
-        Between `low` and `high`.
+        Log intensities between `low` and `high`.
     table : (bins,) array on the same device
+        From `expected_log_values`.
+    low, high : float
+        Log intensity of its first and its last entry.
 
     Returns
     -------
@@ -131,6 +138,10 @@ def sharpen_residual(log_values: Any, *, bins: int = 200, fwhm: float = 0.15, wi
     ------
     ValueError
         A value is not finite.
+
+    References
+    ----------
+    As `expected_log_values`.
     """
     xp = array_module(log_values)
     values = log_values.astype(np.float64).ravel()

@@ -178,6 +178,11 @@ class Volume:
         frame : int
         values : (n0, n1, planes) array
             Real values (scl_slope and scl_inter applied).
+
+        Raises
+        ------
+        InputError
+            The file turns out to be damaged.
         """
         with self._opened() as image:
             data = image.dataobj
@@ -197,10 +202,23 @@ class Volume:
     def mean_slabs(self, planes: int | None = None) -> Iterator[tuple[slice, np.ndarray]]:
         """Slabs of the mean over the frames: of the image itself if it has one frame.
 
+        The mean of several frames is held as a whole, in float64.
+
+        Parameters
+        ----------
+        planes : int, optional
+            As `slabs`.
+
         Yields
         ------
         slab : slice
+            Along the third axis.
         values : (n0, n1, planes) array
+
+        Raises
+        ------
+        InputError
+            The file turns out to be damaged.
         """
         if self.frames == 1:
             for slab, _, values in self.slabs(planes):
@@ -223,9 +241,16 @@ class Volume:
     def check_same_grid(self, other: Volume, role: str) -> None:
         """Refuse another image (a mask, say) that does not lie on this one's voxels.
 
+        Parameters
+        ----------
+        other : Volume
+        role : str
+            What it is called in the message.
+
         Raises
         ------
         InputError
+            Another shape, or a corner that lies a hundredth of a voxel or more away.
         """
         if other.shape != self.shape:
             raise InputError(
@@ -308,7 +333,10 @@ class VolumeWriter:
         del self._pending[:whole]
 
     def write(self, values: np.ndarray) -> np.ndarray:
-        """Append the next slab (n0, n1, planes), in real values; returns them as they will be read."""
+        """Append the next slab (n0, n1, planes), in real values; returns them as they will be read.
+
+        Integers are rounded and cut off at the limits of their type; NaN becomes 0.
+        """
         if np.issubdtype(self.dtype, np.integer):
             limits = np.iinfo(self.dtype)
             # the largest float64 that is no larger than the largest integer

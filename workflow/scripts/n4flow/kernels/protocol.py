@@ -28,10 +28,14 @@ class Kernels(Protocol):
         """Take the per-axis basis matrices (n_axis, m_axis) of a level; compute ``omega`` once."""
 
     def subtract(self, update: np.ndarray) -> Statistics:
-        """Subtract the spline with the control points `update` from ``u - B``."""
+        """Subtract the spline with the control points `update` (m0, m1, m2) from ``u - B``."""
 
     def histogram(self, low: float, high: float, bins: int) -> np.ndarray:
         """Histogram of ``u - B`` as `sharpening.linear_histogram` defines it, on the host."""
 
     def fit(self, table: np.ndarray, low: float, high: float) -> np.ndarray:
-        """Control points that approximate ``(u - B) - E(u - B)``, with E the look-up `table`."""
+        """Control points (m0, m1, m2) that approximate ``(u - B) - E(u - B)``.
+
+        E is the look-up `table` (bins,), whose entries run from `low` to `high`; see
+        `sharpening.look_up` and `bspline.bspline_fit`. On the host.
+        """
