@@ -88,12 +88,35 @@ def make_scan(case, mni152=None):
     brain = shares["gm"] + shares["wm"] > 0.5
     if case.lesions:
         _add_lesions(truth, shares["wm"], 0.85 * intensity["gm"], case.voxel_size_mm, rng)
-    log_bias = _log_bias(case, brain, rng)
+    log_bias = log_bias_field(case.field, case.inu_percent, brain, rng)
     sigma = case.noise_percent / 100 * max(intensity["gm"], intensity["wm"])
     real, imaginary = sigma * rng.standard_normal((2, *brain.shape))
     image = np.hypot(truth * np.exp(log_bias) + real, imaginary).astype(np.float32)
     pure = (shares[name] > 0.9 for name in ("gm", "wm"))
     return Scan(image, _mask(case, image, brain, shares), brain, *pure, log_bias)
+
+
+def log_bias_field(kind, inu_percent, inside, rng):
+    """A log bias field of one of `FIELDS`, scaled as `inu_field` scales: by its range inside, its mean 0 there."""
+    if kind == "legendre":
+        return np.log(inu_field(inside.shape, inside, inu_percent, rng))
+    x, y, z = np.meshgrid(*(np.linspace(-1, 1, n) for n in inside.shape), indexing="ij", sparse=True)
+    direction = rng.standard_normal(3)
+    direction /= np.linalg.norm(direction)
+    if kind == "linear":
+        shape = direction[0] * x + direction[1] * y + direction[2] * z
+    elif kind == "surface":  # one coil at one side, sensitivity falling with the square of the distance
+        cx, cy, cz = 1.5 * direction
+        shape = -np.log((x - cx) ** 2 + (y - cy) ** 2 + (z - cz) ** 2 + 0.2)
+    else:  # an array around the head: root of the sum of squares of 1/r
+        squares = 0
+        for angle in np.arange(8) * np.pi / 4 + rng.uniform(0, 0.5, 8):
+            cx, cy, cz = 1.6 * np.cos(angle), 1.6 * np.sin(angle), 1.6 * rng.uniform(-0.6, 0.6)
+            squares = squares + rng.uniform(0.7, 1.3) / ((x - cx) ** 2 + (y - cy) ** 2 + (z - cz) ** 2 + 0.15)
+        shape = np.log(squares) / 2
+    span = np.log((1 + inu_percent / 200) / (1 - inu_percent / 200))
+    log_bias = span * (shape - shape[inside].min()) / np.ptp(shape[inside])
+    return log_bias - log_bias[inside].mean()
 
 
 @cache
@@ -103,30 +126,6 @@ def _shares(voxel_size_mm, mni152):
     gm, wm, t1 = (np.asarray(nib.load(mni152 / f"{name}.nii.gz").dataobj).astype(float) for name in ("gm", "wm", "t1"))
     csf = np.clip(255 * (t1 > 0) - gm - wm, 0, 255)
     return head_tissues(np.stack([gm, wm, csf], axis=-1).astype(np.uint8), 1.0)
-
-
-def _log_bias(case, brain, rng):
-    """Log bias field of the family the case asks for, scaled as `inu_field` scales."""
-    if case.field == "legendre":
-        return np.log(inu_field(brain.shape, brain, case.inu_percent, rng))
-    x, y, z = np.meshgrid(*(np.linspace(-1, 1, n) for n in brain.shape), indexing="ij", sparse=True)
-    direction = rng.standard_normal(3)
-    direction /= np.linalg.norm(direction)
-    if case.field == "linear":
-        shape = direction[0] * x + direction[1] * y + direction[2] * z
-    elif case.field == "surface":  # one coil at one side, sensitivity falling with the square of the distance
-        cx, cy, cz = 1.5 * direction
-        shape = -np.log((x - cx) ** 2 + (y - cy) ** 2 + (z - cz) ** 2 + 0.2)
-    else:  # an array around the head: root of the sum of squares of 1/r
-        squares = 0
-        for angle in np.arange(8) * np.pi / 4 + rng.uniform(0, 0.5, 8):
-            cx, cy, cz = 1.6 * np.cos(angle), 1.6 * np.sin(angle), 1.6 * rng.uniform(-0.6, 0.6)
-            squares = squares + rng.uniform(0.7, 1.3) / ((x - cx) ** 2 + (y - cy) ** 2 + (z - cz) ** 2 + 0.15)
-        shape = np.log(squares) / 2
-    span = np.log((1 + case.inu_percent / 200) / (1 - case.inu_percent / 200))
-    inside = shape[brain]
-    log_bias = span * (shape - inside.min()) / np.ptp(inside)
-    return log_bias - log_bias[brain].mean()
 
 
 def _add_lesions(truth, wm, intensity, voxel_size_mm, rng):
