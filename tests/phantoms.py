@@ -83,7 +83,9 @@ def make_scan(case, mni152=None):
     """
     shares = _shares(case.voxel_size_mm, mni152)
     intensity = CONTRASTS[case.contrast]
-    rng = np.random.default_rng(zlib.crc32(repr(astuple(case)).encode()))
+    # those that are reported on were drawn anew after the last setting was chosen
+    drawn = repr(astuple(case)) + ("" if case.tuned_on else ", drawn again")
+    rng = np.random.default_rng(zlib.crc32(drawn.encode()))
     truth = sum(intensity[name] * share for name, share in shares.items())
     brain = shares["gm"] + shares["wm"] > 0.5
     if case.lesions:

@@ -150,7 +150,8 @@ def write_derivatives(
 
 def estimate_facts(estimate: Estimate, samples: Samples, parameters: N4Parameters) -> dict[str, Any]:
     """Parameters, and what the estimate did with them, for the sidecar."""
-    last = {line.level: line.cv for line in estimate.history}
+    cvs = [line.cv for line in estimate.history]
+    ends = {line.level: i for i, line in enumerate(estimate.history)}.values()
     return {
         "Parameters": parameters.to_mapping(),
         "Shrink": list(shrink_per_axis(samples.image_shape, parameters.shrink_factor)),
@@ -162,7 +163,7 @@ def estimate_facts(estimate: Estimate, samples: Samples, parameters: N4Parameter
         "Samples": int(samples.mask.sum()),
         "Dropped": samples.dropped,
         "History": [{"Level": n.level, "Iteration": n.iteration, "CV": float(n.cv)} for n in estimate.history],
-        "Converged": [bool(cv <= parameters.convergence_threshold) for cv in last.values()],
+        "Converged": [bool(cvs[i] <= parameters.threshold_after(cvs[: i + 1])) for i in ends],
     }
 
 

@@ -93,7 +93,7 @@ def estimate_field(samples: Samples, parameters: N4Parameters, *, xp: Any = np, 
                 most_iterations,
                 cv,
             )
-            if cv <= parameters.convergence_threshold:
+            if cv <= parameters.threshold_after(line.cv for line in history):
                 break
     return Estimate(BiasField(lattice, mesh, samples.image_shape, samples.affine), history)
 

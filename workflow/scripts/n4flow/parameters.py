@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
@@ -26,7 +26,10 @@ class N4Parameters:
         The most iterations at each level.
     convergence_threshold : float
         A level ends when the coefficient of variation of ``exp`` of the update in the mask falls
-        to this value.
+        to this value; see `threshold_after`.
+    strong_field_log : float
+        A field is strong from here on, and the threshold falls in proportion: going on then finds
+        more of the field than it absorbs of the contrast. A large value turns that off.
     spans : tuple of int, optional
         Mesh elements per axis at the first level, from the first to the last voxel, as ITK lays its
         mesh; instead of `spline_distance_mm`.
@@ -51,8 +54,9 @@ class N4Parameters:
 
     mesh: Literal["fixed", "refined"] = "fixed"
     spline_distance_mm: float = 60.0
-    iterations: tuple[int, ...] = (100,)
+    iterations: tuple[int, ...] = (200,)
     convergence_threshold: float = 1.5e-3
+    strong_field_log: float = 0.1
     spans: tuple[int, ...] | None = None
     shrink_factor: int = 4
     histogram_bins: int = 200
@@ -74,6 +78,7 @@ class N4Parameters:
                 _number(self.convergence_threshold) >= 0,
                 "a number from 0",
             ),
+            "strong_field_log": (_number(self.strong_field_log) > 0, "a number above 0"),
             "spans": (
                 self.spans is None or (len(self.spans) == 3 and all(_whole(n) >= 1 for n in self.spans)),
                 "three whole numbers from 1, one per axis",
@@ -86,6 +91,17 @@ class N4Parameters:
         for name, (holds, wanted) in checks.items():
             if not holds:
                 raise InputError(f"n4.{name}", f"{getattr(self, name)!r} is not valid", f"give {wanted}")
+
+    def threshold_after(self, changes: Iterable[float]) -> float:
+        """The convergence threshold after these updates.
+
+        Parameters
+        ----------
+        changes : iterable of float
+            Coefficients of variation of all updates so far. Their sum bounds how much the field
+            varies in the mask, in log.
+        """
+        return self.convergence_threshold * min(1.0, self.strong_field_log / max(math.fsum(changes), 1e-30))
 
     @classmethod
     def from_mapping(cls, mapping: Mapping[str, Any]) -> N4Parameters:
@@ -113,11 +129,23 @@ PRESETS: dict[str, dict[str, Any]] = {
     # one coarse mesh that stops in time: does next to nothing where there is no field
     "mri-head": {},
     # coarse to fine: each mesh goes on where the coarser one has stopped
-    "mri-brain": {"mesh": "refined", "spline_distance_mm": 200.0, "iterations": (100, 100, 100)},
+    "mri-brain": {
+        "mesh": "refined",
+        "spline_distance_mm": 220.0,
+        "iterations": (100, 100, 100),
+        "strong_field_log": 0.06,
+        "fwhm": 0.13,
+    },
     # many spans, for fields that vary within millimetres
     "microscopy": {"spline_distance_mm": 1.5},
     # what SimpleITK does if nothing is set
-    "itk": {"mesh": "refined", "spans": (1, 1, 1), "iterations": (50, 50, 50, 50), "convergence_threshold": 1e-3},
+    "itk": {
+        "mesh": "refined",
+        "spans": (1, 1, 1),
+        "iterations": (50, 50, 50, 50),
+        "convergence_threshold": 1e-3,
+        "strong_field_log": 1e3,
+    },
     # what linumpy.gpu.n4 does if nothing is set: a fine mesh, all iterations
     "seed": {"spline_distance_mm": 10.0, "iterations": (25, 25, 25), "convergence_threshold": 0.0},
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,9 @@ log = logging.getLogger(__name__)
 
 #: SimpleITK's result depends on its number of threads (by up to 4e-5); this one is always used.
 THREADS = 1
+
+#: SimpleITK's threshold is one and the same for all fields.
+NEVER_STRONG = 1e3
 
 
 def reference_field(samples: Samples, parameters: N4Parameters) -> Estimate:
@@ -126,6 +130,7 @@ def reference_scan(
         The scan or its mask is unusable.
     """
     start = time.perf_counter()
+    parameters = replace(parameters, strong_field_log=NEVER_STRONG)
     samples = read_samples(image, mask, parameters.shrink_factor)
     estimate = reference_field(samples, parameters)
     facts = {**estimate_facts(estimate, samples, parameters), "Device": "CPU", "Threads": THREADS}

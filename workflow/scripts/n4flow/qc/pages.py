@@ -443,7 +443,7 @@ def _plots(
             "Convergence",
             panels.convergence_plot(run["History"], threshold, (reference.get("N4") or {}).get("History") or ()),
             f"{used}; last CV {values['convergence_cv']:.1e}, threshold {number(threshold, 4)}",
-            "each level falls to the threshold.",
+            "each level falls to the threshold; in a strong field, below it.",
             "a level stops above it, or rises.",
         )
     if log_reference is not None:
