@@ -10,10 +10,9 @@ import numpy as np
 from n4flow.bspline import one_blas_thread, refine
 from n4flow.errors import InputError
 from n4flow.field import BiasField, Mesh
-from n4flow.kernels import Kernels, PlainKernels
+from n4flow.kernels import choose_kernels
 from n4flow.parameters import N4Parameters
 from n4flow.samples import Samples, sample_positions
-from n4flow.sharpening import expected_log_values
 
 log = logging.getLogger(__name__)
 
@@ -34,7 +33,9 @@ class Estimate(NamedTuple):
 
 
 @one_blas_thread
-def estimate_field(samples: Samples, parameters: N4Parameters, *, xp: Any = np, mesh: Mesh | None = None) -> Estimate:
+def estimate_field(
+    samples: Samples, parameters: N4Parameters, *, xp: Any = np, threads: int = 1, mesh: Mesh | None = None
+) -> Estimate:
     """Estimate the log bias field that best sharpens the histogram of the samples.
 
     Parameters
@@ -43,6 +44,8 @@ def estimate_field(samples: Samples, parameters: N4Parameters, *, xp: Any = np, 
     parameters : N4Parameters
     xp : module
         numpy or cupy: where to compute.
+    threads : int
+        On the CPU; the result does not depend on it.
     mesh : Mesh, optional
         Mesh of the first level; by default the one that the parameters describe.
 
@@ -64,37 +67,31 @@ def estimate_field(samples: Samples, parameters: N4Parameters, *, xp: Any = np, 
     mesh = mesh or initial_mesh(samples, parameters)
     check_mesh(samples, mesh, parameters)
 
-    kernels: Kernels = PlainKernels(samples.log_image, samples.confidence, xp)
+    kernels = choose_kernels(samples, parameters, xp, threads)
     lattice = np.zeros(mesh.lattice_shape)
     history: list[Iteration] = []
     for level, most_iterations in enumerate(parameters.iterations):
         if level > 0 and parameters.mesh == "refined":
             lattice, mesh = refine(lattice), mesh.refined()
-        kernels.set_mesh(mesh.bases(samples.positions))
-        low, high, _ = kernels.subtract(np.zeros_like(lattice))
-        for iteration in range(1, most_iterations + 1):
-            if low == high:
+        kernels.start_level(lattice, mesh.bases(samples.positions))
+        for _ in range(most_iterations):
+            if kernels.converged():
                 break
-            histogram = kernels.histogram(low, high, parameters.histogram_bins)
-            table = expected_log_values(
-                histogram, low, high, fwhm=parameters.fwhm, wiener_noise=parameters.wiener_noise
-            )
-            update = kernels.fit(table, low, high)
-            low, high, cv = kernels.subtract(update)
-            lattice += update
-            history.append(Iteration(level + 1, iteration, cv))
-            log.info(
-                "%s: level %d of %d, %s spans, iteration %d of at most %d, cv %.2e",
-                samples.source,
-                level + 1,
-                len(parameters.iterations),
-                "x".join(map(str, mesh.spans)),
-                iteration,
-                most_iterations,
-                cv,
-            )
-            if cv <= parameters.threshold_after(line.cv for line in history):
-                break
+            expected = kernels.sharpen()
+            update = kernels.fit(expected)
+            kernels.subtract(update)
+        lattice, cvs = kernels.end_level()
+        history += [Iteration(level + 1, iteration, cv) for iteration, cv in enumerate(cvs, start=1)]
+        log.info(
+            "%s: level %d of %d, %s spans, %d of at most %d iterations, cv %.2e",
+            samples.source,
+            level + 1,
+            len(parameters.iterations),
+            "x".join(map(str, mesh.spans)),
+            len(cvs),
+            most_iterations,
+            cvs[-1],
+        )
     return Estimate(BiasField(lattice, mesh, samples.image_shape, samples.affine), history)
 
 

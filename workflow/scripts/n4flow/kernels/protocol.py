@@ -2,40 +2,102 @@
 
 An iteration needs three light passes over the log intensities of the samples: histogram; look-up,
 residual and contraction onto the lattice; subtraction of the update with its statistics. `plain` is
-array code for NumPy and CuPy and the readable truth; every other set must agree with it.
+the readable truth in NumPy; every other set must agree with it.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
+from n4flow.parameters import N4Parameters
+from n4flow.sharpening import expected_log_values
+
+
+class Kernels(Protocol):
+    """Holds ``u - B`` on the sample grid, on its device, and works on it in passes.
+
+    Tables and updates stay where they are made: they go from one pass to the next, and only
+    `end_level` hands numbers to the host.
+    """
+
+    def start_level(self, lattice: np.ndarray, bases: Sequence[np.ndarray]) -> None:
+        """Take the control points of B on the mesh of a level, and its basis matrices (n_axis, m_axis)."""
+
+    def sharpen(self) -> Any:
+        """Expected sharp log intensity over the histogram of ``u - B``, as a look-up table."""
+
+    def fit(self, table: Any) -> Any:
+        """Control points that approximate the residual ``(u - B) - E(u - B)``, with E the table."""
+
+    def subtract(self, update: Any) -> None:
+        """Add the spline with these control points to B, and note how much that changed."""
+
+    def converged(self) -> bool:
+        """Whether the level may end; may be late by a few iterations, which then do nothing."""
+
+    def end_level(self) -> tuple[np.ndarray, list[float]]:
+        """Control points of B, and the coefficient of variation of ``exp(-update)`` at each iteration."""
+
 
 class Statistics(NamedTuple):
-    """What a pass over the corrected log intensities ``u - B`` finds inside the mask."""
+    """What subtracting an update finds inside the mask."""
 
-    low: float  # smallest
+    low: float  # smallest of u - B
     high: float  # largest
     cv: float  # coefficient of variation of exp(-update), as N4 measures convergence
 
 
-class Kernels(Protocol):
-    """Holds ``u - B`` on the sample grid, on its device, and works on it in passes."""
+class HostKernels(ABC):
+    """`Kernels` whose small arrays are NumPy's: what is left to do is the three passes.
 
+    Parameters
+    ----------
+    parameters : N4Parameters
+    low, high : float
+        Smallest and largest log intensity inside the mask.
+    """
+
+    def __init__(self, parameters: N4Parameters, low: float, high: float) -> None:
+        self.parameters = parameters
+        self.low, self.high = low, high
+
+    def start_level(self, lattice: np.ndarray, bases: Sequence[np.ndarray]) -> None:
+        self.lattice = lattice
+        self.cvs: list[float] = []
+        self.set_mesh(bases)
+
+    def sharpen(self) -> np.ndarray:
+        given = self.parameters
+        histogram = self.histogram(given.histogram_bins)
+        return expected_log_values(histogram, self.low, self.high, fwhm=given.fwhm, wiener_noise=given.wiener_noise)
+
+    def subtract(self, update: np.ndarray) -> None:
+        self.low, self.high, cv = self.subtract_update(update)
+        self.lattice = self.lattice + update
+        self.cvs.append(cv)
+
+    def converged(self) -> bool:
+        return self.cvs[-1] <= self.parameters.convergence_threshold or self.low == self.high
+
+    def end_level(self) -> tuple[np.ndarray, list[float]]:
+        return self.lattice, self.cvs
+
+    @abstractmethod
     def set_mesh(self, bases: Sequence[np.ndarray]) -> None:
-        """Take the per-axis basis matrices (n_axis, m_axis) of a level; compute ``omega`` once."""
+        """Take the basis matrices of a level; compute ``omega`` once."""
 
-    def subtract(self, update: np.ndarray) -> Statistics:
-        """Subtract the spline with the control points `update` (m0, m1, m2) from ``u - B``."""
+    @abstractmethod
+    def histogram(self, bins: int) -> np.ndarray:
+        """Histogram of ``u - B`` as `sharpening.linear_histogram` defines it."""
 
-    def histogram(self, low: float, high: float, bins: int) -> np.ndarray:
-        """Histogram of ``u - B`` as `sharpening.linear_histogram` defines it, on the host."""
+    @abstractmethod
+    def fit(self, table: np.ndarray) -> np.ndarray:
+        """As `Kernels.fit`."""
 
-    def fit(self, table: np.ndarray, low: float, high: float) -> np.ndarray:
-        """Control points (m0, m1, m2) that approximate ``(u - B) - E(u - B)``.
-
-        E is the look-up `table` (bins,), whose entries run from `low` to `high`; see
-        `sharpening.look_up` and `bspline.bspline_fit`. On the host.
-        """
+    @abstractmethod
+    def subtract_update(self, update: np.ndarray) -> Statistics:
+        """Subtract a spline from ``u - B``."""

@@ -1,0 +1,341 @@
+"""The three passes compiled for the CPU, in float32, bit-identical for any number of threads.
+
+Voxels lie in rows along the longest axis: each row of the grid from its first voxel in the mask to
+its last, one row behind the other. Every inner loop runs along a row and adds element by element to
+arrays of the row's length, so that it is vectorised without any sum changing its order: the bits
+hang neither on the width of the CPU's vectors nor, since planes form fixed chunks whose sums are
+added in order, on the threads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple
+
+import numpy as np
+from numba import njit
+
+from n4flow.bspline import divide_where_seen, fit_matrices
+from n4flow.kernels.protocol import HostKernels, Statistics
+from n4flow.parameters import N4Parameters
+
+#: Rows begin and end at multiples of this, the widest vector of float32.
+LANES = 16
+
+#: Planes form chunks of so many voxels, which threads share; more than so many chunks would only cost memory.
+CHUNK_VOXELS, CHUNKS = 2**17, 64
+
+#: A histogram entry holds the count of a chunk from this bit on, and below it the shares of the upper bins: up to
+#: 2**23 voxels fit.
+COUNT_BIT = 40
+SHARE_UNIT = 2**16
+
+#: A Taylor series of exp serves up to here; larger arguments are halved, and the result squared.
+SERIES_LIMIT = 0.25
+
+compiled = njit(cache=True, nogil=True, error_model="numpy")
+
+
+class Rows(NamedTuple):
+    """Voxels of the mask, with those between them along a row."""
+
+    values: np.ndarray  # (voxels,) float32: u - B, less a constant
+    weights: np.ndarray  # (voxels,) float32: 0 outside the mask
+    plane: np.ndarray  # (planes + 1,): first row of each plane
+    index: np.ndarray  # (rows,): place of the row in its plane
+    start: np.ndarray  # (rows,): place of its first voxel along the row axis
+    offset: np.ndarray  # (rows + 1,): its first voxel in `values`
+    chunks: np.ndarray  # (chunks + 1,): first plane of each chunk
+
+
+class Taps(NamedTuple):
+    """A basis matrix by its four entries per row that are not 0."""
+
+    column: np.ndarray  # (n,) int64: the first of the four
+    weight: np.ndarray  # (n, 4) float32
+
+
+def taps_of(matrix: np.ndarray) -> Taps:
+    """The taps of a matrix (n, m); they may reach three columns beyond it, with weight 0."""
+    column = (matrix != 0).argmax(axis=1)
+    padded = np.pad(matrix, ((0, 0), (0, 3)))
+    return Taps(column, np.take_along_axis(padded, column[:, None] + np.arange(4), axis=1).astype(np.float32))
+
+
+class CompiledKernels(HostKernels):
+    """`Kernels` in compiled float32 code with exact histograms and float64 sums.
+
+    Parameters
+    ----------
+    log_image : (n0, n1, n2) array
+        Log intensities on the sample grid; anything where the weight is 0.
+    weights : (n0, n1, n2) array of bool or float
+        Confidence of each sample; 0 outside the mask. It gates the histogram and weights the fit.
+    parameters : N4Parameters
+    threads : int
+    """
+
+    def __init__(self, log_image: np.ndarray, weights: np.ndarray, parameters: N4Parameters, threads: int) -> None:
+        self.axes = tuple(np.argsort(log_image.shape, kind="stable"))
+        log_image, weights = log_image.transpose(self.axes), weights.transpose(self.axes)
+        inside = weights > 0
+        low, high = log_image.min(where=inside, initial=np.inf), log_image.max(where=inside, initial=-np.inf)
+        #: Around 0, float32 has digits to spare.
+        self.centre = float((low + high) / 2)
+        self.rows = _rows(log_image, weights, inside, self.centre)
+        self.count = int(inside.sum())
+        self.pool = ThreadPoolExecutor(threads)
+        self.length = -(-log_image.shape[2] // LANES) * LANES
+        # the extremes as they are in float32
+        super().__init__(parameters, *(float(np.float32(v - self.centre)) + self.centre for v in (low, high)))
+
+    def set_mesh(self, bases: Sequence[np.ndarray]) -> None:
+        bases = [bases[axis] for axis in self.axes]
+        self.lattice_shape = tuple(basis.shape[1] for basis in bases)
+        omega_matrices, delta_matrices = fit_matrices(bases)
+        self.taps = [taps_of(basis) for basis in bases]
+        self.delta_taps = [taps_of(matrix) for matrix in delta_matrices]
+        self.omega = self._contract(np.zeros((2, 0), np.float32), [taps_of(matrix) for matrix in omega_matrices])
+
+    def histogram(self, bins: int) -> np.ndarray:
+        found = np.zeros((len(self.rows.chunks) - 1, bins), dtype=np.int64)
+        self._share_out(_histogram, self.rows, *self._bin_scale(bins), bins, self.length, found)
+        entries = found.sum(axis=0)
+        counts, shares = entries >> COUNT_BIT, (entries & (2**COUNT_BIT - 1)) / SHARE_UNIT
+        total = counts - shares
+        total[1:] += shares[:-1]
+        return total
+
+    def fit(self, table: np.ndarray) -> np.ndarray:
+        # between two bin centres the residual is a line of the value, which is relative to the centre
+        low, per_unit = self.low - self.centre, (len(table) - 1) / (self.high - self.low)
+        slope = 1 - np.diff(table) * per_unit
+        at_bin = low + np.arange(len(table) - 1) / per_unit
+        lines = np.stack([at_bin - (table[:-1] - self.centre) - slope * at_bin, slope]).astype(np.float32)
+        delta = self._contract(lines, self.delta_taps)
+        return divide_where_seen(delta, self.omega).transpose(np.argsort(self.axes))
+
+    def subtract_update(self, update: np.ndarray) -> Statistics:
+        update = update.transpose(self.axes)
+        along = np.zeros((*(m + 3 for m in self.lattice_shape[:2]), self.length), dtype=np.float32)
+        _expand_rows(np.ascontiguousarray(update), self.taps[2], along)
+        halvings = max(0, int(np.ceil(np.log2(max(np.abs(update).max(), 1e-30) / SERIES_LIMIT))))
+        found = np.zeros((len(self.rows.chunks) - 1, 4))
+        self._share_out(_subtract, self.rows, along, self.taps[0], self.taps[1], halvings, found)
+        total, squares = found[:, 2].sum(), found[:, 3].sum()
+        variance = (squares - total**2 / self.count) / (self.count - 1)
+        return Statistics(
+            float(found[:, 0].min()) + self.centre,
+            float(found[:, 1].max()) + self.centre,
+            float(max(variance, 0) ** 0.5 / (1 + total / self.count)),
+        )
+
+    def _contract(self, lines: np.ndarray, taps: Sequence[Taps]) -> np.ndarray:
+        """Contraction of the residual onto the lattice; of the weights, if it has no lines."""
+        first, second, third = taps
+        m0, m1, m2 = self.lattice_shape
+        chunks = self.rows.chunks
+        reach = [
+            int(first.column[end - 1] - first.column[start]) + 4 if end > start else 0
+            for start, end in zip(chunks, chunks[1:], strict=False)
+        ]
+        parts = np.zeros((len(reach), max(reach), m1 + 3, self.length))
+        self._share_out(_contract, self.rows, *self._bin_scale(lines.shape[1] + 1), lines, first, second, parts)
+        total = np.zeros((m0 + 3, m1 + 3, self.length))
+        for part, start, planes in zip(parts, chunks, reach, strict=False):
+            at = first.column[start] if planes else 0
+            total[at : at + planes] += part[:planes]
+        result = np.zeros((m0, m1, m2 + 3))
+        _contract_rows(total[:m0, :m1], third, result)
+        return result[:, :, :m2]
+
+    def _bin_scale(self, bins: int) -> tuple[np.float32, np.float32]:
+        """Value of the first bin centre, and bins per unit."""
+        low, high = np.float32(self.low - self.centre), np.float32(self.high - self.centre)
+        return low, np.float32((bins - 1) / (float(high) - float(low)))
+
+    def _share_out(self, kernel: Callable[..., None], *arguments: Any) -> None:
+        """Run a pass over all chunks; each thread takes every n-th."""
+        threads = self.pool._max_workers
+        list(self.pool.map(lambda thread: kernel(thread, threads, *arguments), range(threads)))
+
+
+def _rows(log_image: np.ndarray, weights: np.ndarray, inside: np.ndarray, centre: float) -> Rows:
+    n0, n1, n2 = log_image.shape
+    seen = inside.any(axis=2)
+    start = inside.argmax(axis=2) // LANES * LANES
+    end = -(-(n2 - inside[:, :, ::-1].argmax(axis=2)) // LANES) * LANES
+    plane, index = np.nonzero(seen)
+    first, length = start[seen], (end - start)[seen]
+    offset = np.concatenate([[0], np.cumsum(length)])
+    values, confidence = (np.zeros(offset[-1], dtype=np.float32) for _ in range(2))
+    row_of_plane = np.searchsorted(plane, np.arange(n0 + 1))
+    place = np.arange(-(-n2 // LANES) * LANES)
+    padding = ((0, 0), (0, len(place) - n2))
+    for i in range(n0):
+        taken = slice(offset[row_of_plane[i]], offset[row_of_plane[i + 1]])
+        kept = seen[i, :, None] & (place >= start[i, :, None]) & (place < end[i, :, None])
+        values[taken] = np.pad(np.where(inside[i], log_image[i] - centre, 0), padding)[kept]
+        confidence[taken] = np.pad(np.where(inside[i], weights[i], 0), padding)[kept]
+    shares = np.linspace(0, offset[-1], min(CHUNKS, max(1, offset[-1] // CHUNK_VOXELS)) + 1)
+    chunks = np.unique([0, *np.searchsorted(offset[row_of_plane], shares[1:-1]), n0])
+    return Rows(values, confidence, row_of_plane, index, first, offset, chunks)
+
+
+@compiled
+def _expand_rows(lattice, taps, along):
+    """Evaluate the lattice along its last axis."""
+    for a in range(lattice.shape[0]):
+        for b in range(lattice.shape[1]):
+            for k in range(len(taps.column)):
+                value = 0.0
+                for q in range(4):
+                    c = taps.column[k] + q
+                    if c < lattice.shape[2]:
+                        value += lattice[a, b, c] * taps.weight[k, q]
+                along[a, b, k] = value
+
+
+@compiled
+def _contract_rows(along, taps, lattice):
+    """The transpose of `_expand_rows`."""
+    for a in range(lattice.shape[0]):
+        for b in range(lattice.shape[1]):
+            for k in range(len(taps.column)):
+                for q in range(4):
+                    lattice[a, b, taps.column[k] + q] += along[a, b, k] * taps.weight[k, q]
+
+
+@compiled
+def _subtract(thread, threads, rows, along, first, second, halvings, found):
+    """Subtract the update; find smallest and largest value, and the sums of expm1(-update) and its square."""
+    length = along.shape[2]
+    plane = np.empty((along.shape[1], length), np.float32)
+    smallest, largest, sums, squares, changes = np.empty((5, length), np.float32)
+    one, two, zero, infinity = np.float32(1), np.float32(2), np.float32(0), np.float32(np.inf)
+    c2, c3, c4 = np.float32(1 / 2), np.float32(1 / 6), np.float32(1 / 24)
+    c5, c6 = np.float32(1 / 120), np.float32(1 / 720)
+    scale = np.float32(-(0.5**halvings))
+    for chunk in range(thread, len(rows.chunks) - 1, threads):
+        smallest[:], largest[:] = infinity, -infinity
+        for i in range(rows.chunks[chunk], rows.chunks[chunk + 1]):
+            _expand_plane(along, first.column[i], first.weight[i], plane)
+            sums[:], squares[:] = zero, zero
+            for row in range(rows.plane[i], rows.plane[i + 1]):
+                j, at, end = rows.index[row], rows.offset[row], rows.offset[row + 1]
+                n, k0 = end - at, rows.start[row]
+                values, weights = rows.values[at:end], rows.weights[at:end]
+                w0, w1, w2, w3 = second.weight[j]
+                b = second.column[j]
+                p0, p1, p2, p3 = (
+                    plane[b, k0 : k0 + n],
+                    plane[b + 1, k0 : k0 + n],
+                    plane[b + 2, k0 : k0 + n],
+                    plane[b + 3, k0 : k0 + n],
+                )
+                low, high = smallest[k0 : k0 + n], largest[k0 : k0 + n]
+                total, square = sums[k0 : k0 + n], squares[k0 : k0 + n]
+                for k in range(n):
+                    field = w0 * p0[k] + w1 * p1[k] + w2 * p2[k] + w3 * p3[k]
+                    value = values[k] - field
+                    values[k] = value
+                    inside = weights[k] > zero
+                    low[k] = min(low[k], value if inside else infinity)
+                    high[k] = max(high[k], value if inside else -infinity)
+                    x = field * scale
+                    series = x * (one + x * (c2 + x * (c3 + x * (c4 + x * (c5 + x * c6)))))
+                    changes[k] = series if inside else zero
+                for _ in range(halvings):
+                    for k in range(n):
+                        changes[k] = changes[k] * (two + changes[k])
+                for k in range(n):
+                    total[k] += changes[k]
+                    square[k] += changes[k] * changes[k]
+            for k in range(length):
+                found[chunk, 2] += sums[k]
+                found[chunk, 3] += squares[k]
+        found[chunk, 0], found[chunk, 1] = smallest.min(), largest.max()
+
+
+@compiled
+def _expand_plane(along, column, weight, plane):
+    """Evaluate the lattice along its first axis, for one plane."""
+    w0, w1, w2, w3 = weight
+    for b in range(plane.shape[0]):
+        l0, l1, l2, l3 = along[column, b], along[column + 1, b], along[column + 2, b], along[column + 3, b]
+        out = plane[b]
+        for k in range(len(out)):
+            out[k] = w0 * l0[k] + w1 * l1[k] + w2 * l2[k] + w3 * l3[k]
+
+
+@compiled
+def _histogram(thread, threads, rows, low, scale, bins, length, found):
+    """Count and share of each bin in one number; four histograms in turn, so that none waits for its memory."""
+    index, share = np.empty(length, np.int32), np.empty(length, np.int32)
+    parts = np.empty((4, bins + 1), np.int64)
+    zero, top, last = np.float32(0), np.float32(bins - 1), np.int32(bins - 2)
+    unit, half, one = np.float32(SHARE_UNIT), np.float32(0.5), np.int64(1) << COUNT_BIT
+    for chunk in range(thread, len(rows.chunks) - 1, threads):
+        parts[:] = 0
+        for row in range(rows.plane[rows.chunks[chunk]], rows.plane[rows.chunks[chunk + 1]]):
+            at, end = rows.offset[row], rows.offset[row + 1]
+            values, weights = rows.values[at:end], rows.weights[at:end]
+            for k in range(end - at):
+                position = min(max((values[k] - low) * scale, zero), top)
+                bin_ = min(np.int32(position), last)
+                share[k] = np.int32((position - np.float32(bin_)) * unit + half)
+                index[k] = bin_ if weights[k] > zero else np.int32(bins)
+            for k in range(0, end - at, 4):
+                parts[0, np.uint32(index[k])] += one + share[k]
+                parts[1, np.uint32(index[k + 1])] += one + share[k + 1]
+                parts[2, np.uint32(index[k + 2])] += one + share[k + 2]
+                parts[3, np.uint32(index[k + 3])] += one + share[k + 3]
+        for b in range(bins):
+            found[chunk, b] = parts[0, b] + parts[1, b] + parts[2, b] + parts[3, b]
+
+
+@compiled
+def _contract(thread, threads, rows, low, scale, lines, first, second, parts):
+    """Sum of the weighted residual (of the weights, without lines) onto two axes of the lattice."""
+    length = parts.shape[3]
+    plane = np.empty(parts.shape[2:], np.float32)
+    residual, index = np.empty(length, np.float32), np.empty(length, np.int32)
+    offset, slope = lines
+    zero, last = np.float32(0), np.float32(len(slope) - 1)
+    for chunk in range(thread, len(rows.chunks) - 1, threads):
+        start = rows.chunks[chunk]
+        for i in range(start, rows.chunks[chunk + 1]):
+            plane[:] = zero
+            for row in range(rows.plane[i], rows.plane[i + 1]):
+                j, at, end = rows.index[row], rows.offset[row], rows.offset[row + 1]
+                n, k0 = end - at, rows.start[row]
+                values, weights = rows.values[at:end], rows.weights[at:end]
+                if len(slope):
+                    for k in range(n):
+                        index[k] = np.int32(min(max((values[k] - low) * scale, zero), last))
+                    for k in range(n):
+                        line = np.uint32(index[k])
+                        residual[k] = (offset[line] + values[k] * slope[line]) * weights[k]
+                else:
+                    for k in range(n):
+                        residual[k] = weights[k]
+                w0, w1, w2, w3 = second.weight[j]
+                b = second.column[j]
+                p0, p1, p2, p3 = (
+                    plane[b, k0 : k0 + n],
+                    plane[b + 1, k0 : k0 + n],
+                    plane[b + 2, k0 : k0 + n],
+                    plane[b + 3, k0 : k0 + n],
+                )
+                for k in range(n):
+                    p0[k] += w0 * residual[k]
+                    p1[k] += w1 * residual[k]
+                    p2[k] += w2 * residual[k]
+                    p3[k] += w3 * residual[k]
+            for q in range(4):
+                weight = np.float64(first.weight[i, q])
+                for b in range(plane.shape[0]):
+                    total, line = parts[chunk, first.column[i] - first.column[start] + q, b], plane[b]
+                    for k in range(length):
+                        total[k] += weight * line[k]
