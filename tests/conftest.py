@@ -7,6 +7,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 
+from n4flow import kernels
 from n4flow.phantom import make_phantom
 from n4flow.samples import Samples, log_where
 
@@ -33,6 +34,13 @@ def real_scans():
     if not (folder / "bids").is_dir():
         pytest.skip(f"no real scans in {folder}: set N4FLOW_TEST_DATA to a folder that holds bids/")
     return folder / "bids"
+
+
+@pytest.fixture(params=["plain", "compiled"])
+def kernel_set(request, monkeypatch):
+    """Run a test with either set of CPU kernels, whatever the number of voxels."""
+    monkeypatch.setattr(kernels, "COMPILED_VOXELS", 0 if request.param == "compiled" else 2**62)
+    return request.param
 
 
 def samples_of(image, mask, voxel_size_mm=(1.0, 1.0, 1.0)):

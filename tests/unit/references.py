@@ -1,7 +1,10 @@
 """SimpleITK and ANTs on arrays, and the grids they lay: what our fields are compared with."""
 
+import hashlib
 import os
+import pickle
 import warnings
+from functools import wraps
 
 import numpy as np
 import pytest
@@ -10,10 +13,27 @@ import SimpleITK as sitk
 DEFAULT_HISTOGRAM = {"histogram_bins": 200, "fwhm": 0.15, "wiener_noise": 0.01}
 
 
+def remembered(function):
+    """Do not compute again what was computed of equal arguments: a reference is compared with several of ours."""
+    found = {}
+
+    @wraps(function)
+    def once(*args, **kwargs):
+        # the module ants, an argument of some, cannot be pickled
+        given = [arg for arg in args if not hasattr(arg, "__path__")]
+        key = hashlib.sha256(pickle.dumps((given, sorted(kwargs.items())))).digest()
+        if key not in found:
+            found[key] = function(*args, **kwargs)
+        return found[key].copy()
+
+    return once
+
+
 def itk_image(array, dtype=np.float32):
     return sitk.GetImageFromArray(np.ascontiguousarray(array.T, dtype=dtype))
 
 
+@remembered
 def simpleitk_log_field(image, mask, iterations, spans, threshold=0.0, histogram=DEFAULT_HISTOGRAM, threads=1):
     """SimpleITK's own log field on an array."""
     # its result depends on the number of threads, and this global one is what it goes by
@@ -39,6 +59,7 @@ def import_ants():
         return pytest.importorskip("ants", reason="antspyx is not here: see envs/requirements-test.in")
 
 
+@remembered
 def ants_log_field(ants, image, mask, iterations, bspline, **options):
     """Log of the field that the program N4BiasFieldCorrection of ANTs gives for an array.
 

@@ -31,6 +31,8 @@ from tests.unit.references import (
     simpleitk_log_field,
 )
 
+pytestmark = pytest.mark.usefixtures("kernel_set")
+
 
 class Schedule(NamedTuple):
     """Levels of the estimate, and how near the reference it must come."""

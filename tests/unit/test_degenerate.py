@@ -7,6 +7,8 @@ from n4flow import InputError, N4Parameters, correct
 from n4flow.phantom import make_phantom
 from tests.conftest import demeaned_error, rms
 
+pytestmark = pytest.mark.usefixtures("kernel_set")
+
 
 @pytest.fixture(scope="module")
 def strong(tissues):

@@ -11,6 +11,8 @@ from n4flow.estimate import estimate_field
 from n4flow.field import Mesh
 from tests.conftest import samples_of
 
+pytestmark = pytest.mark.usefixtures("kernel_set")
+
 # every example estimates twice; a few dozen are enough to find an axis that was mixed up
 SEARCH = settings(deadline=None, max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 

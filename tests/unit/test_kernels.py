@@ -1,21 +1,38 @@
-"""The passes over the voxels one by one, and the one BLAS thread that all of them run in."""
+"""The passes over the voxels one by one, in every set of kernels, and the threads that they run in."""
+
+import os
+import subprocess
+import sys
 
 import nibabel as nib
 import numpy as np
 import pytest
-from numpy.testing import assert_array_equal
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.testing import assert_allclose, assert_array_equal
 from threadpoolctl import threadpool_info, threadpool_limits
 
-from n4flow import N4Parameters, correct
-from n4flow.bspline import expand
+from n4flow import N4Parameters, correct, kernels
+from n4flow.bspline import bspline_fit, expand
 from n4flow.correction import keep_mean_intensity, write_corrected
 from n4flow.estimate import estimate_field
 from n4flow.field import BiasField, Mesh
-from n4flow.kernels import PlainKernels, plain
+from n4flow.kernels import PlainKernels, compiled, plain
+from n4flow.kernels.compiled import CompiledKernels
+from n4flow.sharpening import linear_histogram, look_up
 from n4flow.volume import Volume
 from tests.conftest import samples_of
 
 SHAPE = (7, 6, 5)
+PARAMETERS = N4Parameters(histogram_bins=50)
+
+SETS = {
+    "plain": lambda *given: PlainKernels(*given, PARAMETERS),
+    "compiled": lambda *given: CompiledKernels(*given, PARAMETERS, threads=1),
+    "compiled, 3 threads": lambda *given: CompiledKernels(*given, PARAMETERS, threads=3),
+}
+#: float32 holds the values, which lie within ±4 of their middle, and the field's steps.
+TOLERANCE = {"plain": 1e-12, "compiled": 2e-6, "compiled, 3 threads": 2e-6}
 
 
 @pytest.fixture
@@ -26,26 +43,144 @@ def field():
     return BiasField(lattice, mesh, SHAPE, np.eye(4))
 
 
+@pytest.fixture(autouse=True)
+def small_chunks(monkeypatch):
+    """So that these small grids have several, of several planes each."""
+    monkeypatch.setattr(compiled, "CHUNK_VOXELS", 200)
+
+
+def scattered(shape, weighted, share=0.1, seed=6):
+    """Log intensities, weights that are 0 outside of a mask, and the mask; a plane and both corners are outside."""
+    rng = np.random.default_rng(seed)
+    log_image, mask = rng.normal(4, 1, shape), rng.random(shape) < share
+    mask[len(mask) // 2] = False
+    log_image[0, 0, 0], log_image[-1, -1, -1], mask[0, 0, 0], mask[-1, -1, -1] = -50, 50, False, False
+    return log_image, np.where(mask, rng.uniform(0.1, 1, shape), 0) if weighted else mask, mask
+
+
+@pytest.mark.parametrize("name", SETS)
 @pytest.mark.parametrize("block_voxels", [1, 60, 2**18])
 @pytest.mark.parametrize("weighted", [False, True])
-def test_statistics_are_those_of_the_samples_of_the_mask(field, block_voxels, weighted, monkeypatch):
-    monkeypatch.setitem(plain.BLOCK_VOXELS, "numpy", block_voxels)
-    rng = np.random.default_rng(6)
-    log_image, mask = rng.normal(4, 1, SHAPE), rng.random(SHAPE) < 0.1  # so few that N is not N - 1
-    mask[3] = False
-    log_image[0, 0, 0], log_image[6, 5, 4], mask[0, 0, 0], mask[6, 5, 4] = -50, 50, False, False
-    kernels = PlainKernels(log_image, np.where(mask, rng.uniform(0.1, 1, SHAPE), 0) if weighted else mask, np)
+def test_statistics_are_those_of_the_samples_of_the_mask(field, name, block_voxels, weighted, monkeypatch):
+    monkeypatch.setattr(plain, "BLOCK_VOXELS", block_voxels)
+    log_image, weights, mask = scattered(SHAPE, weighted)  # so few that N is not N - 1
+    made = SETS[name](log_image, weights)
+    near = {"rel": TOLERANCE[name]}
+    assert (made.low, made.high) == pytest.approx((log_image[mask].min(), log_image[mask].max()), **near)
     bases = field.mesh.bases([np.arange(n) for n in SHAPE])
-    kernels.set_mesh(bases)
-    found = kernels.subtract(field.lattice)
+    made.start_level(np.zeros_like(field.lattice), bases)
+    made.subtract(field.lattice)
     update = expand(field.lattice, bases)[mask]
     change, left = np.exp(-update), log_image[mask] - update
-    assert found.cv == pytest.approx(np.std(change, ddof=1) / np.mean(change), rel=1e-12)
-    assert (found.low, found.high) == pytest.approx((left.min(), left.max()), rel=1e-12)
-    again = kernels.subtract(field.lattice)
+    assert made.cvs == [pytest.approx(np.std(change, ddof=1) / np.mean(change), **near)]
+    assert (made.low, made.high) == pytest.approx((left.min(), left.max()), **near)
+    made.subtract(field.lattice)
     left -= update
-    assert (again.low, again.high) == pytest.approx((left.min(), left.max()), rel=1e-12)
-    assert again.cv == found.cv
+    assert (made.low, made.high) == pytest.approx((left.min(), left.max()), **near)
+    lattice, cvs = made.end_level()
+    assert cvs[0] == cvs[1]
+    assert_array_equal(lattice, 2 * field.lattice)
+
+
+SHAPES = st.tuples(*[st.integers(1, 40)] * 3).filter(lambda shape: np.prod(shape) >= 200)
+
+
+@settings(deadline=None, max_examples=40)
+@given(SHAPES, st.tuples(*[st.integers(1, 5)] * 3), st.booleans(), st.floats(0.05, 1), st.integers(0, 2**30))
+def test_a_pass_of_any_set_is_that_of_the_definition(shape, spans, weighted, share, seed):
+    log_image, weights, mask = scattered(shape, weighted, share, seed)
+    if mask.sum() < 20:
+        return
+    mesh = Mesh.of_grid(shape, spans)
+    bases = mesh.bases([np.arange(n) for n in shape])
+    values = log_image[mask]
+    histogram = linear_histogram(values, values.min(), values.max(), 50)
+    table = np.sort(np.random.default_rng(seed).normal(4, 1, 50))
+    residual = np.zeros(shape)
+    residual[mask] = values - look_up(values, table, values.min(), values.max())
+    update = bspline_fit(residual, weights, bases)
+    for name, make in SETS.items():
+        made = make(log_image, weights)
+        made.start_level(np.zeros(mesh.lattice_shape), bases)
+        assert_allclose(made.histogram(50), histogram, atol=1e-4 * mask.sum() ** 0.5)
+        assert_allclose(made.fit(table), update, atol=20 * TOLERANCE[name], err_msg=name)
+
+
+@pytest.mark.parametrize("strength", [1e-3, 0.3, 3, 12])
+def test_the_change_of_an_update_of_any_size_is_exact(strength):
+    """Its exponential is a series, of an argument halved as often as it takes."""
+    shape = (20, 20, 20)
+    mesh = Mesh.of_grid(shape, (2, 2, 2))
+    bases = mesh.bases([np.arange(n) for n in shape])
+    log_image, weights, _ = scattered(shape, False, 0.7)
+    update = strength * np.random.default_rng(1).uniform(-1, 1, mesh.lattice_shape)
+    cvs = []
+    for make in SETS.values():
+        made = make(log_image, weights)
+        made.start_level(np.zeros_like(update), bases)
+        made.subtract(update)
+        cvs += made.cvs
+    assert cvs[1] == pytest.approx(cvs[0], rel=2e-5)
+    assert cvs[2] == cvs[1]
+
+
+def test_compiled_code_gives_the_same_bits_for_any_number_of_threads(head):
+    samples = samples_of(head.image[::2, ::2, ::2], head.image[::2, ::2, ::2] > 300, (4.0, 4.0, 4.0))
+    parameters = N4Parameters(mesh="refined", iterations=(3, 3), spline_distance_mm=80, shrink_factor=1)
+    lattices = []
+    for threads in (1, 2, 7, 100):
+        made = CompiledKernels(samples.log_image, samples.confidence, parameters, threads)
+        made.start_level(np.zeros((5, 5, 5)), Mesh.of_grid(samples.image_shape, (2, 2, 2)).bases(samples.positions))
+        for _ in range(3):
+            made.subtract(made.fit(made.sharpen()))
+        lattices.append(made.end_level()[0])
+    assert len(made.rows.chunks) > 30
+    for lattice in lattices[1:]:
+        assert_array_equal(lattice, lattices[0])
+
+
+def test_large_and_small_scans_get_their_kernels_by_their_voxels_alone(head, monkeypatch):
+    samples = samples_of(head.image, head.image > 300)
+    count = int(samples.mask.sum())
+    for limit, expected in ((count + 1, PlainKernels), (count, CompiledKernels)):
+        monkeypatch.setattr(kernels, "COMPILED_VOXELS", limit)
+        for threads in (1, 2):
+            assert type(kernels.choose_kernels(samples, PARAMETERS, np, threads)) is expected
+
+
+ESTIMATE = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import numpy as np
+from n4flow import N4Parameters, correct, kernels
+kernels.COMPILED_VOXELS = int(sys.argv[2])
+image = np.random.default_rng(0).uniform(50, 100, (30, 30, 30))
+field = correct(image, voxel_size_mm=(1, 1, 1), parameters=N4Parameters(shrink_factor=1), device="cpu").field
+print(field.lattice.tobytes().hex(), "numba" in sys.modules)
+"""
+
+
+def in_a_process(pytestconfig, limit, environment):
+    command = [sys.executable, "-c", ESTIMATE, pytestconfig.rootpath / "workflow" / "scripts", str(limit)]
+    return subprocess.Popen(
+        command, env=os.environ | environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def test_small_scans_do_not_wait_for_the_compiler(pytestconfig):
+    out, error = in_a_process(pytestconfig, 2**18, {}).communicate()
+    assert out.split()[1] == "False", error
+
+
+def test_many_processes_may_compile_at_once_and_where_nothing_can_be_cached(pytestconfig, tmp_path):
+    first = [in_a_process(pytestconfig, 0, {"NUMBA_CACHE_DIR": str(tmp_path)}) for _ in range(3)]
+    nowhere = in_a_process(pytestconfig, 0, {"NUMBA_CACHE_DIR": "/dev/null/nowhere"})
+    outputs = [process.communicate() for process in (*first, nowhere)]
+    assert list(tmp_path.rglob("*.nbc"))
+    assert len({out for out, _ in outputs}) == 1, outputs
+    again, error = in_a_process(pytestconfig, 0, {"NUMBA_CACHE_DIR": str(tmp_path)}).communicate()
+    assert again == outputs[0][0], error
+    assert again.split()[1] == "True"
 
 
 def test_one_and_two_blas_threads_give_the_same_bits():

@@ -23,6 +23,7 @@ PACKAGE_FILES = [
     "files.py",
     "inputs.py",
     "kernels/__init__.py",
+    "kernels/compiled.py",
     "kernels/plain.py",
     "kernels/protocol.py",
     "mask.py",

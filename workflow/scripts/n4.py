@@ -15,6 +15,7 @@ def main(snakemake):
         parameters=N4Parameters.from_mapping(snakemake.params.settings),
         # --resources gpu=0 is the switch to the CPU
         device=snakemake.config["device"] if snakemake.resources.gpu else "cpu",
+        threads=snakemake.threads,
         keep_dtype=snakemake.params.keep_dtype,
     )
 

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from n4flow.bspline import one_blas_thread
-from n4flow.device import DeviceChoice, array_module, select_device, to_host, to_module
+from n4flow.device import DeviceChoice, array_module, available_cores, select_device, to_host, to_module
 from n4flow.errors import InputError
 from n4flow.estimate import Iteration, estimate_field
 from n4flow.field import BiasField
@@ -311,7 +311,7 @@ def correct(
         array[..., None] if flat and array is not None else array for array in (volume, mask, weights, out, bias_out)
     )
     samples = _take_samples(image, inside, confidence, (*voxel_size_mm, 1.0)[:3], parameters.shrink_factor)
-    field, history = estimate_field(samples, parameters, xp=xp)
+    field, history = estimate_field(samples, parameters, xp=xp, threads=available_cores())
     field = _shift_to_mean(
         field,
         (

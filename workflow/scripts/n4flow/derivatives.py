@@ -42,6 +42,7 @@ def correct_scan(
     *,
     parameters: N4Parameters,
     device: DeviceChoice = "auto",
+    threads: int = 1,
     keep_dtype: bool = False,
 ) -> None:
     """Estimate the field of a scan, divide the scan by it and write what came about.
@@ -52,6 +53,8 @@ def correct_scan(
     files : CorrectionFiles
     parameters : N4Parameters
     device : {"auto", "gpu", "cpu"}
+    threads : int
+        On the CPU; the result does not depend on it.
     keep_dtype : bool
         See `correction.write_corrected`.
 
@@ -64,7 +67,7 @@ def correct_scan(
     chosen = select_device(device)
     log.info("%s: computing on %s (%s)", image, chosen.name, chosen.reason)
     samples = read_samples(image, mask, parameters.shrink_factor)
-    estimate = estimate_field(samples, parameters, xp=chosen.xp)
+    estimate = estimate_field(samples, parameters, xp=chosen.xp, threads=threads)
     field = keep_mean_intensity(estimate.field, Volume(image), Volume(mask), chosen.xp)
     facts = {**estimate_facts(estimate, samples, parameters), "Device": chosen.name, "DeviceReason": chosen.reason}
     packages = ("cupy",) if chosen.kind == "gpu" else ()

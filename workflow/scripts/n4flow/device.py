@@ -107,6 +107,11 @@ def claim_gpu(count: int, folder: Path | None = None) -> tuple[int, IO[str] | No
     return 0, None
 
 
+def available_cores() -> int:
+    """Cores that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def array_module(array: Any) -> ModuleType:
     """NumPy or CuPy, whichever the array belongs to (CuPy is not imported for this)."""
     cupy = sys.modules.get("cupy")

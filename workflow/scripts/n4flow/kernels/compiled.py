@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -34,7 +35,14 @@ SHARE_UNIT = 2**16
 #: A Taylor series of exp serves up to here; larger arguments are halved, and the result squared.
 SERIES_LIMIT = 0.25
 
-compiled = njit(cache=True, nogil=True, error_model="numpy")
+
+def compiled(function: Callable[..., None]) -> Callable[..., None]:
+    """Compile a function when it is first called, once a machine; once a process where no cache can be written."""
+    options = {"nogil": True, "error_model": "numpy"}
+    try:
+        return njit(cache=True, **options)(function)
+    except (RuntimeError, OSError):
+        return njit(**options)(function)
 
 
 class Rows(NamedTuple):
@@ -138,7 +146,7 @@ class CompiledKernels(HostKernels):
         chunks = self.rows.chunks
         reach = [
             int(first.column[end - 1] - first.column[start]) + 4 if end > start else 0
-            for start, end in zip(chunks, chunks[1:], strict=False)
+            for start, end in pairwise(chunks)
         ]
         parts = np.zeros((len(reach), max(reach), m1 + 3, self.length))
         self._share_out(_contract, self.rows, *self._bin_scale(lines.shape[1] + 1), lines, first, second, parts)
@@ -162,7 +170,7 @@ class CompiledKernels(HostKernels):
 
 
 def _rows(log_image: np.ndarray, weights: np.ndarray, inside: np.ndarray, centre: float) -> Rows:
-    n0, n1, n2 = log_image.shape
+    n0, _, n2 = log_image.shape
     seen = inside.any(axis=2)
     start = inside.argmax(axis=2) // LANES * LANES
     end = -(-(n2 - inside[:, :, ::-1].argmax(axis=2)) // LANES) * LANES
