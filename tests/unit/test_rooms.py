@@ -10,10 +10,10 @@ import pytest
 from n4flow import provenance
 
 ROOMS = [
-    "__init__", "errors", "files", "console", "parameters", "device", "bspline", "sharpening", "field",
-    "samples", "kernels.protocol", "kernels.plain", "kernels.compiled", "kernels", "estimate", "volume", "bids", "inputs", "provenance", "mask",
-    "correction", "derivatives", "reference", "phantom", "metrics", "qc", "qc.rendering", "qc.panels", "qc.pages",
-    "qc.dataset",
+    "__init__", "errors", "files", "console", "parameters", "device", "bspline", "sharpening", "field", "samples",
+    "kernels.protocol", "kernels.plain", "kernels.compiled", "kernels.cuda", "kernels", "estimate", "volume", "bids",
+    "inputs", "provenance", "mask", "correction", "derivatives", "reference", "phantom", "metrics", "qc",
+    "qc.rendering", "qc.panels", "qc.pages", "qc.dataset",
 ]  # fmt: skip
 
 

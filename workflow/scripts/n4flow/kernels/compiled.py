@@ -38,11 +38,10 @@ SERIES_LIMIT = 0.25
 
 def compiled(function: Callable[..., None]) -> Callable[..., None]:
     """Compile a function when it is first called, once a machine; once a process where no cache can be written."""
-    options = {"nogil": True, "error_model": "numpy"}
     try:
-        return njit(cache=True, **options)(function)
+        return njit(function, cache=True, nogil=True, error_model="numpy")
     except (RuntimeError, OSError):
-        return njit(**options)(function)
+        return njit(function, nogil=True, error_model="numpy")
 
 
 class Rows(NamedTuple):
@@ -51,8 +50,8 @@ class Rows(NamedTuple):
     values: np.ndarray  # (voxels,) float32: u - B, less a constant
     weights: np.ndarray  # (voxels,) float32: 0 outside the mask
     plane: np.ndarray  # (planes + 1,): first row of each plane
-    index: np.ndarray  # (rows,): place of the row in its plane
-    start: np.ndarray  # (rows,): place of its first voxel along the row axis
+    place: np.ndarray  # (rows,): its index in the plane
+    start: np.ndarray  # (rows,): index of its first voxel along the row axis
     offset: np.ndarray  # (rows + 1,): its first voxel in `values`
     chunks: np.ndarray  # (chunks + 1,): first plane of each chunk
 
@@ -171,7 +170,7 @@ class CompiledKernels(HostKernels):
 
 def _rows(log_image: np.ndarray, weights: np.ndarray, inside: np.ndarray, centre: float) -> Rows:
     n0, _, n2 = log_image.shape
-    seen = inside.any(axis=2)
+    seen = np.asarray(inside.any(axis=2))
     start = inside.argmax(axis=2) // LANES * LANES
     end = -(-(n2 - inside[:, :, ::-1].argmax(axis=2)) // LANES) * LANES
     plane, index = np.nonzero(seen)
@@ -179,11 +178,11 @@ def _rows(log_image: np.ndarray, weights: np.ndarray, inside: np.ndarray, centre
     offset = np.concatenate([[0], np.cumsum(length)])
     values, confidence = (np.zeros(offset[-1], dtype=np.float32) for _ in range(2))
     row_of_plane = np.searchsorted(plane, np.arange(n0 + 1))
-    place = np.arange(-(-n2 // LANES) * LANES)
-    padding = ((0, 0), (0, len(place) - n2))
+    along = np.arange(-(-n2 // LANES) * LANES)
+    padding = ((0, 0), (0, len(along) - n2))
     for i in range(n0):
         taken = slice(offset[row_of_plane[i]], offset[row_of_plane[i + 1]])
-        kept = seen[i, :, None] & (place >= start[i, :, None]) & (place < end[i, :, None])
+        kept = seen[i, :, None] & (along >= start[i, :, None]) & (along < end[i, :, None])
         values[taken] = np.pad(np.where(inside[i], log_image[i] - centre, 0), padding)[kept]
         confidence[taken] = np.pad(np.where(inside[i], weights[i], 0), padding)[kept]
     shares = np.linspace(0, offset[-1], min(CHUNKS, max(1, offset[-1] // CHUNK_VOXELS)) + 1)
@@ -192,7 +191,7 @@ def _rows(log_image: np.ndarray, weights: np.ndarray, inside: np.ndarray, centre
 
 
 @compiled
-def _expand_rows(lattice, taps, along):
+def _expand_rows(lattice: np.ndarray, taps: Taps, along: np.ndarray) -> None:
     """Evaluate the lattice along its last axis."""
     for a in range(lattice.shape[0]):
         for b in range(lattice.shape[1]):
@@ -206,7 +205,7 @@ def _expand_rows(lattice, taps, along):
 
 
 @compiled
-def _contract_rows(along, taps, lattice):
+def _contract_rows(along: np.ndarray, taps: Taps, lattice: np.ndarray) -> None:
     """The transpose of `_expand_rows`."""
     for a in range(lattice.shape[0]):
         for b in range(lattice.shape[1]):
@@ -216,7 +215,16 @@ def _contract_rows(along, taps, lattice):
 
 
 @compiled
-def _subtract(thread, threads, rows, along, first, second, halvings, found):
+def _subtract(
+    thread: int,
+    threads: int,
+    rows: Rows,
+    along: np.ndarray,
+    first: Taps,
+    second: Taps,
+    halvings: int,
+    found: np.ndarray,
+) -> None:
     """Subtract the update; find smallest and largest value, and the sums of expm1(-update) and its square."""
     length = along.shape[2]
     plane = np.empty((along.shape[1], length), np.float32)
@@ -231,7 +239,7 @@ def _subtract(thread, threads, rows, along, first, second, halvings, found):
             _expand_plane(along, first.column[i], first.weight[i], plane)
             sums[:], squares[:] = zero, zero
             for row in range(rows.plane[i], rows.plane[i + 1]):
-                j, at, end = rows.index[row], rows.offset[row], rows.offset[row + 1]
+                j, at, end = rows.place[row], rows.offset[row], rows.offset[row + 1]
                 n, k0 = end - at, rows.start[row]
                 values, weights = rows.values[at:end], rows.weights[at:end]
                 w0, w1, w2, w3 = second.weight[j]
@@ -267,7 +275,7 @@ def _subtract(thread, threads, rows, along, first, second, halvings, found):
 
 
 @compiled
-def _expand_plane(along, column, weight, plane):
+def _expand_plane(along: np.ndarray, column: int, weight: np.ndarray, plane: np.ndarray) -> None:
     """Evaluate the lattice along its first axis, for one plane."""
     w0, w1, w2, w3 = weight
     for b in range(plane.shape[0]):
@@ -278,7 +286,9 @@ def _expand_plane(along, column, weight, plane):
 
 
 @compiled
-def _histogram(thread, threads, rows, low, scale, bins, length, found):
+def _histogram(
+    thread: int, threads: int, rows: Rows, low: np.float32, scale: np.float32, bins: int, length: int, found: np.ndarray
+) -> None:
     """Count and share of each bin in one number; four histograms in turn, so that none waits for its memory."""
     index, share = np.empty(length, np.int32), np.empty(length, np.int32)
     parts = np.empty((4, bins + 1), np.int64)
@@ -304,7 +314,17 @@ def _histogram(thread, threads, rows, low, scale, bins, length, found):
 
 
 @compiled
-def _contract(thread, threads, rows, low, scale, lines, first, second, parts):
+def _contract(
+    thread: int,
+    threads: int,
+    rows: Rows,
+    low: np.float32,
+    scale: np.float32,
+    lines: np.ndarray,
+    first: Taps,
+    second: Taps,
+    parts: np.ndarray,
+) -> None:
     """Sum of the weighted residual (of the weights, without lines) onto two axes of the lattice."""
     length = parts.shape[3]
     plane = np.empty(parts.shape[2:], np.float32)
@@ -316,7 +336,7 @@ def _contract(thread, threads, rows, low, scale, lines, first, second, parts):
         for i in range(start, rows.chunks[chunk + 1]):
             plane[:] = zero
             for row in range(rows.plane[i], rows.plane[i + 1]):
-                j, at, end = rows.index[row], rows.offset[row], rows.offset[row + 1]
+                j, at, end = rows.place[row], rows.offset[row], rows.offset[row + 1]
                 n, k0 = end - at, rows.start[row]
                 values, weights = rows.values[at:end], rows.weights[at:end]
                 if len(slope):
