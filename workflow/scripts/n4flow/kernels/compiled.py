@@ -327,7 +327,7 @@ def _contract(
 ) -> None:
     """Sum of the weighted residual (of the weights, without lines) onto two axes of the lattice."""
     length = parts.shape[3]
-    plane = np.empty(parts.shape[2:], np.float32)
+    plane = np.empty_like(parts[0, 0], np.float32)
     residual, index = np.empty(length, np.float32), np.empty(length, np.int32)
     offset, slope = lines
     zero, last = np.float32(0), np.float32(len(slope) - 1)
@@ -364,6 +364,7 @@ def _contract(
             for q in range(4):
                 weight = np.float64(first.weight[i, q])
                 for b in range(plane.shape[0]):
-                    total, line = parts[chunk, first.column[i] - first.column[start] + q, b], plane[b]
+                    total = parts[chunk, first.column[i] - first.column[start] + q, b]
+                    line = plane[b]
                     for k in range(length):
                         total[k] += weight * line[k]
