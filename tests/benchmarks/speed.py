@@ -311,8 +311,8 @@ def main():
 ## The same work
 
 Refined mesh from 1 to 8 spans, {" + ".join(map(str, ITERATIONS))} iterations, threshold 0, all cores (the plain
-kernels: one); voxels are those of the mask. Last columns: rms (largest) difference of the log field from SimpleITK's; memory
-beyond the data.
+kernels: one); voxels are those of the mask. Last columns: rms (largest) difference of the log field from SimpleITK's;
+memory beyond the data.
 
 {table([*header, "differs by", "memory"], work)}
 
