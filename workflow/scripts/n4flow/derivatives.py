@@ -66,12 +66,13 @@ def correct_scan(
     start = time.perf_counter()
     chosen = select_device(device)
     log.info("%s: computing on %s (%s)", image, chosen.name, chosen.reason)
-    samples = read_samples(image, mask, parameters.shrink_factor)
+    volume, inside = Volume(image), Volume(mask)
+    samples = read_samples(volume, inside, parameters.shrink_factor)
     estimate = estimate_field(samples, parameters, xp=chosen.xp, threads=threads)
-    field = keep_mean_intensity(estimate.field, Volume(image), Volume(mask), chosen.xp)
+    field = keep_mean_intensity(estimate.field, volume, inside, chosen.xp)
     facts = {**estimate_facts(estimate, samples, parameters), "Device": chosen.name, "DeviceReason": chosen.reason}
     packages = ("cupy",) if chosen.kind == "gpu" else ()
-    write_derivatives(image, {"mask": mask}, files, field, facts, packages, start, keep_dtype=keep_dtype, xp=chosen.xp)
+    write_derivatives(volume, {"mask": mask}, files, field, facts, packages, start, keep_dtype=keep_dtype, xp=chosen.xp)
 
 
 def apply_scan(image: Path, lattice: Path, files: CorrectionFiles, *, keep_dtype: bool = False) -> None:
@@ -98,11 +99,11 @@ def apply_scan(image: Path, lattice: Path, files: CorrectionFiles, *, keep_dtype
     volume = Volume(image)
     field = BiasField.load(lattice).on_grid(volume.shape, volume.affine_mm, image)
     facts = {"FieldFrom": own_uri(lattice)}
-    write_derivatives(image, {"lattice": lattice}, files, field, facts, (), start, keep_dtype=keep_dtype, xp=np)
+    write_derivatives(volume, {"lattice": lattice}, files, field, facts, (), start, keep_dtype=keep_dtype, xp=np)
 
 
 def write_derivatives(
-    image: Path,
+    volume: Volume,
     inputs: Mapping[str, Path],
     files: CorrectionFiles,
     field: BiasField,
@@ -117,7 +118,8 @@ def write_derivatives(
 
     Parameters
     ----------
-    image : Path
+    volume : Volume
+        The scan.
     inputs : mapping of str to Path
         Further files that went in, by role; all of them are outputs of other steps.
     files : CorrectionFiles
@@ -132,12 +134,11 @@ def write_derivatives(
     keep_dtype : bool
     xp : module
     """
-    volume = Volume(image)
     self_check = write_corrected(volume, field, files.corrected, files.bias, keep_dtype=keep_dtype, xp=xp)
     if files.bias is None:
         # one of an earlier run would be of another field
         files.lattice.with_suffix(".nii.gz").unlink(missing_ok=True)
-    sources = [raw_uri(image, files.corrected), *map(own_uri, inputs.values())]
+    sources = [raw_uri(volume.path, files.corrected), *map(own_uri, inputs.values())]
     write_json(files.lattice, {"Sources": sources, **field.to_mapping()})
     seconds = round(time.perf_counter() - start, 3)
     write_json(
@@ -146,7 +147,7 @@ def write_derivatives(
             **_image_metadata(volume),
             "Sources": sources,
             "N4": {**facts, "SelfCheck": self_check, "WallTimeSeconds": seconds},
-            "Provenance": provenance({"image": image, **inputs}, ("numpy", "nibabel", "isal", *packages)),
+            "Provenance": provenance({"image": volume.path, **inputs}, ("numpy", "nibabel", "isal", *packages)),
         },
     )
 

@@ -90,7 +90,7 @@ def estimate_field(
             "x".join(map(str, mesh.spans)),
             len(cvs),
             most_iterations,
-            cvs[-1],
+            history[-1].cv,
         )
     return Estimate(BiasField(lattice, mesh, samples.image_shape, samples.affine), history)
 

@@ -131,11 +131,12 @@ def reference_scan(
     """
     start = time.perf_counter()
     parameters = replace(parameters, strong_field_log=NEVER_STRONG)
-    samples = read_samples(image, mask, parameters.shrink_factor)
+    volume, inside = Volume(image), Volume(mask)
+    samples = read_samples(volume, inside, parameters.shrink_factor)
     estimate = reference_field(samples, parameters)
     facts = {**estimate_facts(estimate, samples, parameters), "Device": "CPU", "Threads": THREADS}
-    field = keep_mean_intensity(estimate.field, Volume(image), Volume(mask))
-    write_derivatives(image, {"mask": mask}, files, field, facts, ("SimpleITK",), start, keep_dtype=keep_dtype, xp=np)
+    field = keep_mean_intensity(estimate.field, volume, inside)
+    write_derivatives(volume, {"mask": mask}, files, field, facts, ("SimpleITK",), start, keep_dtype=keep_dtype, xp=np)
 
 
 def _grid_like(mesh: Mesh, samples: Samples) -> tuple[list[tuple[int, int]], Mesh]:

@@ -64,10 +64,10 @@ class HostKernels(ABC):
     def __init__(self, parameters: N4Parameters, low: float, high: float) -> None:
         self.parameters = parameters
         self.low, self.high = low, high
+        self.cvs: list[float] = []  # of all levels
 
     def start_level(self, lattice: np.ndarray, bases: Sequence[np.ndarray]) -> None:
-        self.lattice = lattice
-        self.cvs: list[float] = []
+        self.lattice, self.first = lattice, len(self.cvs)
         self.set_mesh(bases)
 
     def sharpen(self) -> np.ndarray:
@@ -81,10 +81,12 @@ class HostKernels(ABC):
         self.cvs.append(cv)
 
     def converged(self) -> bool:
-        return self.cvs[-1] <= self.parameters.convergence_threshold or self.low == self.high
+        if self.low == self.high:
+            return True
+        return len(self.cvs) > self.first and self.cvs[-1] <= self.parameters.threshold_after(self.cvs)
 
     def end_level(self) -> tuple[np.ndarray, list[float]]:
-        return self.lattice, self.cvs
+        return self.lattice, self.cvs[self.first :]
 
     @abstractmethod
     def set_mesh(self, bases: Sequence[np.ndarray]) -> None:
