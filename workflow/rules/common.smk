@@ -24,6 +24,8 @@ PACKAGE_FILES = [
     "inputs.py",
     "kernels/__init__.py",
     "kernels/compiled.py",
+    "kernels/cuda.cu",
+    "kernels/cuda.py",
     "kernels/plain.py",
     "kernels/protocol.py",
     "mask.py",

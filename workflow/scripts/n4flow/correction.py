@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -99,11 +100,13 @@ def keep_mean_intensity(field: BiasField, volume: Volume, mask: Volume, xp: Any 
     InputError
         A file cannot be read.
     """
+    slabs, ahead = itertools.tee(volume.mean_slabs())
+    ratios = _ratios(field, ((_planes(slab), values) for slab, values in ahead), xp)
     return _shift_to_mean(
         field,
         (
-            (values, to_host(field.ratio_tile((slice(None), slice(None), slab), xp)), inside_mask(mask_values))
-            for (slab, values), (_, mask_values) in zip(volume.mean_slabs(), mask.mean_slabs(), strict=True)
+            (values, ratio, inside_mask(mask_values))
+            for (_, values), ratio, (_, mask_values) in zip(slabs, ratios, mask.mean_slabs(), strict=True)
         ),
     )
 
@@ -203,13 +206,44 @@ def _largest_error(values: np.ndarray, written: np.ndarray, ratio: np.ndarray, r
 def _corrected_slabs(
     volume: Volume, field: BiasField, xp: Any
 ) -> Iterator[tuple[slice, int, np.ndarray, np.ndarray, np.ndarray]]:
+    if xp is not np:
+        slabs, ahead = itertools.tee(volume.slabs())
+        divided = _divided(field, ((_planes(slab), values) for slab, _, values in ahead), xp)
+        for (slab, frame, values), (corrected, ratio) in zip(slabs, divided, strict=True):
+            yield slab, frame, values, corrected, ratio
+        return
     kept: dict[int, Any] = {}  # of a series: every frame is divided by the one field
     for slab, frame, values in volume.slabs():
-        ratio = kept[slab.start] if frame else field.ratio_tile((slice(None), slice(None), slab), xp)
+        ratio = kept[slab.start] if frame else field.ratio_tile(_planes(slab))
         if volume.frames > 1:
             kept[slab.start] = ratio
-        corrected = xp.asarray(values, dtype=np.float32) / ratio
-        yield slab, frame, values, to_host(corrected), to_host(ratio)
+        yield slab, frame, values, np.asarray(values, dtype=np.float32) / ratio, ratio
+
+
+Tiles = Iterable[tuple[Sequence[slice], np.ndarray]]
+
+
+def _planes(slab: slice) -> tuple[slice, slice, slice]:
+    return slice(None), slice(None), slab
+
+
+def _divided(field: BiasField, tiles: Tiles, xp: Any) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Tiles divided by the field, and the field there; the arrays hold until the next tile but one."""
+    if xp is not np:
+        from n4flow.kernels.cuda import FieldDivision
+
+        yield from FieldDivision(field).divide_tiles(tiles)
+        return
+    for tile, values in tiles:
+        ratio = field.ratio_tile(tile)
+        yield np.asarray(values, dtype=np.float32) / ratio, ratio
+
+
+def _ratios(field: BiasField, tiles: Tiles, xp: Any) -> Iterator[np.ndarray]:
+    """The field alone."""
+    if xp is np:
+        return (field.ratio_tile(tile) for tile, _ in tiles)
+    return (ratio for _, ratio in _divided(field, tiles, xp))
 
 
 def _scaling(volume: Volume, field: BiasField, dtype: np.dtype, xp: Any) -> tuple[float, float]:
@@ -312,31 +346,29 @@ def correct(
     )
     samples = _take_samples(image, inside, confidence, (*voxel_size_mm, 1.0)[:3], parameters.shrink_factor)
     field, history = estimate_field(samples, parameters, xp=xp, threads=available_cores())
+    planes = max(1, TILE_VOXELS // (image.shape[0] * image.shape[1]))
+    tiles = [_planes(slice(start, start + planes)) for start in range(0, image.shape[2], planes)]
+
+    def on_host() -> Tiles:
+        return ((tile, to_host(image[tile])) for tile in tiles)
+
     field = _shift_to_mean(
         field,
         (
-            (
-                to_host(image[tile]),
-                to_host(ratio),
-                np.ones(ratio.shape, dtype=bool) if inside is None else inside_mask(to_host(inside[tile])),
-            )
-            for tile, ratio in _ratio_tiles(field, xp)
+            (values, ratio, np.ones(ratio.shape, dtype=bool) if inside is None else inside_mask(to_host(inside[tile])))
+            for (tile, values), ratio in zip(on_host(), _ratios(field, on_host(), xp), strict=True)
         ),
     )
-    for tile, ratio in _ratio_tiles(field, xp):
-        ratio = to_module(ratio, home)
-        divided = image[tile].astype(np.float32) / ratio  # first: the image may be one of the outputs
-        corrected[tile], bias[tile] = divided, ratio
+    if home is np or xp is np:
+        # a tile is read before it is written: the image may be one of the outputs
+        for tile, results in zip(tiles, _divided(field, on_host(), xp), strict=True):
+            corrected[tile], bias[tile] = (to_module(result, home) for result in results)
+    else:
+        from n4flow.kernels.cuda import FieldDivision
+
+        division = FieldDivision(field)
+        division.divide(_planes(slice(None)), image.astype(np.float32, copy=False), corrected, bias)
     return Correction(out, bias_out, field, history)
-
-
-def _ratio_tiles(field: BiasField, xp: Any) -> Iterator[tuple[tuple[slice, ...], Any]]:
-    """The field in tiles of whole planes along the last axis."""
-    n0, n1, n2 = field.image_shape
-    planes = max(1, TILE_VOXELS // (n0 * n1))
-    for start in range(0, n2, planes):
-        tile = (slice(None), slice(None), slice(start, start + planes))
-        yield tile, field.ratio_tile(tile, xp)
 
 
 def _take_samples(image: Any, mask: Any, weights: Any, voxel_size_mm: tuple[float, ...], shrink_factor: int) -> Samples:

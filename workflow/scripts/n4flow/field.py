@@ -184,12 +184,13 @@ class BiasField:
         return bases
 
     @cached_property
-    def _lattice_on_grid(self) -> np.ndarray:
+    def lattice_on_grid(self) -> np.ndarray:
         """The lattice with its axes in the order of an aligned grid's."""
         return np.ascontiguousarray(self.lattice.transpose(self._mesh_axes))
 
     @cached_property
-    def _image_bases(self) -> list[np.ndarray]:
+    def image_bases(self) -> list[np.ndarray]:
+        """Basis matrices of an aligned grid, per axis."""
         return self._separated([np.arange(n) for n in self.image_shape])
 
     def log_at(self, positions: Positions) -> np.ndarray:
@@ -199,7 +200,7 @@ class BiasField:
         """
         if self._mesh_axes is None:
             return self._log_at_oblique(positions)
-        return expand(self._lattice_on_grid, self._separated(positions))
+        return expand(self.lattice_on_grid, self._separated(positions))
 
     def _log_at_oblique(self, positions: Positions) -> np.ndarray:
         """As `log_at`, point by point; in Fortran order."""
@@ -215,14 +216,12 @@ class BiasField:
             rows[start : start + count] = evaluate_at(self.lattice, coordinates, self.mesh.spans)
         return rows.reshape(len(z), len(y), len(x)).T
 
-    def log_tile(self, tile: Sequence[slice], xp: Any = np) -> Any:
+    def log_tile(self, tile: Sequence[slice]) -> np.ndarray:
         """Log bias field on a tile of the grid.
 
         Parameters
         ----------
         tile : three slices
-        xp : module
-            numpy or cupy: where to compute.
 
         Returns
         -------
@@ -230,14 +229,14 @@ class BiasField:
         """
         if self._mesh_axes is None:
             voxels = [np.arange(n)[part] for n, part in zip(self.image_shape, tile, strict=True)]
-            return xp.asarray(self._log_at_oblique(voxels))
+            return self._log_at_oblique(voxels)
         # float64 throughout: a voxel gets the same bits whatever tile it is evaluated in
-        bases = [xp.asarray(basis[part]) for basis, part in zip(self._image_bases, tile, strict=True)]
-        return expand(xp.asarray(self._lattice_on_grid).T, bases[::-1]).T
+        bases = [basis[part] for basis, part in zip(self.image_bases, tile, strict=True)]
+        return expand(self.lattice_on_grid.T, bases[::-1]).T
 
-    def ratio_tile(self, tile: Sequence[slice], xp: Any = np) -> Any:
+    def ratio_tile(self, tile: Sequence[slice]) -> np.ndarray:
         """Multiplicative bias field ``exp(B)`` on a tile, float32: what an image is divided by."""
-        return xp.exp(self.log_tile(tile, xp)).astype(np.float32)
+        return np.exp(self.log_tile(tile)).astype(np.float32)
 
     def shifted(self, log_offset: float) -> BiasField:
         """The same field plus a constant, which moves every control point alike."""
