@@ -41,7 +41,8 @@ def test_source_compiles_without_a_warning(capability):
         pytest.skip(f"NVRTC is not installed: envs/requirements-test.txt ({error})")
     if capability >= 100 and version < (12, 8):
         pytest.skip(f"NVRTC {version} does not know sm_{capability}")
-    options = (*cuda.compiler_options(), f"-arch=sm_{capability}")
+    of_cupy = ("-ftz=true", "--device-as-default-execution-space")
+    options = (*cuda.compiler_options(), *of_cupy, f"-arch=sm_{capability}")
     program = nvrtc.createProgram(cuda.SOURCE.read_text(), "cuda.cu", (), ())
     try:
         nvrtc.compileProgram(program, options)

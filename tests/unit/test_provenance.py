@@ -48,15 +48,17 @@ def copy_of_package(tmp_path, monkeypatch):
     ("changed", "affects"),
     [
         ("mask.py", {"mask"}),
-        ("volume.py", {"mask", "qc.pages"}),
+        ("volume.py", {"mask", "derivatives", "qc.pages"}),
         ("metrics.py", {"qc.pages"}),
         ("qc/templates/subject.html", {"qc.pages"}),
         ("qc/assets/style.css", {"qc.pages"}),
+        ("kernels/cuda.cu", {"derivatives"}),
+        ("kernels/compiled.py", {"derivatives"}),
         ("phantom.py", set()),
     ],
 )
 def test_a_change_touches_only_what_uses_it(copy_of_package, changed, affects):
-    before = {entry: package_digest(entry) for entry in ("mask", "qc.pages")}
+    before = {entry: package_digest(entry) for entry in ("mask", "derivatives", "qc.pages")}
     with open(copy_of_package / changed, "a") as file:
         file.write("\n")
     assert {entry for entry, digest in before.items() if package_digest(entry) != digest} == affects

@@ -291,10 +291,10 @@ def _rows(log_image: np.ndarray, weights: np.ndarray, inside: np.ndarray, centre
         for given, zero, packed in arrays:
             plane = np.where(inside[i], given[i] - zero, np.nan)
             packed[taken] = np.pad(plane, padding, constant_values=np.nan)[kept]
-    values, *confidence = (cupy.asarray(packed) for _, _, packed in arrays)
+    on_device = [cupy.asarray(packed) for _, _, packed in arrays]
     ends = np.stack([start.ravel(), end.ravel()], axis=1).astype(np.int32)
     base = (offset[:-1] - start.ravel()).astype(np.int64)
-    return _Rows(values, *(confidence or [values]), cupy.asarray(base), cupy.asarray(ends))
+    return _Rows(on_device[0], on_device[-1], cupy.asarray(base), cupy.asarray(ends))
 
 
 def _expand(done: Any, lattice: Any, axes: Sequence[int], first: Taps, last: Taps, along: Any) -> None:
