@@ -6,8 +6,8 @@ decision that a level is done stay on the device, and the host looks only now an
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from functools import cache
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -66,8 +66,8 @@ def _kernel(cupy: Any, name: str) -> Any:
     return _module(cupy).get_function(name)
 
 
-def _launch(name: str, threads: int, *arguments: Any, shared_bytes: int = 0) -> None:
-    """Enqueue a kernel with at least so many threads, in blocks of `THREADS`.
+def _launch(name: str, threads: int, *arguments: Any, shared_bytes: int = 0) -> Callable[[], None]:
+    """What enqueues a kernel with at least so many threads, in blocks of `THREADS`, when it is called.
 
     Arguments are arrays on the device, or numbers of exactly the type that the kernel takes: a
     whole number is passed as its 4 bytes (int32) unless it is an np.int64, a float as float64.
@@ -75,7 +75,12 @@ def _launch(name: str, threads: int, *arguments: Any, shared_bytes: int = 0) -> 
     import cupy
 
     typed = tuple(np.int32(a) if type(a) is int else np.float64(a) if type(a) is float else a for a in arguments)
-    _kernel(cupy, name)((-(-threads // THREADS),), (THREADS,), typed, shared_mem=shared_bytes)
+    return partial(_kernel(cupy, name), (-(-threads // THREADS),), (THREADS,), typed, shared_mem=shared_bytes)
+
+
+def _run(launches: Iterable[Callable[[], None]]) -> None:
+    for launch in launches:
+        launch()
 
 
 class Taps(NamedTuple):
@@ -192,53 +197,28 @@ class CudaKernels:
         self.along = cupy.empty((self.planes, self.padded_j, self.length), dtype=np.float32)
 
         self.omega = cupy.empty(self.lattice.shape, dtype=np.float64)
-        self._sum_rows("omega_rows", [], self.omega_taps[1], [])
-        self._sum_planes(self.omega_taps[2])
-        _launch("omega_lattice", WARP * m0 * m1 * m2, *self._lattice_sum(self.omega_taps[0]), self.omega)
+        # all that an iteration launches is put together here, since that takes as long as an iteration
+        self.to_sharpen, self.to_fit, self.to_subtract = self._to_sharpen(), self._to_fit(), self._to_subtract()
+        _run(
+            [
+                self._sum_rows("omega_rows", [], self.omega_taps[1], []),
+                self._sum_planes(self.omega_taps[2]),
+                _launch("omega_lattice", WARP * m0 * m1 * m2, *self._lattice_sum(self.omega_taps[0]), self.omega),
+            ]
+        )
 
     def sharpen(self) -> Any:
-        values = self.rows.values
-        _launch(
-            "histogram",
-            THREADS * -(-values.size // HISTOGRAM_VOXELS),
-            *(self.done, self.range, values, np.int64(values.size), self.bins, self.copies, self.counts),
-            shared_bytes=4 * self.bins * self.copies,
-        )
-        given = self.parameters
-        _launch(
-            "sharpen",
-            THREADS,
-            *(self.done, self.range, self.counts, self.bins, self.padded, float(given.fwhm)),
-            *(float(given.wiener_noise), self.centre, self.roots, self.scratch, self.in_shared, self.lines),
-            shared_bytes=self.sharpen_bytes if self.in_shared else 0,
-        )
+        _run(self.to_sharpen)
         return self.lines
 
     def fit(self, table: Any) -> Any:
-        m0, m1, m2 = self.lattice.shape
-        self._sum_rows("fit_rows", [self.done, self.range], self.delta_taps[1], [table, self.bins])
-        self._sum_planes(self.delta_taps[2])
-        arguments = (*self._lattice_sum(self.delta_taps[0]), self.omega, self.update)
-        _launch("fit_lattice", WARP * m0 * m1 * m2, self.done, *arguments)
+        assert table is self.lines
+        _run(self.to_fit)
         return self.update
 
     def subtract(self, update: Any) -> None:
-        _expand(self.done, update, (0, 1, 2), self.taps[0], self.taps[2], self.along)
-        _launch(
-            "subtract",
-            THREADS * self.subtract_blocks,
-            *(self.done, self.along, np.int64(self.planes * self.rows_a_plane), self.rows_a_plane, self.length),
-            *(self.padded_j, *self.taps[1], self.rows.base, self.rows.ends),
-            *(self.rows.values, self.extremes, self.sums),
-            shared_bytes=FOUND_BYTES * THREADS // WARP,
-        )
-        _launch(
-            "finish",
-            THREADS,
-            *(self.counters, self.range, self.extremes, self.sums, self.subtract_blocks, np.int64(self.count)),
-            *(self.bins, float(self.parameters.convergence_threshold), update, update.size, self.lattice, self.cvs),
-            shared_bytes=FOUND_BYTES * THREADS // WARP,
-        )
+        assert update is self.update
+        _run(self.to_subtract)
         self.enqueued += 1
 
     def converged(self) -> bool:
@@ -248,9 +228,55 @@ class CudaKernels:
         cvs = self.cvs.get()[: int(self.counters.get()[1])]
         return np.ascontiguousarray(self.lattice.get().transpose(np.argsort(self.axes))), cvs.tolist()
 
-    def _sum_rows(self, kernel: str, before: list[Any], taps: Taps, table: list[Any]) -> None:
+    def _to_sharpen(self) -> list[Callable[[], None]]:
+        values, given = self.rows.values, self.parameters
+        histogram = _launch(
+            "histogram",
+            THREADS * -(-values.size // HISTOGRAM_VOXELS),
+            *(self.done, self.range, values, np.int64(values.size), self.bins, self.copies, self.counts),
+            shared_bytes=4 * self.bins * self.copies,
+        )
+        sharpen = _launch(
+            "sharpen",
+            THREADS,
+            *(self.done, self.range, self.counts, self.bins, self.padded, float(given.fwhm)),
+            *(float(given.wiener_noise), self.centre, self.roots, self.scratch, self.in_shared, self.lines),
+            shared_bytes=self.sharpen_bytes if self.in_shared else 0,
+        )
+        return [histogram, sharpen]
+
+    def _to_fit(self) -> list[Callable[[], None]]:
+        m0, m1, m2 = self.lattice.shape
+        lattice_sum = self._lattice_sum(self.delta_taps[0])
+        return [
+            self._sum_rows("fit_rows", [self.done, self.range], self.delta_taps[1], [self.lines, self.bins]),
+            self._sum_planes(self.delta_taps[2]),
+            _launch("fit_lattice", WARP * m0 * m1 * m2, self.done, *lattice_sum, self.omega, self.update),
+        ]
+
+    def _to_subtract(self) -> list[Callable[[], None]]:
+        update, shared_bytes = self.update, FOUND_BYTES * THREADS // WARP
+        subtract = _launch(
+            "subtract",
+            THREADS * self.subtract_blocks,
+            *(self.done, self.along, np.int64(self.planes * self.rows_a_plane), self.rows_a_plane, self.length),
+            *(self.padded_j, *self.taps[1], self.rows.base, self.rows.ends),
+            *(self.rows.values, self.extremes, self.sums),
+            shared_bytes=shared_bytes,
+        )
+        finish = _launch(
+            "finish",
+            THREADS,
+            *(self.counters, self.range, self.extremes, self.sums, self.subtract_blocks, np.int64(self.count)),
+            *(self.bins, float(self.parameters.convergence_threshold), update, update.size, self.lattice, self.cvs),
+            shared_bytes=shared_bytes,
+        )
+        expand = _expansion(self.done, update, (0, 1, 2), self.taps[0], self.taps[2], self.along)
+        return [expand, subtract, finish]
+
+    def _sum_rows(self, kernel: str, before: list[Any], taps: Taps, table: list[Any]) -> Callable[[], None]:
         rows = self.rows
-        _launch(
+        return _launch(
             kernel,
             self.planes * self.groups * self.width,
             *(*before, rows.values, rows.weights, self.weighted, rows.base, rows.ends, self.planes),
@@ -258,9 +284,9 @@ class CudaKernels:
             *(*taps, *table, self.slots, self.parts),
         )
 
-    def _sum_planes(self, taps: Taps) -> None:
+    def _sum_planes(self, taps: Taps) -> Callable[[], None]:
         _, m1, m2 = self.lattice.shape
-        _launch(
+        return _launch(
             "fit_planes",
             WARP * self.planes * m1 * m2,
             *(self.done, self.parts, self.planes, m1, m2, self.length, self.groups, self.slots, self.group_rows),
@@ -297,11 +323,11 @@ def _rows(log_image: np.ndarray, weights: np.ndarray, inside: np.ndarray, centre
     return _Rows(on_device[0], on_device[-1], cupy.asarray(base), cupy.asarray(ends))
 
 
-def _expand(done: Any, lattice: Any, axes: Sequence[int], first: Taps, last: Taps, along: Any) -> None:
+def _expansion(done: Any, lattice: Any, axes: Sequence[int], first: Taps, last: Taps, along: Any) -> Callable[[], None]:
     """Evaluate a lattice, seen with its axes in another order, along its first and last axis."""
     steps = [lattice.strides[axis] // lattice.itemsize for axis in axes]
     points = [lattice.shape[axis] for axis in axes]
-    _launch("expand", along.size, done, lattice, *points, *steps, *along.shape, *first, *last, along)
+    return _launch("expand", along.size, done, lattice, *points, *steps, *along.shape, *first, *last, along)
 
 
 class FieldDivision:
@@ -348,16 +374,17 @@ class FieldDivision:
         row_taps = Taps(*(part[tile[middle]] for part in self.row_taps[middle]))
         padded = max(self.lattice.shape[middle], 4)
         along = cupy.empty((planes, padded, length), dtype=np.float32)
-        _expand(self.never, self.lattice, axes, first_taps, last_taps, along)
         width, stretches = -(-length // WARP) * WARP, -(-rows // STRETCH)
         arrays: list[Any] = []
         for array in (image, corrected, ratio):
             arrays += [array, *(np.int64(array.strides[axis] // array.itemsize) for axis in axes)]
-        _launch(
+        expand = _expansion(self.never, self.lattice, axes, first_taps, last_taps, along)
+        divide = _launch(
             "divide",
             planes * stretches * width,
             *(along, planes, rows, length, width, padded, stretches, *row_taps, *arrays),
         )
+        _run([expand, divide])
 
     def divide_tiles(
         self, tiles: Iterable[tuple[Sequence[slice], np.ndarray]]
