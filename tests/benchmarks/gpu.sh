@@ -1,13 +1,19 @@
 #!/usr/bin/env bash
-# On a machine with a GPU: the gpu tests, then what GPU and CPU need for the same estimate.
-# Prints a Markdown table; takes a few minutes. Needs envs/requirements-test.txt.
-set -euo pipefail
+# On a machine with a GPU: the gpu tests, the tables of gpu.py in Markdown, and compute-sanitizer where it is on the PATH.
+# Takes less than 8 minutes. Needs envs/requirements-test.txt; for the comparison n4ax and jax[cuda12] too.
+set -uo pipefail
 cd "$(dirname "$0")/../.."
 python=${PYTHON:-python3}
+failed=0
 
-nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv
-"$python" -m pytest -m gpu tests/gpu -p no:cacheprovider
+"$python" -m pytest -q -m gpu tests/gpu -p no:cacheprovider || failed=1
+"$python" tests/benchmarks/gpu.py || failed=1
 if command -v compute-sanitizer >/dev/null; then
-    compute-sanitizer --error-exitcode 1 "$python" -m pytest -m gpu tests/gpu -k "odd_shapes" -p no:cacheprovider
+    for tool in memcheck racecheck synccheck initcheck; do
+        echo "compute-sanitizer, $tool:"
+        compute-sanitizer --tool "$tool" --error-exitcode 1 "$python" tests/benchmarks/gpu.py --small || failed=1
+    done
+else
+    echo "compute-sanitizer is not on the PATH: it comes with the CUDA toolkit"
 fi
-"$python" tests/benchmarks/gpu.py
+exit "$failed"
