@@ -10,7 +10,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 
 from n4flow import N4Parameters, correct
 from n4flow.correction import keep_mean_intensity, write_corrected
-from n4flow.device import Device
+from n4flow.device import Device, to_host
 from n4flow.estimate import estimate_field
 from n4flow.field import BiasField, Mesh
 from n4flow.kernels import PlainKernels, cuda
@@ -254,10 +254,14 @@ def test_arrays_are_corrected_where_they_are(device, head, dtype, order, alias, 
     settings = {"voxel_size_mm": (8, 8, 8), "parameters": N4Parameters(iterations=(5,), shrink_factor=1)}
     expected = correct(image, image > 300, device="cpu", **settings)
     monkeypatch.setattr("n4flow.correction.select_device", lambda _: Device("gpu", device, "stand-in", "test"))
+    fetched = []
+    monkeypatch.setattr("n4flow.correction.to_host", lambda array: fetched.append(array.size) or to_host(array))
     for home in (np, device):
         mine = home.asarray(image.copy(order="K"))
         result = correct(mine, mine > 300, **settings, **({alias: mine} if alias else {}))
         assert isinstance(result.corrected, home.ndarray)
+        assert home is np or sum(fetched) == 2 * image.size, "more than the samples of image and mask left the device"
+        fetched.clear()
         corrected, bias = (a if home is np else a.get() for a in (result.corrected, result.bias))
         assert_allclose(bias, expected.bias, rtol=1e-5)
         assert_allclose(corrected * bias, image.astype(np.float32), rtol=3e-7)

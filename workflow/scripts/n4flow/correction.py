@@ -111,10 +111,10 @@ def keep_mean_intensity(field: BiasField, volume: Volume, mask: Volume, xp: Any 
     )
 
 
-def _shift_to_mean(field: BiasField, parts: Iterable[tuple[np.ndarray, np.ndarray, np.ndarray]]) -> BiasField:
+def _shift_to_mean(field: BiasField, parts: Iterable[tuple[Any, Any, Any]]) -> BiasField:
     """The field plus the constant that keeps the mean of the usable voxels.
 
-    Parts are intensities, field and mask, slab by slab or tile by tile. They are summed plane by
+    Parts are intensities, field and mask, slab by slab or tile by tile, on one device. They are summed plane by
     plane: so the order of the additions is the image's, and not that of its slabs or tiles.
     """
     sums = np.zeros(2)
@@ -122,7 +122,7 @@ def _shift_to_mean(field: BiasField, parts: Iterable[tuple[np.ndarray, np.ndarra
         usable, _ = usable_voxels(values, inside)
         for k in range(values.shape[2]):
             before = values[:, :, k][usable[:, :, k]].astype(np.float64)
-            sums += [before.sum(), (before / ratio[:, :, k][usable[:, :, k]]).sum()]
+            sums += [float(before.sum()), float((before / ratio[:, :, k][usable[:, :, k]]).sum())]
     return field.shifted(np.log(sums[1] / sums[0]))
 
 
@@ -220,15 +220,16 @@ def _corrected_slabs(
         yield slab, frame, values, np.asarray(values, dtype=np.float32) / ratio, ratio
 
 
-Tiles = Iterable[tuple[Sequence[slice], np.ndarray]]
+#: Slices of a tile of an image, and the values there.
+Tiles = Iterable[tuple[Sequence[slice], Any]]
 
 
 def _planes(slab: slice) -> tuple[slice, slice, slice]:
     return slice(None), slice(None), slab
 
 
-def _divided(field: BiasField, tiles: Tiles, xp: Any) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Tiles divided by the field, and the field there; the arrays hold until the next tile but one."""
+def _divided(field: BiasField, tiles: Tiles, xp: Any) -> Iterator[tuple[Any, Any]]:
+    """Tiles divided by the field, and the field there, where the tiles are; to be used before the next but one."""
     if xp is not np:
         from n4flow.kernels.cuda import FieldDivision
 
@@ -239,7 +240,7 @@ def _divided(field: BiasField, tiles: Tiles, xp: Any) -> Iterator[tuple[np.ndarr
         yield np.asarray(values, dtype=np.float32) / ratio, ratio
 
 
-def _ratios(field: BiasField, tiles: Tiles, xp: Any) -> Iterator[np.ndarray]:
+def _ratios(field: BiasField, tiles: Tiles, xp: Any) -> Iterator[Any]:
     """The field alone."""
     if xp is np:
         return (field.ratio_tile(tile) for tile, _ in tiles)
@@ -349,25 +350,31 @@ def correct(
     planes = max(1, TILE_VOXELS // (image.shape[0] * image.shape[1]))
     tiles = [_planes(slice(start, start + planes)) for start in range(0, image.shape[2], planes)]
 
-    def on_host() -> Tiles:
-        return ((tile, to_host(image[tile])) for tile in tiles)
+    resident = home is not np and xp is not np  # from beginning to end on the GPU
+
+    def parts() -> Tiles:
+        return ((tile, image[tile] if resident else to_host(image[tile])) for tile in tiles)
+
+    def inside_tile(tile: Sequence[slice], ratio: Any) -> Any:
+        module = array_module(ratio)
+        return module.ones(ratio.shape, dtype=bool) if inside is None else inside_mask(to_module(inside[tile], module))
 
     field = _shift_to_mean(
         field,
         (
-            (values, ratio, np.ones(ratio.shape, dtype=bool) if inside is None else inside_mask(to_host(inside[tile])))
-            for (tile, values), ratio in zip(on_host(), _ratios(field, on_host(), xp), strict=True)
+            (values, ratio, inside_tile(tile, ratio))
+            for (tile, values), ratio in zip(parts(), _ratios(field, parts(), xp), strict=True)
         ),
     )
-    if home is np or xp is np:
-        # a tile is read before it is written: the image may be one of the outputs
-        for tile, results in zip(tiles, _divided(field, on_host(), xp), strict=True):
-            corrected[tile], bias[tile] = (to_module(result, home) for result in results)
-    else:
+    if resident:
         from n4flow.kernels.cuda import FieldDivision
 
-        division = FieldDivision(field)
-        division.divide(_planes(slice(None)), image.astype(np.float32, copy=False), corrected, bias)
+        everywhere = _planes(slice(None))
+        FieldDivision(field).divide(everywhere, image.astype(np.float32, copy=False), corrected, bias)
+    else:
+        # a tile is read before it is written: the image may be one of the outputs
+        for tile, results in zip(tiles, _divided(field, parts(), xp), strict=True):
+            corrected[tile], bias[tile] = (to_module(result, home) for result in results)
     return Correction(out, bias_out, field, history)
 
 

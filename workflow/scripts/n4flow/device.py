@@ -48,9 +48,8 @@ def select_device(choice: DeviceChoice = "auto") -> Device:
         count = cupy.cuda.runtime.getDeviceCount()
         problem = "CuPy sees no GPU" if count == 0 else ""
         if count:
-            # a driver alone is not enough: kernels are compiled and matrices multiplied by CUDA's libraries
-            ones = cupy.ones((2, 2))
-            float(cupy.expm1(ones @ ones).sum())
+            # a driver alone is not enough: kernels are compiled by one of CUDA's libraries
+            float(cupy.expm1(cupy.ones(2)).sum())
     except ImportError:
         count, problem = 0, "CuPy is not installed"
     except Exception as error:  # CuPy raises classes of its own that cannot be named without it

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 
@@ -145,12 +145,12 @@ def sample_positions(shape: Sequence[int], shrink_factor: int) -> tuple[np.ndarr
     return tuple(positions)
 
 
-def inside_mask(mask: np.ndarray) -> np.ndarray:
-    """Where a mask, an array of any shape and dtype, is neither 0 nor NaN (bool, same shape)."""
-    return np.nan_to_num(mask) != 0
+def inside_mask(mask: Any) -> Any:
+    """Where a mask, an array (NumPy or CuPy) of any shape and dtype, is neither 0 nor NaN (bool, same shape)."""
+    return (mask != 0) & (mask == mask)  # NaN does not equal itself
 
 
-def usable_voxels(values: np.ndarray, inside: np.ndarray) -> tuple[np.ndarray, dict[str, int]]:
+def usable_voxels(values: Any, inside: Any) -> tuple[Any, dict[str, int]]:
     """Voxels of a mask that have a logarithm, and how many have none, by reason.
 
     Parameters

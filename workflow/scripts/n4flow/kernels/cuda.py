@@ -386,18 +386,16 @@ class FieldDivision:
         )
         _run([expand, divide])
 
-    def divide_tiles(
-        self, tiles: Iterable[tuple[Sequence[slice], np.ndarray]]
-    ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Divide tiles that lie on the host, one after the other.
+    def divide_tiles(self, tiles: Iterable[tuple[Sequence[slice], Any]]) -> Iterator[tuple[Any, Any]]:
+        """Divide tiles one after the other, and leave them where they are: on the GPU or on the host.
 
-        While a tile is used, the next is copied to the GPU, divided and copied back. Memory is that
-        of two tiles, on the device and, page-locked, on the host.
+        While a tile of the host is used, the next is copied to the GPU, divided and copied back. Memory
+        is that of two tiles, on the device and, page-locked, on the host.
 
         Parameters
         ----------
         tiles : iterable
-            Slices of a tile, and its values, any real dtype.
+            Slices of a tile, and its values, any real dtype; all CuPy arrays or all NumPy arrays.
 
         Yields
         ------
@@ -410,6 +408,11 @@ class FieldDivision:
         staged = [_Staged(self), _Staged(self)]
         waiting: _Staged | None = None
         for n, (tile, values) in enumerate(tiles):
+            if isinstance(values, cupy.ndarray):
+                results = [cupy.empty(values.shape, dtype=np.float32) for _ in range(2)]
+                self.divide(tile, values.astype(np.float32, copy=False), *results)
+                yield results[0], results[1]
+                continue
             staged[n % 2].enqueue(tile, values)
             if waiting:
                 yield waiting.finished()
