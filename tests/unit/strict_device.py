@@ -10,6 +10,7 @@ stand for a GPU's arithmetic or timing: that is what the tests marked gpu are fo
 import contextlib
 import ctypes
 import hashlib
+import os
 import re
 import shutil
 import subprocess
@@ -22,6 +23,9 @@ from numpy.lib.mixins import NDArrayOperatorsMixin
 
 #: Bytes before and behind each array, none of which a kernel may change; 0xff is NaN in all float types.
 GUARD_BYTES = 512
+
+#: Whether kernels are compiled with AddressSanitizer, whose library must then be loaded already: it sees reads too.
+SANITIZED = "N4FLOW_SANITIZED" in os.environ
 
 #: What an argument of each type may be: its NumPy type, and of how many numbers an element is made.
 TYPES = {
@@ -69,6 +73,11 @@ def guarded(shape, dtype):
     buffer = np.full(size + 3 * GUARD_BYTES, 0xFF, dtype=np.uint8).view(Buffer)
     buffer.start = GUARD_BYTES + -buffer.ctypes.data % GUARD_BYTES
     buffer.end = buffer.start + size
+    if SANITIZED:  # it knows memory in words of 8 bytes
+        after = buffer.end + -buffer.end % 8
+        for start, end in ((0, buffer.start), (after, buffer.size)):
+            poison = ctypes.CDLL(None).__asan_poison_memory_region
+            poison(ctypes.c_void_p(buffer.ctypes.data + start), ctypes.c_size_t(end - start))
     return np.asarray(buffer[buffer.start : buffer.end]).view(dtype).reshape(shape)
 
 
@@ -237,6 +246,8 @@ def host_library(code, options):
     header = Path(__file__).with_name("cuda_host.h")
     source.write_text(f'#include "{header}"\n#line 1 "cuda.cu"\n{code}\n' + "".join(launchers))
     flags = ["-O2", "-ffp-contract=off", "-Wall", "-Wextra", "-Werror", "-fPIC", "-shared"]
+    if SANITIZED:  # but not the stacks, between which fibers jump
+        flags += ["-fsanitize=address", "--param", "asan-stack=0"]
     made = subprocess.run(
         [COMPILER, *options, *flags, source, "-o", source.with_suffix(".so")], capture_output=True, text=True
     )

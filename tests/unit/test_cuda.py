@@ -1,7 +1,10 @@
 """The CUDA kernels without a GPU: their source compiled for GPUs, and run on the host by a stand-in for CuPy."""
 
 import itertools
+import os
+import subprocess
 import sys
+from pathlib import Path
 
 import nibabel as nib
 import numpy as np
@@ -16,7 +19,7 @@ from n4flow.field import BiasField, Mesh
 from n4flow.kernels import PlainKernels, cuda
 from n4flow.sharpening import expected_log_values, linear_histogram
 from n4flow.volume import Volume
-from tests.conftest import samples_of
+from tests.conftest import REPOSITORY, samples_of
 from tests.unit import strict_device
 from tests.unit.strict_device import COMPILER, RawModule, StrictModule, running_in_order
 
@@ -277,6 +280,45 @@ def test_no_kernel_is_left_untried(device, field):
     image = device.zeros(SHAPE, dtype=np.float32)
     cuda.FieldDivision(field).divide((slice(None),) * 3, image, image, device.zeros(SHAPE, np.float32))
     assert set(strict_device.launched) == set(cuda._module(device).signatures)
+
+
+def run_sanitized(*arguments):
+    """Run Python with kernels that are watched by AddressSanitizer."""
+    if COMPILER is None:
+        pytest.skip("g++ is not there to compile the kernels for the host")
+    libraries = [
+        subprocess.check_output([COMPILER, f"-print-file-name={name}"], text=True).strip()
+        for name in ("libasan.so", "libstdc++.so")
+    ]
+    if not all(Path(library).is_absolute() for library in libraries):
+        pytest.skip("g++ has no AddressSanitizer")
+    settings = {
+        "N4FLOW_SANITIZED": "1",
+        "LD_PRELOAD": ":".join(libraries),
+        "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0",
+        "PYTHONPATH": os.pathsep.join(map(str, (REPOSITORY, REPOSITORY / "workflow" / "scripts"))),
+    }
+    command = [sys.executable, *arguments]
+    return subprocess.run(command, env=os.environ | settings, cwd=REPOSITORY, capture_output=True, text=True)
+
+
+def test_no_kernel_reads_or_writes_beyond_its_arrays():
+    ran = run_sanitized(
+        *("-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__),
+        *("-k", "flat_and_thin or untried or any_number_of or (plain_passes and (shape4 or shape6 or shape7))"),
+    )
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    assert "15 passed" in ran.stdout
+
+
+def test_the_sanitizer_notices_a_read_beyond_an_array():
+    strays = (
+        "import numpy as np; from tests.unit.test_cuda import WRITE, RawModule, StrictModule as S\n"
+        "kernel = RawModule(WRITE % 'a[0] = b[n];', ('-std=c++17',)).get_function('k')\n"
+        "kernel((1,), (1,), (S().zeros(64, np.float32), np.int32({}), S().zeros(64, np.float32)))"
+    )
+    assert run_sanitized("-c", strays.format(63)).returncode == 0
+    assert "use-after-poison" in run_sanitized("-c", strays.format(64)).stderr
 
 
 # the stand-in itself: what it must notice

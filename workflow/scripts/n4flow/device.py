@@ -1,4 +1,4 @@
-"""Which device computes. CuPy is imported here and nowhere else, and only when it may be used."""
+"""Which device computes. CuPy is imported here and in `kernels.cuda`, and only when it may be used."""
 
 from __future__ import annotations
 
