@@ -20,6 +20,9 @@ typedef unsigned long long count64;
 // voxels times the unit stays below 2^32.
 #define SHARE_UNIT 65536u
 
+// Voxels that a thread asks for before it needs the first.
+#define AT_ONCE 4
+
 #define WARP 32
 #define ALL_LANES 0xffffffffu
 
@@ -257,38 +260,42 @@ __device__ void sum_rows(const float* __restrict__ range, const float* __restric
     float sum0 = 0, sum1 = 0, sum2 = 0, sum3 = 0;
     const int last = group_rows[group + 1];
     int column = columns[group_rows[group]];
-    for (int j = group_rows[group]; j < last; ++j) {
-        for (; column < columns[j]; ++column) {
-            *out = sum0;
-            out += length;
-            sum0 = sum1;
-            sum1 = sum2;
-            sum2 = sum3;
-            sum3 = 0;
+    for (int first = group_rows[group]; first < last; first += AT_ONCE) {
+        float value[AT_ONCE];
+        for (int n = 0; n < AT_ONCE; ++n) { // all are on their way before the first is needed
+            const int64 row = plane * rows + min(first + n, last - 1);
+            const int2 ends = row_ends[row];
+            const bool there = first + n < last && k >= ends.x && k < ends.y;
+            value[n] = there ? values[row_base[row] + k] : __int_as_float(0x7fffffff); // NaN
         }
-        const int64 row = plane * rows + j;
-        const int2 ends = row_ends[row];
-        if (k < ends.x || k >= ends.y)
-            continue;
-        const int64 voxel = row_base[row] + k;
-        const float value = values[voxel];
-        if (is_nan(value))
-            continue;
-        float given = 1;
-        if (RESIDUAL) {
-            int bin;
-            float fraction;
-            bin_of(value, low, scale, bins, &bin, &fraction);
-            const float2 line = lines[bin];
-            given = line.x + fraction * line.y;
+        for (int n = 0; n < AT_ONCE && first + n < last; ++n) {
+            const int j = first + n;
+            for (; column < columns[j]; ++column) {
+                *out = sum0;
+                out += length;
+                sum0 = sum1;
+                sum1 = sum2;
+                sum2 = sum3;
+                sum3 = 0;
+            }
+            if (is_nan(value[n]))
+                continue;
+            float given = 1;
+            if (RESIDUAL) {
+                int bin;
+                float fraction;
+                bin_of(value[n], low, scale, bins, &bin, &fraction);
+                const float2 line = lines[bin];
+                given = line.x + fraction * line.y;
+            }
+            if (weighted)
+                given *= weights[row_base[plane * rows + j] + k];
+            const float4 weight = taps[j];
+            sum0 += weight.x * given;
+            sum1 += weight.y * given;
+            sum2 += weight.z * given;
+            sum3 += weight.w * given;
         }
-        if (weighted)
-            given *= weights[voxel];
-        const float4 weight = taps[j];
-        sum0 += weight.x * given;
-        sum1 += weight.y * given;
-        sum2 += weight.z * given;
-        sum3 += weight.w * given;
     }
     out[0] = sum0;
     out[length] = sum1;
@@ -443,19 +450,26 @@ extern "C" __global__ void subtract(const int* __restrict__ done, const float* _
         const float* line = along + (row / rows * padded_j + columns[j]) * length;
         const int2 ends = row_ends[row];
         float* of_row = values + row_base[row];
-        for (int k = ends.x + threadIdx.x % WARP; k < ends.y; k += WARP) {
-            float value = of_row[k];
-            if (is_nan(value))
-                continue;
-            const float field = weight.x * line[k] + weight.y * line[k + (int64)length]
-                + weight.z * line[k + 2 * (int64)length] + weight.w * line[k + 3 * (int64)length];
-            value -= field;
-            of_row[k] = value;
-            const float change = expm1f(-field);
-            low = fminf(low, value);
-            high = fmaxf(high, value);
-            total += change;
-            squares += change * change;
+        for (int first = ends.x + threadIdx.x % WARP; first < ends.y; first += AT_ONCE * WARP) {
+            float value[AT_ONCE];
+            for (int n = 0; n < AT_ONCE; ++n) {
+                const int k = first + n * WARP;
+                value[n] = k < ends.y ? of_row[k] : __int_as_float(0x7fffffff); // NaN
+            }
+            for (int n = 0; n < AT_ONCE; ++n) {
+                if (is_nan(value[n]))
+                    continue;
+                const int k = first + n * WARP;
+                const float field = weight.x * line[k] + weight.y * line[k + (int64)length]
+                    + weight.z * line[k + 2 * (int64)length] + weight.w * line[k + 3 * (int64)length];
+                value[n] -= field;
+                of_row[k] = value[n];
+                const float change = expm1f(-field);
+                low = fminf(low, value[n]);
+                high = fmaxf(high, value[n]);
+                total += change;
+                squares += change * change;
+            }
         }
     }
     Found found;
@@ -514,8 +528,6 @@ extern "C" __global__ void finish(int* counters, float* range, const float* __re
 // Divide an image by the exponential of the field, of which `expand` has made `along`: a thread
 // takes the voxels (i, ., k) of STRETCH rows. Image and results may be one array: a voxel is read
 // before it is written. Steps are between the elements of each array along i, j and k.
-#define AT_ONCE 4
-
 extern "C" __global__ void divide(const float* __restrict__ along, int planes, int rows, int length,
                                   int width, int padded_j, int stretches, const int* __restrict__ columns,
                                   const float4* __restrict__ taps, const float* image, int64 image_i, int64 image_j,
@@ -535,7 +547,7 @@ extern "C" __global__ void divide(const float* __restrict__ along, int planes, i
     float at0 = 0, at1 = 0, at2 = 0, at3 = 0;
     for (int first = stretch * STRETCH; first < end; first += AT_ONCE) {
         float before[AT_ONCE], field[AT_ONCE];
-        for (int n = 0; n < AT_ONCE; ++n) // all are on their way before the first is needed
+        for (int n = 0; n < AT_ONCE; ++n)
             before[n] = first + n < end ? image[(first + n) * image_j] : 0.0f;
         for (int n = 0; n < AT_ONCE; ++n) {
             const int j = min(first + n, end - 1);
