@@ -76,7 +76,9 @@ def test_package_list_names_every_file_of_the_package():
     rules = (ROOT / "workflow/rules/common.smk").read_text(encoding="utf-8")
     listed = re.findall(r'"([^"]+)"', re.search(r"PACKAGE_FILES = \[(.*?)\]", rules, re.DOTALL)[1])
     package = ROOT / "workflow/scripts/n4flow"
-    there = {p.relative_to(package).as_posix() for p in package.rglob("*") if p.is_file() and p.suffix != ".pyc"}
+    there = {
+        p.relative_to(package).as_posix() for p in package.rglob("*") if p.is_file() and "__pycache__" not in p.parts
+    }
     assert sorted(listed) == sorted(there)
 
 
