@@ -11,13 +11,10 @@ from numpy.testing import assert_allclose, assert_array_equal
 from n4flow import InputError, N4Parameters, correct
 from n4flow.correction import write_corrected
 from n4flow.derivatives import CorrectionFiles, apply_scan, correct_scan
-from n4flow.device import Device
 from n4flow.field import BiasField, Mesh
-from n4flow.kernels import plain
 from n4flow.mask import mask_scan
 from n4flow.volume import Volume, VolumeWriter
 from tests.conftest import REPOSITORY
-from tests.unit.strict_device import StrictModule
 
 
 @pytest.fixture(scope="module")
@@ -228,22 +225,6 @@ def test_the_whole_job_needs_at_most_16_bytes_a_voxel(head, tmp_path, suffix):
         text=True,
     )
     assert int(ran.stdout) * 1024 <= 16 * image.size
-
-
-def test_arrays_on_a_device_stay_there(head, mask_of_head, monkeypatch):
-    device = StrictModule()
-    monkeypatch.setitem(sys.modules, "cupy", device)
-    expected = correct(head.image, mask_of_head, voxel_size_mm=(2, 2, 2), device="cpu")
-    monkeypatch.setitem(plain.BLOCK_VOXELS, "cupy", plain.BLOCK_VOXELS["numpy"])
-    for xp in (np, device):  # where it is computed does not decide where the results live
-        monkeypatch.setattr("n4flow.correction.select_device", lambda _, xp=xp: Device("cpu", xp, "stand-in", "test"))
-        image, mask = device.asarray(head.image), device.asarray(mask_of_head)
-        result = correct(image, mask, voxel_size_mm=(2, 2, 2))
-        assert isinstance(result.corrected, device.ndarray)
-        assert_array_equal(result.corrected.get(), expected.corrected)
-        on_host = correct(head.image, mask, voxel_size_mm=(2, 2, 2))
-        assert isinstance(on_host.corrected, np.ndarray)
-        assert_array_equal(on_host.corrected, expected.corrected)
 
 
 @pytest.mark.parametrize(("dtype", "intercept"), [(np.uint16, -1024), (np.uint8, -20), (np.int32, 0), (np.uint32, 5)])

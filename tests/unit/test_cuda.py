@@ -145,11 +145,11 @@ def test_no_bit_depends_on_the_order_of_threads_or_blocks(device, weighted, monk
         assert_array_equal(values, results[0][2])
 
 
-@pytest.mark.parametrize("threshold", [0.0, 2e-3])
-def test_looking_at_the_flag_seldom_changes_nothing(device, threshold, monkeypatch):
+@pytest.mark.parametrize(("threshold", "strong"), [(0.0, 0.1), (2e-3, 1e3), (4e-3, 0.02)])
+def test_looking_at_the_flag_seldom_changes_nothing(device, threshold, strong, monkeypatch):
     shape = (20, 18, 22)
     case, mesh = random_case(shape), Mesh.of_grid(shape, (2, 2, 2))
-    parameters = N4Parameters(iterations=(21,), convergence_threshold=threshold)
+    parameters = N4Parameters(iterations=(21,), convergence_threshold=threshold, strong_field_log=strong)
     found = []
     for every in (1, 8):
         monkeypatch.setattr(cuda, "LOOK_EVERY", every)
@@ -163,7 +163,9 @@ def test_looking_at_the_flag_seldom_changes_nothing(device, threshold, monkeypat
     history = found[0][1]
     assert (len(history) == 21) if threshold == 0 else (1 < len(history) < 21 and len(history) % 8 != 0)
     plain = PlainKernels(np.where(case[1], case[0], 0), case[1], parameters)
-    assert len(level(plain, mesh, shape, 21)[1]) == len(history)
+    lattice, cvs = level(plain, mesh, shape, 21)[:2]
+    assert len(cvs) == len(history)
+    assert len(level(plain, mesh, shape, 21, lattice)[1]) == len(found[0][3])
 
 
 def test_values_that_are_all_the_same_end_a_level(device):

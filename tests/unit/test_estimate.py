@@ -1,7 +1,5 @@
 """The estimate against the truth, and against itself."""
 
-import sys
-
 import numpy as np
 import pytest
 from numpy.testing import assert_allclose, assert_array_equal
@@ -16,7 +14,6 @@ from n4flow.samples import sample_positions
 from n4flow.volume import Volume
 from tests.conftest import demeaned_error, rms, samples_of
 from tests.unit.references import simpleitk_log_field
-from tests.unit.strict_device import StrictModule
 
 
 @pytest.fixture(scope="module")
@@ -47,19 +44,6 @@ def test_two_runs_and_blocks_of_any_size_give_the_same_bits(small_head, paramete
     # blocks are a constant of the code; another constant may change no more than rounding
     monkeypatch.setattr(plain, "BLOCK_VOXELS", 1000)
     assert_allclose(estimate_field(samples, parameters).field.lattice, first, atol=1e-10)
-
-
-def test_array_code_never_mixes_host_and_device(small_head, monkeypatch):
-    samples = samples_of(*small_head, voxel_size_mm=(6.0, 6.0, 6.0))
-    parameters = N4Parameters(mesh="refined", iterations=(3, 3))
-    on_host = estimate_field(samples, parameters).field.lattice
-    device = StrictModule()
-    monkeypatch.setitem(sys.modules, "cupy", device)
-    monkeypatch.setitem(plain.BLOCK_VOXELS, "cupy", plain.BLOCK_VOXELS["numpy"])
-    field = estimate_field(samples, parameters, xp=device).field
-    assert_array_equal(field.lattice, on_host)
-    tile = field.ratio_tile((slice(0, 4), slice(2, 9), slice(3, 5)), device)
-    assert isinstance(tile, device.ndarray)
 
 
 @pytest.mark.parametrize("axis", [0, 1, 2])

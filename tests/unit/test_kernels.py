@@ -106,6 +106,16 @@ def test_a_pass_of_any_set_is_that_of_the_definition(shape, spans, weighted, sha
         assert_allclose(made.fit(table), update, atol=20 * TOLERANCE[name], err_msg=name)
 
 
+@pytest.mark.parametrize("name", SETS)
+def test_a_level_on_values_that_are_all_the_same_is_over_at_once(field, name):
+    made = SETS[name](np.full(SHAPE, 4.5), np.ones(SHAPE, dtype=bool))
+    made.start_level(np.zeros_like(field.lattice), field.mesh.bases([np.arange(n) for n in SHAPE]))
+    assert made.converged()
+    lattice, cvs = made.end_level()
+    assert cvs == []
+    assert not lattice.any()
+
+
 @pytest.mark.parametrize("strength", [1e-3, 0.3, 3, 12])
 def test_the_change_of_an_update_of_any_size_is_exact(strength):
     """Its exponential is a series, of an argument halved as often as it takes."""

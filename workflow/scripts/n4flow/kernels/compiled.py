@@ -160,7 +160,7 @@ class CompiledKernels(HostKernels):
     def _bin_scale(self, bins: int) -> tuple[np.float32, np.float32]:
         """Value of the first bin centre, and bins per unit."""
         low, high = np.float32(self.low - self.centre), np.float32(self.high - self.centre)
-        return low, np.float32((bins - 1) / (float(high) - float(low)))
+        return low, np.float32((bins - 1) / (float(high) - float(low)) if high > low else 0)
 
     def _share_out(self, kernel: Callable[..., None], *arguments: Any) -> None:
         """Run a pass over all chunks; each thread takes every n-th."""

@@ -488,10 +488,12 @@ extern "C" __global__ void subtract(const int* __restrict__ done, const float* _
 
 // The end of an iteration, by one block: join what the blocks of `subtract` found, add the update to
 // the lattice, note how much changed, and decide whether the level is done.
-// `range` is low, high and bins per unit; `counters` are done and the number of iterations.
+// `range` is low, high and bins per unit; `counters` are done and the number of iterations; `changes`
+// is the sum of what all updates so far changed: from `strong` on, the threshold falls in proportion.
 extern "C" __global__ void finish(int* counters, float* range, const float* __restrict__ extremes,
                                   const double* __restrict__ sums, int blocks, int64 voxels, int bins,
-                                  double threshold, const double* __restrict__ update, int points, double* lattice,
+                                  double threshold, double strong, double* changes,
+                                  const double* __restrict__ update, int points, double* lattice,
                                   double* cvs)
 {
     if (counters[0])
@@ -521,7 +523,8 @@ extern "C" __global__ void finish(int* counters, float* range, const float* __re
         range[2] = (float)((bins - 1) / ((double)found.high - (double)found.low));
         cvs[counters[1]] = cv;
         counters[1] += 1;
-        counters[0] = cv <= threshold || found.low == found.high;
+        changes[0] += cv;
+        counters[0] = cv <= threshold * fmin(1.0, strong / changes[0]) || found.low == found.high;
     }
 }
 

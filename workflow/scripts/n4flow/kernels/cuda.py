@@ -153,6 +153,7 @@ class CudaKernels:
         self.counters = cupy.zeros(2, dtype=np.int32)  # done, iterations
         self.done = self.counters[:1]
         self.cvs = cupy.zeros(max(parameters.iterations), dtype=np.float64)
+        self.changes = cupy.zeros(1, dtype=np.float64)  # the sum of the cvs of all levels
 
         self.counts = cupy.zeros(bins, dtype=np.uint64)
         self.copies = min(max(HISTOGRAM_BYTES // (4 * bins), int(4 * bins <= SHARED_BYTES)), HISTOGRAM_COPIES)
@@ -255,7 +256,7 @@ class CudaKernels:
         ]
 
     def _to_subtract(self) -> list[Callable[[], None]]:
-        update, shared_bytes = self.update, FOUND_BYTES * THREADS // WARP
+        given, update, shared_bytes = self.parameters, self.update, FOUND_BYTES * THREADS // WARP
         subtract = _launch(
             "subtract",
             THREADS * self.subtract_blocks,
@@ -268,7 +269,8 @@ class CudaKernels:
             "finish",
             THREADS,
             *(self.counters, self.range, self.extremes, self.sums, self.subtract_blocks, np.int64(self.count)),
-            *(self.bins, float(self.parameters.convergence_threshold), update, update.size, self.lattice, self.cvs),
+            *(self.bins, float(given.convergence_threshold), float(given.strong_field_log), self.changes),
+            *(update, update.size, self.lattice, self.cvs),
             shared_bytes=shared_bytes,
         )
         expand = _expansion(self.done, update, (0, 1, 2), self.taps[0], self.taps[2], self.along)
