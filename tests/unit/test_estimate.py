@@ -66,7 +66,7 @@ def test_voxels_outside_the_mask_and_the_intensity_scale_do_not_matter(small_hea
 
 
 def test_history_tells_when_the_threshold_was_reached(small_head):
-    parameters = N4Parameters(convergence_threshold=5e-3, strong_field_log=1e3)
+    parameters = N4Parameters(convergence_threshold=5e-3, strong_field_log=None)
     history = estimate_field(samples_of(*small_head, (6, 6, 6)), parameters).history
     assert [line.iteration for line in history] == list(range(1, len(history) + 1))
     assert all(line.cv > 5e-3 for line in history[:-1])
@@ -80,14 +80,14 @@ def test_a_strong_field_is_followed_further(tissues):
         head = make_phantom(tissues, 2.0, inu_percent=inu_percent, noise_percent=3, seed=7)
         part = (slice(None, None, 3),) * 3
         samples = samples_of(head.image[part], head.brain[part], (6.0, 6.0, 6.0))
-        for strong_field_log in (1e3, 0.1):
+        for strong_field_log in (None, 0.1):
             parameters = N4Parameters(strong_field_log=strong_field_log)
             cvs = [line.cv for line in estimate_field(samples, parameters).history]
-            limits = [1.5e-3 * min(1, strong_field_log / sum(cvs[: i + 1])) for i in range(len(cvs))]
+            limits = [1.5e-3 * min(1, (strong_field_log or np.inf) / sum(cvs[: i + 1])) for i in range(len(cvs))]
             assert [cv <= limit for cv, limit in zip(cvs, limits, strict=True)] == [False] * (len(cvs) - 1) + [True]
             counts[inu_percent, strong_field_log] = len(cvs)
-    assert counts[100, 0.1] > counts[100, 1e3]
-    assert counts[10, 0.1] == counts[10, 1e3]
+    assert counts[100, 0.1] > counts[100, None]
+    assert counts[10, 0.1] == counts[10, None]
 
 
 def test_too_few_samples_one_intensity_and_too_fine_a_mesh_are_refused(small_head):

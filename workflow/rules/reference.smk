@@ -1,4 +1,4 @@
-# Goes in: an image and its mask. Comes out: what SimpleITK makes of them with the equivalent
+# Goes in: an image, its mask, and how many iterations our correction took. Comes out: what SimpleITK makes of them with the equivalent
 # parameters, in the same forms as ours. Only for the scans that config's reference.fraction selects.
 
 
@@ -7,6 +7,7 @@ rule reference:
     input:
         image=image_of,
         mask=rules.mask.output.mask,
+        sidecar=rules.n4.output.sidecar,
     output:
         corrected="<results>/{folder}/{entities}_desc-N4sitk_{suffix}.nii.gz",
         sidecar="<results>/{folder}/{entities}_desc-N4sitk_{suffix}.json",

@@ -12,6 +12,7 @@ def main(snakemake):
     reference_scan(
         Path(snakemake.input.image),
         Path(snakemake.input.mask),
+        Path(snakemake.input.sidecar),
         CorrectionFiles(**{role: Path(path) for role, path in snakemake.output.items()}),
         parameters=N4Parameters.from_mapping(snakemake.params.settings),
         keep_dtype=snakemake.params.keep_dtype,

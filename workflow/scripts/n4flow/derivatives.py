@@ -154,8 +154,13 @@ def write_derivatives(
 
 def estimate_facts(estimate: Estimate, samples: Samples, parameters: N4Parameters) -> dict[str, Any]:
     """Parameters, and what the estimate did with them, for the sidecar."""
-    cvs = [line.cv for line in estimate.history]
-    ends = {line.level: i for i, line in enumerate(estimate.history)}.values()
+    cvs, converged, thresholds = [], [], []
+    for level in range(1, len(parameters.iterations) + 1):
+        of_level = [line.cv for line in estimate.history if line.level == level]
+        cvs += of_level
+        thresholds.append(parameters.threshold_after(cvs))
+        # a level without an iteration found all values the same
+        converged.append(not of_level or of_level[-1] <= thresholds[-1])
     return {
         "Parameters": parameters.to_mapping(),
         "Shrink": list(shrink_per_axis(samples.image_shape, parameters.shrink_factor)),
@@ -167,7 +172,8 @@ def estimate_facts(estimate: Estimate, samples: Samples, parameters: N4Parameter
         "Samples": int(samples.mask.sum()),
         "Dropped": samples.dropped,
         "History": [{"Level": n.level, "Iteration": n.iteration, "CV": float(n.cv)} for n in estimate.history],
-        "Converged": [bool(cvs[i] <= parameters.threshold_after(cvs[: i + 1])) for i in ends],
+        "Thresholds": thresholds,
+        "Converged": converged,
     }
 
 

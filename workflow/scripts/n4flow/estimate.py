@@ -117,6 +117,8 @@ def initial_mesh(samples: Samples, parameters: N4Parameters) -> Mesh:
 def check_mesh(samples: Samples, mesh: Mesh, parameters: N4Parameters) -> None:
     """Refuse a mesh with more spans than samples along an axis: it would fit single voxels.
 
+    Say so where it is the other way round, and the image so small in a span that it gets no field.
+
     Parameters
     ----------
     samples : Samples
@@ -138,3 +140,13 @@ def check_mesh(samples: Samples, mesh: Mesh, parameters: N4Parameters) -> None:
                 f"the mesh has {spans * 2**doublings} spans along axis {axis}, which has {count} samples",
                 "raise n4.spline_distance_mm, or lower n4.spans, n4.shrink_factor or the number of levels",
             )
+    size = max(
+        n / length for n, length, spans in zip(samples.image_shape, mesh.span_voxels, mesh.spans, strict=True) if spans
+    )
+    if size * 2**doublings < 0.1:
+        log.warning(
+            "%s: a span of the mesh is %.0f times as long as the image, so that hardly any field can be found; "
+            "lower n4.spline_distance_mm, or mend the voxel size",
+            samples.source,
+            1 / (size * 2**doublings),
+        )

@@ -27,9 +27,10 @@ class N4Parameters:
     convergence_threshold : float
         A level ends when the coefficient of variation of ``exp`` of the update in the mask falls
         to this value; see `threshold_after`.
-    strong_field_log : float
-        A field is strong from here on, and the threshold falls in proportion: going on then finds
-        more of the field than it absorbs of the contrast. A large value turns that off.
+    strong_field_log : float or None
+        Once the updates add up to more than this, the field is strong, and the threshold falls in
+        proportion: going on then finds more of the field than it absorbs of the contrast. None: the
+        threshold is the same for all fields, as ITK has it.
     spans : tuple of int, optional
         Mesh elements per axis at the first level, from the first to the last voxel, as ITK lays its
         mesh; instead of `spline_distance_mm`.
@@ -56,7 +57,7 @@ class N4Parameters:
     spline_distance_mm: float = 60.0
     iterations: tuple[int, ...] = (200,)
     convergence_threshold: float = 1.5e-3
-    strong_field_log: float = 0.1
+    strong_field_log: float | None = 0.1
     spans: tuple[int, ...] | None = None
     shrink_factor: int = 4
     histogram_bins: int = 200
@@ -64,23 +65,28 @@ class N4Parameters:
     wiener_noise: float = 0.01
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "iterations", tuple(self.iterations))
-        if self.spans is not None:
-            object.__setattr__(self, "spans", tuple(self.spans))
+        for name in ("iterations", "spans"):
+            if isinstance(value := getattr(self, name), Iterable):
+                object.__setattr__(self, name, tuple(value))
+        iterations: Any = self.iterations
+        spans: Any = self.spans
         checks = {
             "mesh": (self.mesh in ("fixed", "refined"), "'fixed' or 'refined'"),
             "spline_distance_mm": (_number(self.spline_distance_mm) > 0, "a length above 0"),
             "iterations": (
-                len(self.iterations) > 0 and all(_whole(n) >= 1 for n in self.iterations),
+                isinstance(iterations, tuple) and len(iterations) > 0 and all(_whole(n) >= 1 for n in iterations),
                 "a list of whole numbers from 1, one per level",
             ),
             "convergence_threshold": (
                 _number(self.convergence_threshold) >= 0,
                 "a number from 0",
             ),
-            "strong_field_log": (_number(self.strong_field_log) > 0, "a number above 0"),
+            "strong_field_log": (
+                self.strong_field_log is None or _number(self.strong_field_log) > 0,
+                "a number above 0, or null",
+            ),
             "spans": (
-                self.spans is None or (len(self.spans) == 3 and all(_whole(n) >= 1 for n in self.spans)),
+                spans is None or (isinstance(spans, tuple) and len(spans) == 3 and all(_whole(n) >= 1 for n in spans)),
                 "three whole numbers from 1, one per axis",
             ),
             "shrink_factor": (_whole(self.shrink_factor) >= 1, "a whole number from 1"),
@@ -98,16 +104,29 @@ class N4Parameters:
         Parameters
         ----------
         changes : iterable of float
-            Coefficients of variation of all updates so far. Their sum bounds how much the field
-            varies in the mask, in log.
+            Coefficients of variation of all updates so far: steps whose sum is the way that the log
+            field has come, and at least its standard deviation in the mask (to first order).
+
+        Returns
+        -------
+        float
         """
-        return self.convergence_threshold * min(1.0, self.strong_field_log / max(math.fsum(changes), 1e-30))
+        way = math.fsum(changes)
+        if self.strong_field_log is None or way <= self.strong_field_log:
+            return self.convergence_threshold
+        return self.convergence_threshold * self.strong_field_log / way
 
     @classmethod
     def from_mapping(cls, mapping: Mapping[str, Any]) -> N4Parameters:
         """Build from plain values, as they stand in a config file or a sidecar.
 
-        The key ``preset`` names one of `PRESETS`; other keys win over what it sets.
+        The key ``preset`` names one of `PRESETS`; other keys win over what it sets, and a distance
+        over its spans.
+
+        Raises
+        ------
+        InputError
+            A key is not known, a value not valid, or distance and spans stand side by side.
         """
         known = {field.name for field in fields(cls)} | {"preset"}
         for name in mapping:
@@ -115,9 +134,14 @@ class N4Parameters:
                 raise InputError(f"n4.{name}", "there is no such key", f"choose from {', '.join(sorted(known))}")
         own = dict(mapping)
         preset = own.pop("preset", "mri-head")
-        if preset not in PRESETS:
+        if {"spans", "spline_distance_mm"} <= set(own):
+            raise InputError("n4.spans", "stands beside n4.spline_distance_mm", "give one of the two")
+        if not isinstance(preset, str) or preset not in PRESETS:
             raise InputError("n4.preset", f"{preset!r} is not known", f"choose from {', '.join(PRESETS)}")
-        return cls(**{**PRESETS[preset], **own})
+        given = {**PRESETS[preset], **own}
+        if "spline_distance_mm" in own:
+            given.pop("spans", None)
+        return cls(**given)
 
     def to_mapping(self) -> dict[str, Any]:
         """Plain values, ready for JSON."""
@@ -131,8 +155,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     # coarse to fine: each mesh goes on where the coarser one has stopped
     "mri-brain": {
         "mesh": "refined",
-        "spline_distance_mm": 220.0,
-        "iterations": (100, 100, 100),
+        "spline_distance_mm": 110.0,
+        "iterations": (200, 200),
         "strong_field_log": 0.06,
         "fwhm": 0.13,
     },
@@ -144,7 +168,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "spans": (1, 1, 1),
         "iterations": (50, 50, 50, 50),
         "convergence_threshold": 1e-3,
-        "strong_field_log": 1e3,
+        "strong_field_log": None,
     },
     # what linumpy.gpu.n4 does if nothing is set: a fine mesh, all iterations
     "seed": {"spline_distance_mm": 10.0, "iterations": (25, 25, 25), "convergence_threshold": 0.0},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import time
 from dataclasses import replace
@@ -23,9 +24,6 @@ log = logging.getLogger(__name__)
 
 #: SimpleITK's result depends on its number of threads (by up to 4e-5); this one is always used.
 THREADS = 1
-
-#: SimpleITK's threshold is one and the same for all fields.
-NEVER_STRONG = 1e3
 
 
 def reference_field(samples: Samples, parameters: N4Parameters) -> Estimate:
@@ -112,13 +110,24 @@ def reference_field(samples: Samples, parameters: N4Parameters) -> Estimate:
 
 
 def reference_scan(
-    image: Path, mask: Path, files: CorrectionFiles, *, parameters: N4Parameters, keep_dtype: bool = False
+    image: Path,
+    mask: Path,
+    sidecar: Path,
+    files: CorrectionFiles,
+    *,
+    parameters: N4Parameters,
+    keep_dtype: bool = False,
 ) -> None:
-    """As `derivatives.correct_scan`, with the field that SimpleITK estimates.
+    """As `derivatives.correct_scan`, with the field that SimpleITK estimates in as many iterations.
+
+    Its own measure of convergence freezes in single precision, so that it would stop elsewhere, and
+    the difference of the fields would be that of two stopping rules.
 
     Parameters
     ----------
     image, mask : Path
+    sidecar : Path
+        Of our correction of the scan: says how many iterations each level took.
     files : CorrectionFiles
     parameters : N4Parameters
     keep_dtype : bool
@@ -130,7 +139,9 @@ def reference_scan(
         The scan or its mask is unusable.
     """
     start = time.perf_counter()
-    parameters = replace(parameters, strong_field_log=NEVER_STRONG)
+    levels = [line["Level"] for line in json.loads(sidecar.read_text(encoding="utf-8"))["N4"]["History"]]
+    counts = tuple(max(1, levels.count(level + 1)) for level in range(len(parameters.iterations)))
+    parameters = replace(parameters, iterations=counts, convergence_threshold=0.0, strong_field_log=None)
     volume, inside = Volume(image), Volume(mask)
     samples = read_samples(volume, inside, parameters.shrink_factor)
     estimate = reference_field(samples, parameters)

@@ -524,7 +524,7 @@ extern "C" __global__ void finish(int* counters, float* range, const float* __re
         cvs[counters[1]] = cv;
         counters[1] += 1;
         changes[0] += cv;
-        counters[0] = cv <= threshold * fmin(1.0, strong / changes[0]) || found.low == found.high;
+        counters[0] = cv <= (changes[0] <= strong ? threshold : threshold * strong / changes[0]) || found.low == found.high;
     }
 }
 

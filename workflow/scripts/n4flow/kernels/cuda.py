@@ -173,6 +173,7 @@ class CudaKernels:
         import cupy
 
         bases = [bases[axis] for axis in self.axes]
+        self.start = lattice
         self.lattice = cupy.asarray(np.ascontiguousarray(lattice.transpose(self.axes)))
         self.update = cupy.zeros(self.lattice.shape, dtype=np.float64)
         self.counters[:] = 0
@@ -226,8 +227,16 @@ class CudaKernels:
         return self.enqueued % LOOK_EVERY == 0 and bool(self.done.get()[0])
 
     def end_level(self) -> tuple[np.ndarray, list[float]]:
-        cvs = self.cvs.get()[: int(self.counters.get()[1])]
-        return np.ascontiguousarray(self.lattice.get().transpose(np.argsort(self.axes))), cvs.tolist()
+        done, iterations = self.counters.get().tolist()
+        cvs = self.cvs.get()[:iterations].tolist()
+        if done and iterations == 1:
+            changes = self.changes.get()
+            self.counters[:] = 0
+            self.update *= -1
+            _run(self.to_subtract)
+            self.changes.set(changes)
+            return self.start, cvs
+        return np.ascontiguousarray(self.lattice.get().transpose(np.argsort(self.axes))), cvs
 
     def _to_sharpen(self) -> list[Callable[[], None]]:
         values, given = self.rows.values, self.parameters
@@ -269,7 +278,7 @@ class CudaKernels:
             "finish",
             THREADS,
             *(self.counters, self.range, self.extremes, self.sums, self.subtract_blocks, np.int64(self.count)),
-            *(self.bins, float(given.convergence_threshold), float(given.strong_field_log), self.changes),
+            *(self.bins, float(given.convergence_threshold), given.strong_field_log or np.inf, self.changes),
             *(update, update.size, self.lattice, self.cvs),
             shared_bytes=shared_bytes,
         )

@@ -40,7 +40,11 @@ class Kernels(Protocol):
         """Whether the level may end; may be late by a few iterations, which then do nothing."""
 
     def end_level(self) -> tuple[np.ndarray, list[float]]:
-        """Control points of B, and the coefficient of variation of ``exp(-update)`` at each iteration."""
+        """Control points of B, and the coefficient of variation of ``exp(-update)`` at each iteration.
+
+        Where already the first update is below the threshold there is nothing to find on this mesh,
+        and the update is taken back.
+        """
 
 
 class Statistics(NamedTuple):
@@ -67,7 +71,8 @@ class HostKernels(ABC):
         self.cvs: list[float] = []  # of all levels
 
     def start_level(self, lattice: np.ndarray, bases: Sequence[np.ndarray]) -> None:
-        self.lattice, self.first = lattice, len(self.cvs)
+        self.lattice = self.start = lattice
+        self.first = len(self.cvs)
         self.set_mesh(bases)
 
     def sharpen(self) -> np.ndarray:
@@ -77,7 +82,7 @@ class HostKernels(ABC):
 
     def subtract(self, update: np.ndarray) -> None:
         self.low, self.high, cv = self.subtract_update(update)
-        self.lattice = self.lattice + update
+        self.lattice, self.update = self.lattice + update, update
         self.cvs.append(cv)
 
     def converged(self) -> bool:
@@ -86,7 +91,11 @@ class HostKernels(ABC):
         return len(self.cvs) > self.first and self.cvs[-1] <= self.parameters.threshold_after(self.cvs)
 
     def end_level(self) -> tuple[np.ndarray, list[float]]:
-        return self.lattice, self.cvs[self.first :]
+        cvs = self.cvs[self.first :]
+        if len(cvs) == 1 and self.converged():
+            self.low, self.high, _ = self.subtract_update(-self.update)
+            self.lattice = self.start
+        return self.lattice, cvs
 
     @abstractmethod
     def set_mesh(self, bases: Sequence[np.ndarray]) -> None:
