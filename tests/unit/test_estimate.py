@@ -90,6 +90,17 @@ def test_a_strong_field_is_followed_further(tissues):
     assert counts[10, 0.1] == counts[10, None]
 
 
+def test_microscopy_is_to_millimetres_what_mri_head_is_to_heads(small_head):
+    image, mask = small_head
+    lattices = [
+        estimate_field(
+            samples_of(image, mask, (6 * scale,) * 3), N4Parameters.from_mapping({"preset": preset})
+        ).field.lattice
+        for preset, scale in (("mri-head", 1), ("microscopy", 1 / 40))
+    ]
+    assert_allclose(*lattices, atol=1e-9)
+
+
 def test_too_few_samples_one_intensity_and_too_fine_a_mesh_are_refused(small_head):
     image, mask = small_head
     few = np.zeros_like(mask)

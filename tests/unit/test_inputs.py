@@ -50,6 +50,22 @@ def test_presets_of_the_schema_are_those_of_the_package_and_a_key_wins_over_them
     assert config_problems({"n4": {"preset": "mri-hed"}}, CONFIG_SCHEMA)
 
 
+def test_a_distance_wins_over_the_spans_of_a_preset_and_does_not_stand_beside_spans():
+    itk = N4Parameters.from_mapping({"preset": "itk"})
+    assert itk.spans == (1, 1, 1)
+    assert N4Parameters.from_mapping({"preset": "itk", "spline_distance_mm": 50.0}).spans is None
+    both = {"n4": {"spans": [4, 4, 4], "spline_distance_mm": 30.0}}
+    assert config_problems(both, CONFIG_SCHEMA) == [
+        "config: n4.spans: stands beside n4.spline_distance_mm; give one of the two"
+    ]
+
+
+@pytest.mark.parametrize("values", [{"iterations": 50}, {"iterations": None}, {"spans": 4}, {"preset": ["itk"]}])
+def test_a_value_of_another_type_is_one_line_too(values):
+    with pytest.raises(InputError, match=f"n4.{next(iter(values))}"):
+        N4Parameters.from_mapping(values)
+
+
 def test_every_key_of_the_config_is_commented():
     lines = (ROOT / "config/config.yaml").read_text(encoding="utf-8").splitlines()
     keys = [n for n, line in enumerate(lines) if re.match(r"\s*\w+:", line)]

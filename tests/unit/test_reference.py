@@ -1,16 +1,20 @@
+import json
 from dataclasses import replace
 
+import nibabel as nib
 import numpy as np
 import pytest
 import SimpleITK as sitk
 from numpy.testing import assert_allclose
 
 from n4flow import N4Parameters
+from n4flow.derivatives import CorrectionFiles, correct_scan
 from n4flow.errors import InputError
 from n4flow.estimate import estimate_field
 from n4flow.field import BiasField, Mesh
 from n4flow.mask import otsu_threshold
-from n4flow.reference import _grid_like, _recover_lattice, reference_field
+from n4flow.phantom import make_phantom
+from n4flow.reference import _grid_like, _recover_lattice, reference_field, reference_scan
 from n4flow.samples import Samples, log_where, sample_positions
 from tests.conftest import rms, samples_of
 
@@ -101,3 +105,29 @@ def test_weights_which_simpleitk_does_not_take_are_refused(head):
     weighted = replace(samples, weights=np.where(samples.mask, 2, 0).astype(np.float32))
     with pytest.raises(InputError, match="head: its samples have confidence weights, which SimpleITK does not take"):
         reference_field(weighted, N4Parameters())
+
+
+@pytest.mark.parametrize("preset", ["mri-head", "mri-brain"])
+@pytest.mark.parametrize("inu_percent", [10, 100])
+@pytest.mark.parametrize("where", ["brain", "head"])
+def test_the_check_shows_no_stopping_rule(tissues, tmp_path, preset, inu_percent, where):
+    """SimpleITK takes as many iterations as we did: what is left is the whole samples of its mesh."""
+    head = make_phantom(tissues, 2.0, inu_percent=inu_percent, noise_percent=3, seed=31)
+    mask = head.brain if where == "brain" else head.image > 300
+    affine = np.diag([2.0, 2, 2, 1])
+    for name, array in (("image", head.image), ("mask", mask.astype(np.uint8))):
+        nib.save(nib.Nifti1Image(array, affine), tmp_path / f"{name}.nii")
+    image, mask_file = tmp_path / "image.nii", tmp_path / "mask.nii"
+    files = [
+        CorrectionFiles(*(tmp_path / f"{who}-{role}" for role in ("c.nii", "c.json", "f.json")))
+        for who in ("ours", "reference")
+    ]
+    parameters = N4Parameters.from_mapping({"preset": preset})
+    correct_scan(image, mask_file, files[0], parameters=parameters, device="cpu")
+    reference_scan(image, mask_file, files[0].sidecar, files[1], parameters=parameters)
+    histories = [json.loads(one.sidecar.read_text())["N4"]["History"] for one in files]
+    assert [line["Level"] for line in histories[0]] == [line["Level"] for line in histories[1]]
+    everywhere = [np.arange(n) for n in mask.shape]
+    ours, theirs = (BiasField.load(one.lattice).log_at(everywhere)[mask] for one in files)
+    difference = ours - theirs
+    assert rms(difference - difference.mean()) < 3e-3

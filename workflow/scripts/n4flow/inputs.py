@@ -68,6 +68,8 @@ def config_problems(config: Mapping[str, Any], schema: Mapping[str, Any]) -> lis
     # what a schema cannot say: JSON's integers hold 4.0, and its numbers NaN
     found += [f"{key}: is no finite number; give one" for key, value in _leaves(config) if _not_finite(value)]
     if not found:
+        if {"spans", "spline_distance_mm"} <= set(config.get("n4", {})):
+            found.append("n4.spans: stands beside n4.spline_distance_mm; give one of the two")
         try:
             N4Parameters.from_mapping(config.get("n4", {}))
         except InputError as error:

@@ -126,7 +126,7 @@ class N4Parameters:
         Raises
         ------
         InputError
-            A key is not known, a value not valid, or distance and spans stand side by side.
+            A key is not known, or a value not valid.
         """
         known = {field.name for field in fields(cls)} | {"preset"}
         for name in mapping:
@@ -134,12 +134,10 @@ class N4Parameters:
                 raise InputError(f"n4.{name}", "there is no such key", f"choose from {', '.join(sorted(known))}")
         own = dict(mapping)
         preset = own.pop("preset", "mri-head")
-        if {"spans", "spline_distance_mm"} <= set(own):
-            raise InputError("n4.spans", "stands beside n4.spline_distance_mm", "give one of the two")
         if not isinstance(preset, str) or preset not in PRESETS:
             raise InputError("n4.preset", f"{preset!r} is not known", f"choose from {', '.join(PRESETS)}")
         given = {**PRESETS[preset], **own}
-        if "spline_distance_mm" in own:
+        if "spline_distance_mm" in own and "spans" not in own:
             given.pop("spans", None)
         return cls(**given)
 
