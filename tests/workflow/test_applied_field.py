@@ -206,6 +206,24 @@ def test_scan_whose_source_fails_is_named_as_failed_with_it(tmp_path):
     assert partial_files(tmp_path) == []
 
 
+def test_scan_is_done_where_only_the_reference_of_its_source_fails(tmp_path, monkeypatch):
+    source, taking = SOURCES["T1w"], SCANS["turned"]
+    save(tmp_path / source.image, head())
+    save(tmp_path / taking.image, APPLIED["turned"][1], affine=APPLIED["turned"][2])
+    write_sheet(tmp_path / "config" / "samples.tsv", [taking, source])
+    write_config(tmp_path)
+    (tmp_path / "modules").mkdir()
+    (tmp_path / "modules" / "SimpleITK.py").write_text("raise ImportError('broken')")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "modules"))
+    done = snakemake(tmp_path, "--cores", 2)
+    assert done.returncode == 1
+    assert "1 of 2 scans are done, 1 failed" in done.stdout
+    assert f"{source.name}: ImportError: broken" in done.stdout
+    assert f"{taking.name}: " not in done.stdout
+    index = (tmp_path / "results/qc/index.html").read_text(encoding="utf-8")
+    assert f'"{taking.name}.html"' in index
+
+
 def test_image_of_another_space_ends_with_one_line(tmp_path):
     source, taking = SOURCES["T1w"], SCANS["turned"]
     away = AFFINE.copy()

@@ -11,14 +11,7 @@ rule apply:
         image=image_of,
         lattice=source_field_of,
     output:
-        **(
-            {"bias": "<results>/{folder}/{entities}_desc-N4{suffix}_biasfield.nii.gz"}
-            if config["output"]["bias_field"]
-            else {}
-        ),
-        corrected="<results>/{folder}/{entities}_desc-N4_{suffix}.nii.gz",
-        sidecar="<results>/{folder}/{entities}_desc-N4_{suffix}.json",
-        lattice="<results>/{folder}/{entities}_desc-N4{suffix}_biasfield.json",
+        **CORRECTION,
     log:
         "<logs>/apply/{folder}/{entities}_{suffix}.log",
     benchmark:

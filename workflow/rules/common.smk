@@ -84,6 +84,15 @@ except InputError as error:
 
 SCAN_OF = {scan.name: scan for scan in SCANS}
 
+# What comes of a scan, by role: the outputs of n4, and of apply, which takes its place where the field is another scan's.
+CORRECTION = {
+    "corrected": "<results>/{folder}/{entities}_desc-N4_{suffix}.nii.gz",
+    "sidecar": "<results>/{folder}/{entities}_desc-N4_{suffix}.json",
+    "lattice": "<results>/{folder}/{entities}_desc-N4{suffix}_biasfield.json",
+}
+if config["output"]["bias_field"]:
+    CORRECTION["bias"] = "<results>/{folder}/{entities}_desc-N4{suffix}_biasfield.nii.gz"
+
 
 def any_of(words):
     """A regular expression of exactly these words, as a tree: thousands of them cost hardly more than one."""
@@ -197,15 +206,18 @@ def memory_mb(baseline, per_mb):
 def report_failures():
     """After a run that failed: the index over the scans that are done, with the failed ones named."""
     place = lambda path: Path(workflow.pathvars.apply(path))
-    failed = {}
+    # what is older is of an older run
+    made_now = lambda path: path.is_file() and path.stat().st_mtime >= RUN_START
+    failed, without_field = {}, set()
     for scan in SCANS:
         for step in ("mask", "n4", "apply", "reference", "qc"):
             log = place("<logs>") / step / ("" if step == "qc" else scan.folder) / f"{scan.name}.log"
-            # an older log tells of an older run
-            if log.is_file() and log.stat().st_mtime >= RUN_START and (error := last_error(log)):
+            if made_now(log) and (error := last_error(log)):
                 failed.setdefault(scan.name, error)
+                if step in ("mask", "n4"):
+                    without_field.add(scan.name)
     for scan in SCANS:
-        if scan.field_from and scan.field_source in failed:
+        if scan.field_from and scan.field_source in without_field and not made_now(place(products(scan)["corrected"])):
             failed.setdefault(scan.name, f"its field is that of {scan.field_source}, which failed")
     done = [
         place(metrics_path(scan))

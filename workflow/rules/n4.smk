@@ -8,14 +8,7 @@ rule n4:
         image=image_of,
         mask=rules.mask.output.mask,
     output:
-        **(
-            {"bias": "<results>/{folder}/{entities}_desc-N4{suffix}_biasfield.nii.gz"}
-            if config["output"]["bias_field"]
-            else {}
-        ),
-        corrected="<results>/{folder}/{entities}_desc-N4_{suffix}.nii.gz",
-        sidecar="<results>/{folder}/{entities}_desc-N4_{suffix}.json",
-        lattice="<results>/{folder}/{entities}_desc-N4{suffix}_biasfield.json",
+        **CORRECTION,
     log:
         "<logs>/n4/{folder}/{entities}_{suffix}.log",
     benchmark:
