@@ -8,7 +8,6 @@ import csv
 import io
 import logging
 import sys
-from dataclasses import asdict
 from pathlib import Path
 
 from n4flow.bids import DATATYPE_OF, index_dataset
@@ -21,9 +20,9 @@ COLUMNS = ["subject", "session", "image", "mask", "modality"]
 def sheet_of(scans):
     """The sheet as text."""
     text = io.StringIO()
-    writer = csv.DictWriter(text, COLUMNS, delimiter="\t", lineterminator="\n", extrasaction="ignore")
-    writer.writeheader()
-    writer.writerows(asdict(scan) for scan in scans)
+    writer = csv.writer(text, delimiter="\t", lineterminator="\n")
+    writer.writerow(COLUMNS)
+    writer.writerows([getattr(scan, column) for column in COLUMNS] for scan in scans)
     return text.getvalue()
 
 
