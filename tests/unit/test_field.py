@@ -13,7 +13,6 @@ from numpy.testing import assert_allclose, assert_array_equal
 from n4flow import BiasField, InputError
 from n4flow.bspline import expand
 from n4flow.field import Mesh
-from n4flow.files import write_json
 
 
 @pytest.fixture
@@ -25,7 +24,8 @@ def field():
 
 
 def test_saved_and_loaded_it_is_the_same_to_the_last_bit(field, tmp_path):
-    write_json(tmp_path / "field.json", {"Sources": ["x"], **field.to_mapping()})
+    field.save(tmp_path / "field.json", Sources=["x"])
+    assert json.loads((tmp_path / "field.json").read_text())["Sources"] == ["x"]
     again = BiasField.load(tmp_path / "field.json")
     assert_array_equal(again.lattice, field.lattice)
     assert again.mesh == field.mesh
@@ -46,6 +46,27 @@ def test_saved_and_loaded_it_is_the_same_to_the_last_bit(field, tmp_path):
         lambda content: content.update(VoxelToMesh=np.diag([1.0, np.nan, 1, 1]).tolist()),
         lambda content: content.update(VoxelToMesh=np.diag([1.0, 1, 1, 2]).tolist()),
         lambda content: content["Affine"].pop(),
+        lambda content: content.pop("VoxelToMesh"),
+        lambda content: content.pop("HasWorld"),
+        lambda content: content.update(HasWorld="no"),
+        lambda content: content.update(Lattice=np.full(np.shape(content["Lattice"]), "1").tolist()),
+        lambda content: content["Lattice"][0][0].__setitem__(0, np.nan),
+        lambda content: content.update(Affine=np.diag([1e400, 1, 1, 1]).tolist()),
+        *(
+            lambda content, key=key, value=value: content[key].__setitem__(1, value)
+            for key in ("Spans", "MeshStartVoxel", "SpanVoxels", "ImageShape")
+            for value in (np.nan, np.inf, 10**400, "2", None, [2])
+        ),
+        *(
+            lambda content, key=key, change=change: change(content[key])
+            for key in ("Spans", "MeshStartVoxel", "SpanVoxels", "ImageShape")
+            for change in (list.pop, lambda values: values.append(1))
+        ),
+        *(
+            lambda content, key=key, value=value: content[key].__setitem__(0, value)
+            for key, values in {"SpanVoxels": (0, -1.5), "Spans": (-3, 3.5), "ImageShape": (0, -4, 20.5)}.items()
+            for value in values
+        ),
     ],
 )
 def test_a_file_that_holds_no_field_is_refused(field, tmp_path, mutate):
@@ -53,6 +74,16 @@ def test_a_file_that_holds_no_field_is_refused(field, tmp_path, mutate):
     mutate(content)
     path = tmp_path / "field.json"
     path.write_text(json.dumps(content))
+    with pytest.raises(InputError, match=r"field\.json: is no n4flow bias field"):
+        BiasField.load(path)
+
+
+@pytest.mark.parametrize(
+    "content", [b"[" * 10**6, b"[]", b"7", b"null", b"\xff"], ids=lambda content: content[:5].hex()
+)
+def test_a_file_that_holds_no_object_is_refused(tmp_path, content):
+    path = tmp_path / "field.json"
+    path.write_bytes(content)
     with pytest.raises(InputError, match=r"field\.json: is no n4flow bias field"):
         BiasField.load(path)
 
@@ -315,6 +346,22 @@ def test_share_that_lies_outside_is_said(caplog, size):
     share = np.mean(np.arange(size) * 30 / size + 7.5 > 29.5)
     found = re.match(r"sub-01_T2w: about (\d+) % of it lies outside of the image", line)
     assert int(found[1]) == pytest.approx(100 * share, abs=1)
+    assert field.share_outside((size, 25, 20), grid) == pytest.approx(share, abs=0.01)
+
+
+@pytest.mark.parametrize(
+    ("shape", "turn", "words"),
+    [((4000, 25, 20), 0, "about 100 %"), ((31, 25, 20), 0, "about 3 %"), (SHAPE, 0.04, "less than 1 %")],
+)
+def test_share_that_lies_outside_is_said_in_plain_numbers(caplog, shape, turn, words):
+    field = random_field()
+    grid = field.affine.copy()
+    grid[:2, :2] = 2 * np.array([[np.cos(turn), -np.sin(turn)], [np.sin(turn), np.cos(turn)]])
+    grid[1, 3] -= 15 * 2 * np.sin(turn)
+    grid[0, 3] += 12 * 2 * np.sin(turn)
+    field.on_grid(shape, grid)
+    (line,) = caplog.messages
+    assert f"image: {words} of it lies outside" in line
 
 
 @given(st.integers(0, 2**32 - 1), st.booleans())
@@ -325,7 +372,7 @@ def test_a_field_on_another_grid_is_saved_and_loaded_to_the_last_bit(seed, align
     to_grid[:3, 3] = rng.uniform(-3, 3, 3)
     field = random_field(affine=OBLIQUE, seed=seed).on_grid((9, 8, 7), OBLIQUE @ to_grid)
     with TemporaryDirectory() as folder:
-        write_json(Path(folder) / "field.json", field.to_mapping())
+        field.save(Path(folder) / "field.json")
         again = BiasField.load(Path(folder) / "field.json")
     assert_array_equal(again.voxel_to_mesh, field.voxel_to_mesh)
     assert_array_equal(again.affine, field.affine)
@@ -333,8 +380,8 @@ def test_a_field_on_another_grid_is_saved_and_loaded_to_the_last_bit(seed, align
     assert_array_equal(again.log_tile(tile), field.log_tile(tile))
 
 
-def test_a_file_without_the_way_to_the_mesh_is_of_the_image_itself(field, tmp_path):
-    content = field.to_mapping()
-    del content["VoxelToMesh"]
-    write_json(tmp_path / "field.json", content)
-    assert_array_equal(BiasField.load(tmp_path / "field.json").voxel_to_mesh, np.eye(4))
+def test_a_plane_may_be_given_as_two_axes():
+    field = random_field((30, 25, 1))
+    there = field.on_grid((60, 50), field.affine @ np.diag([0.5, 0.5, 1, 1]))
+    assert there.image_shape == (60, 50, 1)
+    assert_array_equal(there.log_tile((slice(None),) * 3)[::2, ::2], field.log_tile((slice(None),) * 3))

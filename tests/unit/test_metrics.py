@@ -341,7 +341,7 @@ def test_metrics_of_classes_can_be_left_out():
 
 FINE = {
     "field_min": 0.8, "field_max": 1.2, "inu_range": 0.2, "cjv_before": 0.6, "cjv_after": 0.5, "mean_ratio": 1.0,
-    "dropped_fraction": 0.0, "converged": True,
+    "dropped_fraction": 0.0, "converged": True, "outside_fraction": 0.5,
     "log_entropy_before_bits": 4.1, "log_entropy_after_bits": 4.0, "reference_r": 0.99, "self_check_max": 1e-7,
     "saturated_fraction": 0.002, "seam_ratio_before": 1.2, "seam_ratio_after": 1.21, "seam_place_after": "i 4 to 5",
 }  # fmt: skip
@@ -367,6 +367,7 @@ def test_a_fine_correction_raises_no_flag():
         ({"saturated_fraction": 0.03}, "saturation"),
         ({"seam_ratio_after": 1.5}, "seam_worse"),
         ({"self_check_max": 0.1}, "self_check"),
+        ({"outside_fraction": 0.51}, "field_outside"),
     ],
 )
 def test_each_flag_fires_alone_and_gives_its_reason(change, flag):

@@ -324,10 +324,13 @@ def test_an_empty_sidecar_will_do(tmp_path):
 def test_field_of_another_scan_is_named_in_place_of_the_history(tmp_path):
     files = make_files(tmp_path) | {"reference_field": None, "reference_sidecar": None}
     source = "bids::sub-01/ses-a/anat/sub-01_ses-a_echo-1_desc-N4MEGRE_biasfield.json"
-    files["sidecar"].write_text(json.dumps({"N4": {"FieldFrom": source, "SelfCheck": 1e-7, "WallTimeSeconds": 0.5}}))
+    run = {"FieldFrom": source, "ShareOutside": 0.75, "SelfCheck": 1e-7, "WallTimeSeconds": 0.5}
+    files["sidecar"].write_text(json.dumps({"N4": run}))
     make_subject(name="sub-01", **files)
     metrics = json.loads(files["metrics"].read_text())
-    assert (metrics["field_from"], metrics["flags"]) == ("sub-01_ses-a_echo-1_MEGRE", [])
+    assert metrics["field_from"] == "sub-01_ses-a_echo-1_MEGRE"
+    (flag,) = metrics["flags"]
+    assert flag.startswith("field_outside: 75 % of the image")
     page = files["page"].read_text(encoding="utf-8")
     assert "<dt>field from</dt><dd>sub-01_ses-a_echo-1_MEGRE</dd>" in page
     assert "iterations" not in page

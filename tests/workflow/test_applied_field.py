@@ -129,7 +129,8 @@ def test_ratio_of_two_echoes_is_what_it_was(folder):
 @each_applied
 def test_sidecar_names_the_field_and_nothing_of_an_estimate(folder, name):
     content = sidecar_of(folder, name)
-    assert set(content["N4"]) == {"FieldFrom", "SelfCheck", "WallTimeSeconds"}
+    assert set(content["N4"]) == {"FieldFrom", "ShareOutside", "SelfCheck", "WallTimeSeconds"}
+    assert (content["N4"]["ShareOutside"] > 0) == (name == "oblique")
     assert 0 <= content["N4"]["SelfCheck"] < 1e-6
     links = json.loads((folder / "results/dataset_description.json").read_text())["DatasetLinks"]
     links[""] = "."  # bids::path lies in the dataset of the sidecar

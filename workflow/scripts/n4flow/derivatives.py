@@ -7,6 +7,7 @@ import logging
 import re
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -79,7 +80,8 @@ def apply_scan(image: Path, lattice: Path, files: CorrectionFiles, *, keep_dtype
     """Divide a scan by the field of another one of the same space, and write what came about.
 
     The field is taken as it is. Its mean over this scan is not set to anything: so the ratios between scans that are
-    divided by one field, such as the echoes of a sequence, are what they were.
+    divided by one field, such as the echoes of a sequence, are what they were. What SimpleITK made of this scan in an
+    earlier run, when it had a field of its own, is removed.
 
     Parameters
     ----------
@@ -97,9 +99,23 @@ def apply_scan(image: Path, lattice: Path, files: CorrectionFiles, *, keep_dtype
     """
     start = time.perf_counter()
     volume = Volume(image)
-    field = BiasField.load(lattice).on_grid(volume.shape, volume.affine_mm, image)
-    facts = {"FieldFrom": own_uri(lattice)}
+    source = BiasField.load(lattice)
+    same_grid = volume.shape == source.image_shape and np.array_equal(volume.affine_mm, source.affine)
+    if not (same_grid or (volume.has_world and source.has_world)):
+        log.warning(
+            "%s: %s names no space (qform_code and sform_code are 0), so that where the field lies in this image is a "
+            "guess; set its qform or sform",
+            lattice if volume.has_world else image,
+            "the header of the image that it was estimated on" if volume.has_world else "its header",
+        )
+    field = source.on_grid(volume.shape, volume.affine_mm, image)
+    outside = round(source.share_outside(volume.shape, volume.affine_mm), 4)
+    facts = {"FieldFrom": own_uri(lattice), "ShareOutside": outside}
     write_derivatives(volume, {"lattice": lattice}, files, field, facts, (), start, keep_dtype=keep_dtype, xp=np)
+    for path in (files.corrected, files.sidecar, files.lattice):
+        # no rule makes it for this scan any longer, or would notice that it is of another field
+        if "_desc-N4" in path.name:
+            path.with_name(path.name.replace("_desc-N4", "_desc-N4sitk")).unlink(missing_ok=True)
 
 
 def write_derivatives(
@@ -139,7 +155,7 @@ def write_derivatives(
         # one of an earlier run would be of another field
         files.lattice.with_suffix(".nii.gz").unlink(missing_ok=True)
     sources = [raw_uri(volume.path, files.corrected), *map(own_uri, inputs.values())]
-    write_json(files.lattice, {"Sources": sources, **field.to_mapping()})
+    replace(field, has_world=volume.has_world).save(files.lattice, Sources=sources)
     seconds = round(time.perf_counter() - start, 3)
     write_json(
         files.sidecar,
@@ -153,7 +169,23 @@ def write_derivatives(
 
 
 def estimate_facts(estimate: Estimate, samples: Samples, parameters: N4Parameters) -> dict[str, Any]:
-    """Parameters, and what the estimate did with them, for the sidecar."""
+    """Parameters, and what the estimate did with them, for the sidecar.
+
+    Parameters
+    ----------
+    estimate : Estimate
+    samples : Samples
+        What the estimate was made from.
+    parameters : N4Parameters
+
+    Returns
+    -------
+    dict
+        Plain values, ready for JSON: ``Parameters``, as set; ``Shrink``, per axis; ``Spans``, per axis at the last
+        level, and their ``SpanLengthMm``; ``Samples``, how many there were; ``Dropped``, voxels of the mask that had
+        no logarithm, by reason; ``History``, the CV of the update (without unit) at every iteration;
+        ``Thresholds``, for each level the threshold at its end, and ``Converged``, whether it got there.
+    """
     cvs, converged, thresholds = [], [], []
     for level in range(1, len(parameters.iterations) + 1):
         of_level = [line.cv for line in estimate.history if line.level == level]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -14,6 +14,7 @@ import numpy as np
 
 from n4flow.bspline import basis_matrix, control_points, evaluate_at, expand
 from n4flow.errors import InputError
+from n4flow.files import write_json
 
 log = logging.getLogger(__name__)
 
@@ -51,7 +52,20 @@ class Mesh:
     def of_distance(cls, shape: Sequence[int], voxel_size_mm: Sequence[float], spline_distance_mm: float) -> Mesh:
         """Spans of exactly `spline_distance_mm` on a virtual domain centred on the image.
 
-        Each axis has as many spans as cover the distance between its outermost voxel centres.
+        Each axis has as many spans as cover the distance between its outermost voxel centres. So the domain is in
+        general larger than the image, and mirrored images get mirrored meshes.
+
+        Parameters
+        ----------
+        shape : three ints
+            Voxels per axis of the image; an axis of one voxel gets no span.
+        voxel_size_mm : three floats
+        spline_distance_mm : float
+            Length of a span, above 0.
+
+        Returns
+        -------
+        Mesh
         """
         spans, start, span_voxels = [], [], []
         for n, size in zip(shape, voxel_size_mm, strict=True):
@@ -65,11 +79,26 @@ class Mesh:
 
     @classmethod
     def of_grid(cls, shape: Sequence[int], spans: Sequence[int]) -> Mesh:
-        """So many spans from the first voxel to the last: the domain ITK uses.
+        """So many spans from the centre of the first voxel to that of the last: the domain ITK uses.
 
         ITK takes a voxel at its far end for one a thousandth of a voxel inside, since its basis ends
         there. Ours does not, which keeps it the same under flips: where a mask reaches the last
         plane, log fields differ from ITK's by about 1e-5 (rms) for that.
+
+        Parameters
+        ----------
+        shape : three ints
+            Voxels per axis of the image; an axis of one voxel gets no span.
+        spans : three ints
+            Mesh elements per axis, from 1.
+
+        Returns
+        -------
+        Mesh
+
+        References
+        ----------
+        ITK's BSplineScatteredDataPointSetToImageFilter.
         """
         spans = tuple(s if n > 1 else 0 for n, s in zip(shape, spans, strict=True))
         lengths = tuple((n - 1) / s if s else 1.0 for n, s in zip(shape, spans, strict=True))
@@ -81,11 +110,36 @@ class Mesh:
         return tuple(control_points(s) for s in self.spans)
 
     def coordinate(self, axis: int, index: np.ndarray) -> np.ndarray:
-        """Parametric coordinate, in spans, of voxel indices (any real numbers) along an axis."""
+        """Parametric coordinate of voxel indices along an axis: ``(index - start) / span_voxels``.
+
+        Parameters
+        ----------
+        axis : int
+        index : array
+            Voxel indices of the image that the mesh is laid on: any real numbers.
+
+        Returns
+        -------
+        float64 array of the shape of `index`
+            In spans: 0 at the beginning of the mesh, ``spans[axis]`` at its end; beyond, it is not cut off.
+        """
         return (np.asarray(index, dtype=np.float64) - self.start[axis]) / self.span_voxels[axis]
 
     def basis(self, axis: int, index: np.ndarray) -> np.ndarray:
-        """Basis matrix at voxel indices (any real numbers) along an axis."""
+        """Weights of the control points of an axis at voxel indices.
+
+        Parameters
+        ----------
+        axis : int
+        index : (n,) array
+            Voxel indices of the image that the mesh is laid on: any real numbers. Beyond the mesh the weights at its
+            end hold.
+
+        Returns
+        -------
+        (n, lattice_shape[axis]) float64 array
+            See `bspline.basis_matrix`.
+        """
         return basis_matrix(self.coordinate(axis, index), self.spans[axis])
 
     def bases(self, positions: Positions) -> list[np.ndarray]:
@@ -113,6 +167,9 @@ class BiasField:
     voxel_to_mesh : (4, 4) array
         From voxel indices of the grid to those that the mesh is laid in. The identity, unless `on_grid` brought the
         field to another image than the one it was estimated on.
+    has_world : bool
+        Whether the affine says where the image lies. False for one that a reader made up, of an image whose header
+        names no space: nothing but that very grid can be related to it.
     """
 
     lattice: np.ndarray
@@ -120,13 +177,20 @@ class BiasField:
     image_shape: tuple[int, ...]
     affine: np.ndarray
     voxel_to_mesh: np.ndarray = field(default_factory=lambda: np.eye(4))
+    has_world: bool = True
 
     def on_grid(self, shape: Sequence[int], affine: np.ndarray, source: object = "image") -> BiasField:
         """The same field, seen on the grid of another image of the same space: of another contrast, echo or resolution.
 
+        What lies outside of the field's own image gets the field continued: by the spline as far as its mesh goes
+        (`Mesh.of_distance` makes it larger than the image), beyond that by the value at the nearest point of the
+        mesh's border. A warning in the log says how much of the image that is; the grid of the field itself gets the
+        same bits as ever.
+
         Parameters
         ----------
-        shape : three ints
+        shape : two or three ints
+            Voxels per axis of the other image; one of two axes has a single plane.
         affine : (4, 4) array
             Voxel-to-world matrix of the other image, in mm: world coordinates tell where its voxels lie in the field.
         source : object
@@ -135,16 +199,15 @@ class BiasField:
         Returns
         -------
         BiasField
+            With the same lattice and mesh.
 
         Raises
         ------
         InputError
             The image does not meet that of the field anywhere.
         """
-        # the inverse times the matrix itself is the identity but for rounding: the same grid is to get the same bits
         affine = np.asarray(affine, dtype=np.float64)
-        same = np.array_equal(affine, self.affine)
-        to_own = np.eye(4) if same else np.linalg.solve(self.affine, affine)
+        shape, to_own = _three_axes(shape), self._to_own(affine)
         if not (
             _boxes_meet(to_own, shape, self.image_shape) and _boxes_meet(np.linalg.inv(to_own), self.image_shape, shape)
         ):
@@ -155,13 +218,33 @@ class BiasField:
             )
         if outside := _share_outside(to_own, shape, self.image_shape):
             log.warning(
-                "%s: about %.2g %% of it lies outside of the image that its field was estimated on; there the field is "
+                "%s: %s of it lies outside of the image that its field was estimated on; there the field is "
                 "extrapolated",
                 source,
-                100 * outside,
+                f"about {100 * outside:.0f} %" if outside >= 0.01 else "less than 1 %",
             )
-        grid = tuple(int(n) for n in shape)
-        return replace(self, image_shape=grid, affine=affine, voxel_to_mesh=self.voxel_to_mesh @ to_own)
+        return replace(self, image_shape=shape, affine=affine, voxel_to_mesh=self.voxel_to_mesh @ to_own)
+
+    def share_outside(self, shape: Sequence[int], affine: np.ndarray) -> float:
+        """Share of the voxels of another image whose centres lie outside of this field's image.
+
+        Parameters
+        ----------
+        shape : two or three ints
+        affine : (4, 4) array
+            As of `on_grid`.
+
+        Returns
+        -------
+        float
+            From 0 to 1, counted on at most 64 evenly spaced voxels per axis.
+        """
+        return _share_outside(self._to_own(affine), _three_axes(shape), self.image_shape)
+
+    def _to_own(self, affine: np.ndarray) -> np.ndarray:
+        """From voxel indices of another image to those of this field's grid, by world coordinates."""
+        # the inverse times the matrix itself is the identity but for rounding: the same grid is to get the same bits
+        return np.eye(4) if np.array_equal(affine, self.affine) else np.linalg.solve(self.affine, affine)
 
     @cached_property
     def _mesh_axes(self) -> tuple[int, ...] | None:
@@ -194,9 +277,22 @@ class BiasField:
         return self._separated([np.arange(n) for n in self.image_shape])
 
     def log_at(self, positions: Positions) -> np.ndarray:
-        """Log bias field on the grid spanned by voxel indices (any real numbers) per axis.
+        """Log bias field on the grid spanned by voxel indices per axis.
 
-        Beyond the mesh the value at its border holds.
+        Parameters
+        ----------
+        positions : three 1-D arrays (n0,), (n1,), (n2,)
+            Voxel indices of the field's grid along each axis: any real numbers, in any order. Beyond the mesh the
+            value at its border holds.
+
+        Returns
+        -------
+        (n0, n1, n2) float64 array
+            Natural log of the multiplicative field.
+
+        References
+        ----------
+        Lee, Wolberg & Shin 1997, doi:10.1109/2945.620490.
         """
         if self._mesh_axes is None:
             return self._log_at_oblique(positions)
@@ -235,7 +331,18 @@ class BiasField:
         return expand(self.lattice_on_grid.T, bases[::-1]).T
 
     def ratio_tile(self, tile: Sequence[slice]) -> np.ndarray:
-        """Multiplicative bias field ``exp(B)`` on a tile, float32: what an image is divided by."""
+        """Multiplicative bias field ``exp(B)`` on a tile of the grid: what an image is divided by.
+
+        Parameters
+        ----------
+        tile : three slices
+            Of the field's grid, which has three axes even for a plane; ``numpy.s_[:, :, :]`` is all of it.
+
+        Returns
+        -------
+        float32 array in Fortran order (first axis fastest)
+            Without unit. A voxel gets the same bits in every tile of whole planes of the third axis.
+        """
         return np.exp(self.log_tile(tile)).astype(np.float32)
 
     def shifted(self, log_offset: float) -> BiasField:
@@ -243,7 +350,15 @@ class BiasField:
         return replace(self, lattice=self.lattice + log_offset)
 
     def to_mapping(self) -> dict[str, Any]:
-        """Plain values, ready for JSON; floats keep all their digits."""
+        """The field as plain values, ready for JSON.
+
+        Returns
+        -------
+        dict
+            What `load` reads. Floats keep all their digits: the field comes back to the last bit. ``Spans``,
+            ``MeshStartVoxel`` and ``SpanVoxels`` are those of the `Mesh`, in voxels; ``Affine`` is in mm; ``Lattice``
+            is nested as its axes are, in natural log.
+        """
         return {
             "Format": FORMAT,
             "ImageShape": list(self.image_shape),
@@ -252,12 +367,34 @@ class BiasField:
             "MeshStartVoxel": list(self.mesh.start),
             "SpanVoxels": list(self.mesh.span_voxels),
             "VoxelToMesh": np.asarray(self.voxel_to_mesh).tolist(),
+            "HasWorld": self.has_world,
             "Lattice": self.lattice.tolist(),
         }
 
+    def save(self, path: str | Path, **notes: Any) -> None:
+        """Write the field as a JSON file, which appears when it is complete; `load` reads it.
+
+        Parameters
+        ----------
+        path : path-like
+        **notes
+            Further keys of the file, ready for JSON, which `load` passes over.
+        """
+        write_json(path, {**notes, **self.to_mapping()})
+
     @classmethod
     def load(cls, path: str | Path) -> BiasField:
-        """Read a field from the JSON file that `to_mapping` went into.
+        """Read a field from a file that `save` wrote.
+
+        Parameters
+        ----------
+        path : path-like
+            JSON, see `to_mapping`; other keys than those of the field are passed over.
+
+        Returns
+        -------
+        BiasField
+            The one that was saved, to the last bit.
 
         Raises
         ------
@@ -265,32 +402,56 @@ class BiasField:
             The file is missing, or does not hold a field of this format.
         """
         try:
-            content = json.loads(Path(path).read_text())
+            content = json.loads(Path(path).read_text(encoding="utf-8"))
             if content["Format"] != FORMAT:
                 raise ValueError(f"format {content['Format']!r}")
-            mesh = Mesh(
-                tuple(int(s) for s in content["Spans"]),
-                tuple(float(s) for s in content["MeshStartVoxel"]),
-                tuple(float(s) for s in content["SpanVoxels"]),
+            if not isinstance(content["HasWorld"], bool):
+                raise ValueError("HasWorld is neither true nor false")
+            start, span_voxels = (_numbers(content, name, (3,)) for name in ("MeshStartVoxel", "SpanVoxels"))
+            if (span_voxels <= 0).any():
+                raise ValueError("SpanVoxels are not all above 0")
+            mesh = Mesh(_counts(content, "Spans", 0), tuple(start.tolist()), tuple(span_voxels.tolist()))
+            return cls(
+                _numbers(content, "Lattice", mesh.lattice_shape),
+                mesh,
+                _counts(content, "ImageShape", 1),
+                _matrix(content, "Affine"),
+                _matrix(content, "VoxelToMesh"),
+                content["HasWorld"],
             )
-            lattice = np.array(content["Lattice"], dtype=np.float64)
-            if lattice.shape != mesh.lattice_shape or not np.isfinite(lattice).all():
-                raise ValueError("the lattice does not fit its mesh")
-            shape = tuple(int(n) for n in content["ImageShape"])
-            to_mesh = _matrix(content.get("VoxelToMesh", np.eye(4)), "VoxelToMesh")
-            return cls(lattice, mesh, shape, _matrix(content["Affine"], "Affine"), to_mesh)
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise InputError(path, f"is no n4flow bias field ({error})", "make it again with the n4 rule") from None
 
 
-def _matrix(values: Any, name: str) -> np.ndarray:
+def _numbers(content: Mapping[str, Any], name: str, shape: tuple[int, ...]) -> np.ndarray:
+    """Finite float64 numbers of this shape out of JSON."""
+    numbers = np.array(content[name])  # whatever is no number shows in the type
+    if numbers.dtype.kind not in "iuf" or numbers.shape != shape or not np.isfinite(numbers).all():
+        raise ValueError(f"{name} does not hold {' x '.join(map(str, shape))} numbers")
+    return numbers.astype(np.float64)
+
+
+def _counts(content: Mapping[str, Any], name: str, least: int) -> tuple[int, ...]:
+    """Three whole numbers out of JSON."""
+    counts = _numbers(content, name, (3,))
+    if (counts < least).any() or (counts % 1 != 0).any():
+        raise ValueError(f"{name} does not hold whole numbers from {least}")
+    return tuple(int(n) for n in counts)
+
+
+def _matrix(content: Mapping[str, Any], name: str) -> np.ndarray:
     """An affine transform out of JSON."""
-    matrix = np.array(values, dtype=np.float64)
-    if matrix.shape != (4, 4) or not np.isfinite(matrix).all() or (matrix[3] != [0, 0, 0, 1]).any():
+    matrix = _numbers(content, name, (4, 4))
+    if (matrix[3] != [0, 0, 0, 1]).any():
         raise ValueError(f"{name} is no affine matrix")
     if np.linalg.det(matrix) == 0:
         raise ValueError(f"{name} cannot be inverted")
     return matrix
+
+
+def _three_axes(shape: Sequence[int]) -> tuple[int, ...]:
+    """Voxels per axis of a volume; a plane is a volume of one."""
+    return tuple(int(n) for n in (*shape, 1)[:3])
 
 
 def _boxes_meet(matrix: np.ndarray, shape: Sequence[int], own_shape: Sequence[int]) -> bool:

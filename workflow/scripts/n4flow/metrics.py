@@ -42,6 +42,7 @@ CHANCE_VOXELS = 10
 FLAG_LIMITS = {
     "field_range": 6.0,  # largest / smallest ratio in the mask
     "field_flat": 0.005,  # inu_range: nothing was corrected
+    "field_outside": 0.5,  # of the image, outside of the one whose field it takes
     "cjv_worse": 1.02,  # after / before
     "entropy_worse": 0.05,  # bits, after - before
     "mean_drift": 0.01,  # of the mean intensity in the mask
@@ -564,6 +565,11 @@ def find_flags(metrics: Mapping[str, Any]) -> list[str]:
         flags.append(f"field_range: ×{field[0]:.2f} to ×{field[1]:.2f}, more than {limits['field_range']:g}-fold")
     if (inu := known("inu_range")) and inu[0] < limits["field_flat"]:
         flags.append(f"field_flat: inu_range {inu[0]:.4f}, next to nothing was corrected")
+    if (outside := known("outside_fraction")) and outside[0] > limits["field_outside"]:
+        flags.append(
+            f"field_outside: {100 * outside[0]:.0f} % of the image lies outside of the one its field was estimated on, "
+            "look whether both are of one space, and for shading where the field is extrapolated"
+        )
     if (cjv := known("cjv_before", "cjv_after")) and cjv[1] > limits["cjv_worse"] * cjv[0]:
         flags.append(f"cjv_worse: rose from {cjv[0]:.3f} to {cjv[1]:.3f}, look whether tissues still differ as before")
     # the classes of the CJV come from the corrected image and favour it; the entropy has no classes

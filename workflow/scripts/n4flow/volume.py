@@ -61,6 +61,9 @@ class Volume:
     affine : (4, 4) float64 array
     affine_mm : (4, 4) float64 array
         The affine with world coordinates in mm, whatever the header's units.
+    has_world : bool
+        Whether the header names a space (qform_code or sform_code is not 0); where it does not, the affine is made up,
+        with its origin in the middle of the image.
     voxel_size_mm : tuple of three floats
         From the header's zooms and units.
     frame_time_s : float
@@ -96,6 +99,7 @@ class Volume:
         scale = MM_PER_UNIT.get(self._unit(), 1.0)
         zooms = [float(z) * scale for z in self.header.get_zooms()[:3]]
         self.affine_mm = self.affine * [[scale], [scale], [scale], [1.0]]
+        self.has_world = bool(self.header["qform_code"] > 0 or self.header["sform_code"] > 0)
         self.voxel_size_mm = tuple((*zooms, 1.0)[:3])
         scale = SECONDS_PER_UNIT.get(self._unit(1), 1.0)
         self.frame_time_s = float(self.header.get_zooms()[3]) * scale if self.frames > 1 else 0.0
