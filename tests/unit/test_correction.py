@@ -67,8 +67,44 @@ def test_integers_and_a_whole_array_without_a_mask(head):
     assert_array_equal(from_integers.bias, from_floats.bias)
 
 
+def test_scale_of_the_weights_does_not_matter(head, mask_of_head):
+    weights = np.where(mask_of_head, 1 + np.linspace(0, 1, head.image.shape[0])[:, None, None], 0)
+    weights[0, 0, 0] = 3e7  # outside of the mask
+
+    def corrected(weights):
+        return correct(head.image, mask_of_head, weights=weights, voxel_size_mm=(2, 2, 2), device="cpu").bias
+
+    expected = corrected(weights)
+    assert np.ptp(np.log(expected[mask_of_head])) > 0.2
+    for scale in (1e-200, 1e-50, 1e-39, 1e39, 1e200):
+        assert_allclose(corrected(weights * scale), expected, rtol=1e-6, err_msg=f"{scale:g}")
+    # a power of two is exact, and so are its results
+    assert_array_equal(corrected(weights * 2.0**500), expected)
+
+
+@pytest.mark.parametrize("flat", [False, True], ids=["volume", "plane"])
+def test_field_of_an_array_is_brought_to_another_grid(head, mask_of_head, tmp_path, flat):
+    image, mask = (head.image[:, :, 45], mask_of_head[:, :, 45]) if flat else (head.image, mask_of_head)
+    affine = np.array([[0, -2, 0, 40], [2.0, 0, 0, -7], [0, 0, 2, 3], [0, 0, 0, 1]])
+    settings = {"voxel_size_mm": (2,) * image.ndim, "parameters": N4Parameters(shrink_factor=2), "device": "cpu"}
+    result = correct(image, mask, affine=affine, **settings)
+    without = correct(image, mask, **settings)
+    assert_array_equal(result.bias, without.bias)
+    assert_array_equal(without.field.affine, np.diag([2, 2, 1 if flat else 2, 1]))
+    result.field.save(tmp_path / "field.json")
+    # every second voxel, from the other end of the first axis
+    other = affine @ np.array([[-2, 0, 0, image.shape[0] - 1], [0, 2, 0, 0], [0, 0, 1 if flat else 2, 0], [0, 0, 0, 1]])
+    part = image[::-2, ::2] if flat else image[::-2, ::2, ::2]
+    ratio = BiasField.load(tmp_path / "field.json").on_grid(part.shape, other).ratio_tile(np.s_[:, :, :])
+    expected = result.bias[::-2, ::2, None] if flat else result.bias[::-2, ::2, ::2]
+    assert_allclose(ratio, expected, rtol=1e-6)
+
+
 def test_arguments_that_do_not_fit_are_refused(head):
     image = head.image
+    for affine in (np.eye(3), np.diag([1, 1, np.nan, 1]), np.diag([1, 1, 0, 1])):
+        with pytest.raises(ValueError, match="affine"):
+            correct(image, voxel_size_mm=(2, 2, 2), affine=affine)
     with pytest.raises(ValueError, match="voxel size per axis"):
         correct(image, voxel_size_mm=(2, 2))
     with pytest.raises(ValueError, match="above 0"):
@@ -275,6 +311,59 @@ def test_a_field_of_an_earlier_run_does_not_stay_beside_another_correction(head_
     files = CorrectionFiles(paths["corrected"], paths["sidecar"], paths["lattice"])
     correct_scan(head_file, paths["mask"], files, parameters=N4Parameters(spline_distance_mm=80), device="cpu")
     assert not paths["bias"].exists()
+
+
+@pytest.mark.parametrize("nameless", ["source", "target", "both", "neither"])
+@pytest.mark.parametrize("same", [True, False], ids=["same grid", "other grid"])
+def test_header_that_names_no_space_is_said(head, tmp_path, caplog, nameless, same):
+    def saved(name, values, affine):
+        image = nib.Nifti1Image(values, affine)
+        code = 0 if nameless in (name, "both") else 1
+        image.set_qform(affine, code)
+        image.set_sform(affine, code)
+        nib.save(image, tmp_path / f"{name}.nii")
+        return tmp_path / f"{name}.nii"
+
+    # what nibabel makes up for a header that names no space
+    affine = nib.Nifti1Image(head.image, None).header.get_base_affine() @ np.diag([2.0, 2, 2, 1])
+    affine[:3, 3] *= 2
+    lattice = run_chain(saved("source", head.image, affine), tmp_path / "sub-01")["lattice"]
+    target = saved("target", head.image if same else head.image[2:-2], affine)
+    files = CorrectionFiles(*(tmp_path / "sub-01" / f"target{end}" for end in (".nii", ".json", "_field.json")))
+    caplog.clear()
+    apply_scan(target, lattice, files)
+    said = [line for line in caplog.messages if "names no space" in line]
+    assert len(said) == (0 if same or nameless == "neither" else 1)
+    if said:
+        assert said[0].startswith(f"{lattice if nameless == 'source' else target}: ")
+        assert "set its qform or sform" in said[0]
+
+
+def test_share_of_the_image_outside_of_the_source_is_in_the_sidecar(head_file, tmp_path):
+    lattice = run_chain(head_file, tmp_path / "sub-01")["lattice"]
+    image = nib.load(head_file)
+    for name, shift, share in (("inside", 0, 0.0), ("outside", 3 * image.shape[0] // 4, 0.75)):
+        affine = image.affine.copy()
+        affine[0, 3] += 2 * shift
+        nib.save(nib.Nifti1Image(np.asarray(image.dataobj), affine), tmp_path / f"{name}.nii")
+        files = CorrectionFiles(*(tmp_path / "sub-01" / f"{name}{end}" for end in (".nii", ".json", "_field.json")))
+        apply_scan(tmp_path / f"{name}.nii", lattice, files)
+        found = json.loads(files.sidecar.read_text())["N4"]["ShareOutside"]
+        assert found == pytest.approx(share, abs=0.02)
+
+
+def test_reference_of_an_earlier_run_does_not_stay_beside_the_field_of_another_scan(head_file, tmp_path):
+    lattice = run_chain(head_file, tmp_path / "sub-01")["lattice"]
+    names = ("sub-01_desc-N4_T2w.nii.gz", "sub-01_desc-N4_T2w.json", "sub-01_desc-N4T2w_biasfield.json")
+    files = CorrectionFiles(*(tmp_path / "sub-01" / name for name in names))
+    stale = [tmp_path / "sub-01" / name.replace("desc-N4", "desc-N4sitk") for name in names]
+    kept = tmp_path / "sub-01" / "sub-01_desc-N4sitk_T1w.json"
+    for path in (*stale, kept):
+        path.write_text("{}")
+    apply_scan(head_file, lattice, files)
+    assert [path.exists() for path in stale] == [False] * 3
+    assert kept.exists()
+    assert all(path.exists() for path in files[:3])
 
 
 @pytest.mark.parametrize("scale", [1e-200, 1e200])

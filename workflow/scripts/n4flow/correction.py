@@ -278,6 +278,7 @@ def correct(
     mask: Any = None,
     *,
     voxel_size_mm: tuple[float, ...],
+    affine: np.ndarray | None = None,
     weights: Any = None,
     parameters: N4Parameters | None = None,
     device: DeviceChoice = "auto",
@@ -294,9 +295,13 @@ def correct(
         Where it is not 0 the field is estimated; everywhere by default.
     voxel_size_mm : tuple of float
         Per axis, in the order of the array's axes.
+    affine : (4, 4) array, optional
+        Voxel-to-world matrix in mm, also of a plane: what `BiasField.on_grid` needs to bring the field to another
+        image. By default the voxel sizes (1 for the missing axis of a plane) along the axes from 0. The estimate does
+        not depend on it.
     weights : array of the same shape, optional
         Confidence of each voxel in the fit of the field, from 0; a voxel of weight 0 takes no part in the estimate.
-        All 1 by default.
+        Only their ratios count. All 1 by default.
     parameters : N4Parameters, optional
     device : {"auto", "gpu", "cpu"}
     out, bias_out : float32 arrays of the volume's shape, optional
@@ -311,7 +316,7 @@ def correct(
     InputError
         The array holds nothing a field can be estimated from.
     ValueError
-        A shape, dtype or voxel size does not fit, or a weight is negative or not finite.
+        A shape, dtype or voxel size does not fit, the affine cannot be inverted, or a weight is negative or not finite.
     """
     parameters = parameters or N4Parameters()
     shape = tuple(volume.shape)
@@ -319,6 +324,10 @@ def correct(
         raise ValueError(f"need a 2-D or 3-D array and a voxel size per axis, got {shape} and {voxel_size_mm}")
     if not all(np.isfinite(size) and size > 0 for size in voxel_size_mm):
         raise ValueError(f"voxel_size_mm must be above 0, got {voxel_size_mm}")
+    size_mm = (*voxel_size_mm, 1.0)[:3]
+    affine = np.diag([*size_mm, 1.0]) if affine is None else np.array(affine, dtype=np.float64)
+    if affine.shape != (4, 4) or not np.isfinite(affine).all() or np.linalg.det(affine) == 0:
+        raise ValueError("the affine must be a (4, 4) matrix that can be inverted")
     if volume.dtype.kind not in "biuf":
         raise ValueError(f"need real numbers, got {volume.dtype}")
     if mask is not None and tuple(mask.shape) != shape:
@@ -345,7 +354,7 @@ def correct(
     image, inside, confidence, corrected, bias = (
         array[..., None] if flat and array is not None else array for array in (volume, mask, weights, out, bias_out)
     )
-    samples = _take_samples(image, inside, confidence, (*voxel_size_mm, 1.0)[:3], parameters.shrink_factor)
+    samples = _take_samples(image, inside, confidence, size_mm, affine, parameters.shrink_factor)
     field, history = estimate_field(samples, parameters, xp=xp, threads=available_cores())
     planes = max(1, TILE_VOXELS // (image.shape[0] * image.shape[1]))
     tiles = [_planes(slice(start, start + planes)) for start in range(0, image.shape[2], planes)]
@@ -378,7 +387,9 @@ def correct(
     return Correction(out, bias_out, field, history)
 
 
-def _take_samples(image: Any, mask: Any, weights: Any, voxel_size_mm: tuple[float, ...], shrink_factor: int) -> Samples:
+def _take_samples(
+    image: Any, mask: Any, weights: Any, voxel_size_mm: tuple[float, ...], affine: np.ndarray, shrink_factor: int
+) -> Samples:
     """What `read_samples` does for files."""
     positions = sample_positions(image.shape, shrink_factor)
     grid = np.ix_(*positions)
@@ -388,15 +399,18 @@ def _take_samples(image: Any, mask: Any, weights: Any, voxel_size_mm: tuple[floa
 
     values = sampled(image)
     inside = np.ones(values.shape, dtype=bool) if mask is None else inside_mask(sampled(mask))
-    confidence = None if weights is None else sampled(weights).astype(np.float32)
-    if confidence is not None:
-        weighted = inside & (confidence > 0)
-        if inside.any() and not weighted.any():
+    confidence = None
+    if weights is not None:
+        given = sampled(weights)
+        given = np.where(inside, given, 0).astype(np.promote_types(given.dtype, np.float64))
+        largest = given.max(initial=0)
+        if inside.any() and largest == 0:
             raise InputError("volume", "all weights in the mask are 0", "give a weight to the voxels that count")
-        inside = weighted
+        # only their ratios count, and those to the largest fit into float32
+        confidence = (given / (largest or 1)).astype(np.float32)
+        inside = confidence > 0
     usable, dropped = usable_voxels(values, inside)
     check_dropped("volume", dropped, int(inside.sum()))
-    affine = np.diag([*voxel_size_mm, 1.0])
     return Samples(
         log_where(values, usable),
         usable,
