@@ -374,6 +374,24 @@ def test_intensities_beyond_float32_are_refused(head, tmp_path, scale):
         run_chain(path, tmp_path / "out")
 
 
+@pytest.mark.parametrize("scale", [1e-50, 1e50])
+def test_arrays_beyond_float32_are_refused(head, mask_of_head, scale):
+    with pytest.raises(InputError, match="beyond what float32 holds; multiply the image"):
+        correct(head.image.astype(np.float64) * scale, mask_of_head, voxel_size_mm=(2, 2, 2), device="cpu")
+
+
+def test_an_image_beyond_float32_takes_no_field_of_another_one(head, head_file, tmp_path):
+    field = correct(head.image, head.image > 300, voxel_size_mm=(2, 2, 2), device="cpu").field
+    path = tmp_path / "a.nii"
+    nib.save(nib.Nifti1Image(head.image.astype(np.float64) * 1e45, np.diag([2.0, 2, 2, 1])), path)
+    with (
+        pytest.raises(InputError, match="a.nii: holds intensities beyond what float32 holds"),
+        np.errstate(over="ignore"),
+    ):
+        write_corrected(Volume(path), field, tmp_path / "b.nii", tmp_path / "c.nii")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.nii"]
+
+
 def test_arrays_that_cannot_be_meant_are_refused_and_nan_in_a_mask_is_outside(head, mask_of_head):
     with pytest.raises(ValueError, match="need real numbers, got complex64"):
         correct(head.image.astype(np.complex64), voxel_size_mm=(2, 2, 2))

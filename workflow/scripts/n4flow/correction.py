@@ -25,6 +25,9 @@ log = logging.getLogger(__name__)
 #: Voxels that `correct` works on at a time.
 TILE_VOXELS = 2**22
 
+#: A relative error that is infinite, as far as floats go: what was written is no number.
+BEYOND_FLOAT32 = 1e300
+
 
 def read_samples(image: str | Path | Volume, mask: str | Path | Volume, shrink_factor: int) -> Samples:
     """Take the samples of an image (of the mean over its frames) inside a mask, slab by slab.
@@ -161,7 +164,7 @@ def write_corrected(
     Raises
     ------
     InputError
-        The image cannot be read.
+        The image cannot be read, or float32 does not hold its intensities.
     """
     dtype = volume.dtype.newbyteorder("=") if keep_dtype else np.dtype(np.float32)
     integers = np.issubdtype(dtype, np.integer)
@@ -179,6 +182,10 @@ def write_corrected(
             if bias_writer and frame == 0:
                 bias_writer.write(ratio)
             worst = max(worst, _largest_error(values, written, ratio, rounding))
+            if worst > BEYOND_FLOAT32:  # within the context: nothing of it stays
+                raise InputError(
+                    volume.path, "holds intensities beyond what float32 holds", "multiply the image by a constant"
+                )
             log.info(
                 "%s: frame %d of %d, plane %d of %d written",
                 volume.path.name,
@@ -411,8 +418,10 @@ def _take_samples(
         inside = confidence > 0
     usable, dropped = usable_voxels(values, inside)
     check_dropped("volume", dropped, int(inside.sum()))
+    log_image = log_where(values, usable)
+    check_range("volume", log_image[usable])
     return Samples(
-        log_where(values, usable),
+        log_image,
         usable,
         positions,
         image.shape,
