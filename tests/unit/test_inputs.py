@@ -10,7 +10,9 @@ import yaml
 from n4flow.bids import Scan
 from n4flow.errors import InputError
 from n4flow.inputs import config_problems, in_fraction, load_schema, read_sheet, with_defaults
+from n4flow.metrics import FLAG_LIMITS
 from n4flow.parameters import PRESETS, N4Parameters
+from n4flow.qc.dataset import OUTLIER_Z
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = yaml.safe_load((ROOT / "config/config.yaml").read_text(encoding="utf-8"))
@@ -64,6 +66,20 @@ def test_a_distance_wins_over_the_spans_of_a_preset_and_does_not_stand_beside_sp
 def test_a_value_of_another_type_is_one_line_too(values):
     with pytest.raises(InputError, match=f"n4.{next(iter(values))}"):
         N4Parameters.from_mapping(values)
+
+
+def test_limits_of_the_flags_are_those_of_the_package():
+    limits = dict(CONFIG["qc"]["flags"])
+    assert limits.pop("outlier_z") == OUTLIER_Z
+    assert limits == FLAG_LIMITS
+
+
+def test_every_limit_of_a_flag_has_a_bound_a_default_and_a_description():
+    limits = CONFIG_SCHEMA["properties"]["qc"]["properties"]["flags"]["properties"]
+    assert [name for name, part in limits.items() if not {"description", "default"} <= set(part)] == []
+    for name in limits:
+        (problem,) = config_problems({"qc": {"flags": {name: -2}}}, CONFIG_SCHEMA)
+        assert problem.startswith(f"config: qc.flags.{name}: -2 is less than")
 
 
 def test_every_key_of_the_config_is_commented():

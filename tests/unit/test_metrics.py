@@ -1,12 +1,15 @@
 import math
+import re
 
 import numpy as np
 import pytest
 
 from n4flow.metrics import (
+    FLAG_LIMITS,
     coefficient_of_joint_variation,
     coefficient_of_variation,
     correction_metrics,
+    dark_fraction,
     field_agreement,
     find_flags,
     inhomogeneity,
@@ -18,6 +21,7 @@ from n4flow.metrics import (
     saturated_fraction,
     section_profile,
     section_spread,
+    steepness,
     tile_seam,
 )
 
@@ -322,13 +326,60 @@ def test_microscopy_metrics_by_hand():
     truth = checkered((12, 40, 9), 0.02)
     mask = np.ones(truth.shape, dtype=bool)
     image = truth * np.linspace(0.5, 1.5, 9)
-    image[0, 0, :4] = 65535
-    result = microscopy_metrics(in_file_order(image, mask), in_file_order(truth, mask), mask, np.dtype("uint16"))
-    assert result["saturated_fraction"] == pytest.approx(4 / truth.size)
+    result = microscopy_metrics(in_file_order(image, mask), in_file_order(truth, mask), mask)
     assert result["section_spread_after"] == pytest.approx(0, abs=1e-6)
     assert result["foreground_cv_after"] == pytest.approx(0.01, rel=1e-3)  # half of a step of 2 %
     assert result["foreground_cv_before"] > 0.25
     assert result["seam_ratio_after"] == pytest.approx(1, rel=1e-4)
+
+
+def test_steepness_of_a_ramp_is_its_change_across_the_mask():
+    # 0.02 per mm, over a cube of 50 mm
+    assert steepness(np.full(100, 0.02), 50.0) == pytest.approx(1.0)
+    assert math.isnan(steepness(np.array([]), 50.0))
+
+
+def test_dark_voxels_are_counted_by_hand():
+    # the 99th percentile is 100, so that 5 is dark no more
+    values = np.array([4.9] * 20 + [5.0] * 10 + [100.0] * 69 + [math.nan])
+    assert dark_fraction(values) == pytest.approx(21 / 100)
+    assert math.isnan(dark_fraction(np.array([math.nan])))
+
+
+def mriqc_inu(bias):
+    """MRIQC's inu_range and inu_med as its documentation defines them, from order statistics alone."""
+    ordered = sorted(bias)
+
+    def percentile(share):
+        place = share * (len(ordered) - 1)
+        low = int(place)
+        high = min(low + 1, len(ordered) - 1)
+        return ordered[low] + (place - low) * (ordered[high] - ordered[low])
+
+    return abs(percentile(0.95) - percentile(0.05)), percentile(0.5)
+
+
+def test_inhomogeneity_is_that_of_mriqc():
+    bias = np.exp(np.random.default_rng(8).normal(0, 0.2, 999))
+    assert inhomogeneity(bias) == pytest.approx(mriqc_inu(bias.tolist()))
+
+
+def test_a_head_worked_out_by_hand():
+    """Three tissues, each half darker by 20 % and half brighter by 20 % than it should be."""
+    truth = np.concatenate([np.repeat([m - d, m + d], 500) for m, d in ((20.0, 1.0), (60.0, 2.0), (100.0, 4.0))])
+    bias = np.tile(np.repeat([0.8, 1.2], 250), 6)
+    result = correction_metrics(truth * bias, truth, np.log(bias))
+    # corrected: sd 2 and 4, means 60 and 100
+    assert result["cjv_after"] == pytest.approx((2 + 4) / (100 - 60))
+    assert result["cv_bright_after"] == pytest.approx(4 / 100)
+    # original: the means stay, and the variance of m (1 ± 0.2) (1 ± d/m) is m² (0.2² + (d/m)² (1 + 0.2²))
+    spread = [m * math.sqrt(0.2**2 + (d / m) ** 2 * 1.04) for m, d in ((60, 2), (100, 4))]
+    assert result["cjv_before"] == pytest.approx(sum(spread) / 40)
+    assert result["cv_bright_before"] == pytest.approx(spread[1] / 100)
+    assert (result["inu_range"], result["inu_med"]) == pytest.approx((0.4, 1.0))
+    assert (result["field_min"], result["field_max"]) == pytest.approx((0.8, 1.2))
+    assert result["mean_ratio"] == pytest.approx(1)
+    assert result["mask_dark_fraction"] == 0
 
 
 def test_metrics_of_classes_can_be_left_out():
@@ -343,6 +394,7 @@ FINE = {
     "field_min": 0.8, "field_max": 1.2, "inu_range": 0.2, "cjv_before": 0.6, "cjv_after": 0.5, "mean_ratio": 1.0,
     "dropped_fraction": 0.0, "converged": True, "outside_fraction": 0.5,
     "log_entropy_before_bits": 4.1, "log_entropy_after_bits": 4.0, "reference_r": 0.99, "self_check_max": 1e-7,
+    "field_steepness": 1.0, "mask_dark_fraction": 0.03,
     "saturated_fraction": 0.002, "seam_ratio_before": 1.2, "seam_ratio_after": 1.21, "seam_place_after": "i 4 to 5",
 }  # fmt: skip
 
@@ -358,6 +410,8 @@ def test_a_fine_correction_raises_no_flag():
     [
         ({"field_min": 0.1}, "field_range"),
         ({"inu_range": 0.001}, "field_flat"),
+        ({"field_steepness": 5.0}, "field_steep"),
+        ({"mask_dark_fraction": 0.3}, "dark_mask"),
         ({"cjv_after": 0.7}, "cjv_worse"),
         ({"log_entropy_after_bits": 4.2}, "entropy_worse"),
         ({"mean_ratio": 0.9}, "mean_drift"),
@@ -373,8 +427,25 @@ def test_a_fine_correction_raises_no_flag():
 def test_each_flag_fires_alone_and_gives_its_reason(change, flag):
     (found,) = find_flags(FINE | change)
     name, reason = found.split(": ", 1)
+    happened, look = reason.rsplit("; look ", 1)
     assert name == flag
-    assert len(reason) > 10
+    assert len(look) > 10
+    # in words, and with the limit that fired; the convergence threshold is no limit of a flag
+    assert re.search(r"\(limit [+±]?[\d.e-]+.*\)$", happened) or flag == "iterations_exhausted"
+
+
+@pytest.mark.parametrize("flag", FLAG_LIMITS)
+def test_a_limit_that_is_moved_away_silences_its_flag_and_no_other(flag):
+    bad = FINE | {
+        "field_min": 0.1, "inu_range": 0.001, "field_steepness": 5.0, "cjv_after": 0.7, "log_entropy_after_bits": 4.2,
+        "mean_ratio": 0.9, "mask_dark_fraction": 0.3, "dropped_fraction": 0.1, "reference_r": 0.5,
+        "saturated_fraction": 0.03, "seam_ratio_after": 1.5, "self_check_max": 0.1,
+    }  # fmt: skip
+    away = -1 if flag in ("field_flat", "reference_r") else 1e3
+    names = [found.split(":")[0] for found in find_flags(bad)]
+    left = [found.split(":")[0] for found in find_flags(bad, FLAG_LIMITS | {flag: away})]
+    assert set(names) == set(FLAG_LIMITS)
+    assert left == [name for name in names if name != flag]
 
 
 def test_mean_may_change_under_the_field_of_another_scan():

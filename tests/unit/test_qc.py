@@ -12,12 +12,14 @@ from urllib.parse import unquote
 import nibabel as nib
 import numpy as np
 import pytest
+import yaml
 from PIL import Image
 
 from n4flow.errors import InputError
 from n4flow.field import BiasField, Mesh
 from n4flow.qc import panels
-from n4flow.qc.dataset import make_index
+from n4flow.qc.dataset import COLUMNS, make_index
+from n4flow.qc.definitions import DEFINITIONS
 from n4flow.qc.pages import PAGE_BYTES, make_subject
 
 WINDOW = math.log(1.5)
@@ -255,7 +257,7 @@ def test_a_page_needs_nothing_else_and_fits(subject):
     page = Elements(subject["page"])
     assert all(i.get("src", "data:").startswith("data:") for i in page.all("img") + page.all("script"))
     assert [link["href"] for link in page.all("link")] == ["data:,"]
-    assert [a["href"] for a in page.all("a")] == ["index.html"]
+    assert [a["href"] for a in page.all("a")] == ["index.html", "guide.html"]
 
 
 def test_every_panel_is_there_with_numbers_in_its_alt_text(subject):
@@ -553,10 +555,44 @@ def test_the_worst_by_robust_z_comes_first(tmp_path):
     make_index(paths, tmp_path / "index.html", tmp_path / "metrics.tsv")
     rows = index_rows(tmp_path / "index.html")
     assert rows[0][0] == "sub-2"
-    assert "outlier: CJV after" in rows[0][2][0]
+    (flag,) = rows[0][2]
+    assert flag == ("outlier: CJV after 0.900 (median 0.510, robust z 13.2); limit 3.5, look at it beside other scans")
     assert rows[0][3] == pytest.approx(0.6745 * 0.39 / 0.02, abs=0.01)
     # a low CJV is no fault
     assert [row[2] for row in rows[1:]] == [[]] * 6
+
+
+def test_an_outlier_says_every_metric_beyond_the_limit_the_worst_first(tmp_path):
+    subjects = [{"name": f"sub-{n}", "cjv_after": 0.5 + n / 100, "field_min": 0.8 + n / 100} for n in range(6)]
+    subjects.append({"name": "odd", "cjv_after": 0.9, "field_min": 0.1})
+    paths = write_metrics(tmp_path, subjects)
+    make_index(paths, tmp_path / "index.html", tmp_path / "metrics.tsv", outlier_z=5)
+    (flag,) = index_rows(tmp_path / "index.html")[0][2]
+    assert re.search(r"field min \(ratio\) 0.100 .*, CJV after 0.900 .*limit 5", flag)
+    make_index(paths, tmp_path / "index.html", tmp_path / "metrics.tsv", outlier_z=100)
+    assert index_rows(tmp_path / "index.html")[0][2] == []
+
+
+def test_every_metric_of_the_table_is_defined_once():
+    assert sorted(key for definition in DEFINITIONS for key in definition.keys) == sorted(key for key, *_ in COLUMNS)
+
+
+def test_multiqc_gets_the_same_numbers_under_a_header_that_yaml_reads(tmp_path):
+    subjects = [
+        {"name": "tab\there", "cjv_after": 0.5, "inu_range": 0.2, "flags": ["x: y", "z: w"]},
+        {"name": "sub-02_T1w", "cjv_after": None, "inu_range": 0.1},
+    ]
+    make_index(write_metrics(tmp_path, subjects), tmp_path / "index.html", tmp_path / "metrics.tsv")
+    lines = (tmp_path / "metrics_mqc.tsv").read_text(encoding="utf-8").splitlines()
+    header = yaml.safe_load("\n".join(line.removeprefix("# ") for line in lines if line.startswith("#")))
+    rows = list(csv.DictReader((n for n in lines if not n.startswith("#")), delimiter="\t", quoting=csv.QUOTE_NONE))
+    assert (header["plot_type"], list(header["headers"])) == ("table", list(rows[0])[1:])
+    assert [row["Sample"] for row in rows] == ["tab here", "sub-02_T1w"]
+    assert [(row["cjv_after"], row["n_flags"], row["flags"]) for row in rows] == [
+        ("0.5", "2", "x: y; z: w"),
+        ("", "0", ""),
+    ]
+    assert "P95(b)" in header["headers"]["inu_range"]["description"]
 
 
 def test_flags_come_first_among_few_subjects(tmp_path):

@@ -38,6 +38,8 @@ PACKAGE_FILES = [
     "qc/assets/style.css",
     "qc/assets/subject.js",
     "qc/dataset.py",
+    "qc/definitions.py",
+    "qc/multiqc.py",
     "qc/pages.py",
     "qc/panels.py",
     "qc/rendering.py",
@@ -135,6 +137,12 @@ def with_reference(scan):
     return not scan.field_from and in_fraction(scan.subject, config["reference"]["fraction"])
 
 
+def page_settings():
+    """Config of the pages: all of qc but what concerns the index alone."""
+    limits = {name: limit for name, limit in config["qc"]["flags"].items() if name != "outlier_z"}
+    return config["qc"] | {"flags": limits}
+
+
 def image_of(wildcards):
     return scan_of(wildcards).image
 
@@ -229,7 +237,13 @@ def report_failures():
         from n4flow.qc.dataset import make_index
 
         qc.mkdir(parents=True, exist_ok=True)
-        make_index(done, qc / "index.html", qc / "metrics.tsv", failed=list(failed.items()))
+        make_index(
+            done,
+            qc / "index.html",
+            qc / "metrics.tsv",
+            failed=list(failed.items()),
+            outlier_z=config["qc"]["flags"]["outlier_z"],
+        )
     except ImportError as error:  # the workflow's own environment need not hold the QC's packages
         logger.error(f"No index over the scans that are done: {error}")
     else:

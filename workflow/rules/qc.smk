@@ -18,7 +18,7 @@ rule qc:
     resources:
         mem_mb=memory_mb(baseline=600, per_mb=80),
     params:
-        settings=config["qc"],
+        settings=page_settings(),
         package=package_digest("qc.pages"),
     script:
         "../scripts/qc.py"
@@ -32,6 +32,7 @@ rule index:
     output:
         page="<results>/qc/index.html",
         table="<results>/qc/metrics.tsv",
+        multiqc="<results>/qc/metrics_mqc.tsv",
         bundle=report(directory(BUNDLE), htmlindex="index.html", caption="../report/index.rst", category="Scans"),
     log:
         "<logs>/index.log",
@@ -42,6 +43,7 @@ rule index:
     resources:
         mem_mb=500,
     params:
+        outlier_z=config["qc"]["flags"]["outlier_z"],
         package=package_digest("qc.dataset"),
     script:
         "../scripts/index.py"

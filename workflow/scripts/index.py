@@ -18,7 +18,8 @@ def link(source, target):
 
 def main(snakemake):
     page, table = Path(snakemake.output.page), Path(snakemake.output.table)
-    make_index([Path(path) for path in snakemake.input.metrics], page, table)
+    metrics = [Path(path) for path in snakemake.input.metrics]
+    make_index(metrics, page, table, outlier_z=snakemake.params.outlier_z)
     bundle = Path(snakemake.output.bundle)
     bundle.mkdir(parents=True)
     for file in (page, table, *map(Path, snakemake.input.pages)):

@@ -38,14 +38,19 @@ CAMERA_MAXIMA = tuple(2**bits - 1 for bits in (8, 10, 12, 14, 16))
 #: So many voxels may share the largest value by chance.
 CHANCE_VOXELS = 10
 
-#: Limits of the automatic flags; see `find_flags`.
+#: Below this share of the 99th percentile of the mask, a voxel is as dark as air.
+DARK_SHARE = 0.05
+
+#: Limits of the automatic flags, each by the name of its flag; see `find_flags`.
 FLAG_LIMITS = {
     "field_range": 6.0,  # largest / smallest ratio in the mask
     "field_flat": 0.005,  # inu_range: nothing was corrected
     "field_outside": 0.5,  # of the image, outside of the one whose field it takes
+    "field_steep": 3.0,  # field_steepness
     "cjv_worse": 1.02,  # after / before
     "entropy_worse": 0.05,  # bits, after - before
     "mean_drift": 0.01,  # of the mean intensity in the mask
+    "dark_mask": 0.2,  # of the mask
     "dropped_voxels": 0.01,  # of the mask
     "reference_r": 0.9,
     "saturation": 0.01,  # of the mask
@@ -131,6 +136,9 @@ def coefficient_of_variation(values: np.ndarray) -> float:
 def coefficient_of_joint_variation(middle: np.ndarray, bright: np.ndarray) -> float:
     """``(sd_GM + sd_WM) / |mean_GM - mean_WM|``, without unit; lower is better.
 
+    The formula is the one MRIQC documents. Its own numbers differ: it has a segmentation of grey and
+    white matter, and puts medians and median absolute deviations for means and standard deviations.
+
     Parameters
     ----------
     middle, bright : 1-D arrays
@@ -143,7 +151,8 @@ def coefficient_of_joint_variation(middle: np.ndarray, bright: np.ndarray) -> fl
 
     References
     ----------
-    Ganzetti, Wenderoth & Mantini 2016, doi:10.3389/fninf.2016.00010.
+    Ganzetti, Wenderoth & Mantini 2016, doi:10.3389/fninf.2016.00010; Esteban et al. 2017,
+    doi:10.1371/journal.pone.0184661 (MRIQC, mriqc.qc.anatomical.cjv).
     """
     if middle.size == 0 or bright.size == 0:
         return math.nan
@@ -195,21 +204,25 @@ class Inhomogeneity(NamedTuple):
 def inhomogeneity(ratio: np.ndarray) -> Inhomogeneity:
     """Spread and location of the multiplicative bias field inside the mask, without unit.
 
+    ``range = |P95(b) - P5(b)|`` and ``med = P50(b)``, as MRIQC has them; its voxels are those of the
+    segmented brain, ours those of the mask.
+
     Parameters
     ----------
     ratio : (n,) array
-        Multiplicative field.
+        Multiplicative field b.
 
     Returns
     -------
     range : float
-        95th minus 5th percentile.
+        95th minus 5th percentile; 0 for no field.
     med : float
         Median.
 
     References
     ----------
-    Esteban et al. 2017, doi:10.1371/journal.pone.0184661 (MRIQC, inu_range and inu_med).
+    Esteban et al. 2017, doi:10.1371/journal.pone.0184661 (MRIQC, inu_range and inu_med of
+    mriqc.interfaces.anatomical.StructuralQC).
     """
     low, median, high = np.percentile(ratio, [5, 50, 95])
     return Inhomogeneity(abs(float(high) - float(low)), float(median))
@@ -225,7 +238,9 @@ class FieldAgreement(NamedTuple):
 
 
 def field_agreement(log_field: np.ndarray, log_reference: np.ndarray) -> FieldAgreement:
-    """Compare two log bias fields in the mask, each less its mean there.
+    """Compare two log bias fields in the mask, each less its mean there: ``a`` is ours, ``b`` the reference.
+
+    ``r = sum(a b) / sqrt(sum(a a) sum(b b))`` and ``slope = sum(a b) / sum(b b)``.
 
     Parameters
     ----------
@@ -251,6 +266,39 @@ def field_agreement(log_field: np.ndarray, log_reference: np.ndarray) -> FieldAg
         math.sqrt(float(np.mean(difference**2))),
         float(np.percentile(difference, 99)),
     )
+
+
+def steepness(log_slope_per_mm: np.ndarray, mask_size_mm: float) -> float:
+    """``P99(|grad log b|) * size``, without unit: how steep the field is for an object of this size.
+
+    What the log field would change by across the mask, were it everywhere as steep as where it is
+    steepest. A coil makes a slow field, whatever the object; a mesh near the size of anatomy follows
+    the anatomy, which is steep.
+
+    Parameters
+    ----------
+    log_slope_per_mm : (n,) array
+        Length of the gradient of the log field at voxels of the mask.
+    mask_size_mm : float
+        Edge of the cube (or the square, of a 2-D image) as large as the mask.
+    """
+    return float(np.percentile(log_slope_per_mm, 99)) * mask_size_mm if log_slope_per_mm.size else math.nan
+
+
+def dark_fraction(original: np.ndarray) -> float:
+    """Share of the voxels that are as dark as air: ``|{v: v < 0.05 P99(v)}| / n``.
+
+    Noise has no bias field, and its logarithm spreads so far that it outweighs the tissue.
+
+    Parameters
+    ----------
+    original : (n,) array
+        Original intensities in the mask; what is not finite counts as dark.
+    """
+    known = original[np.isfinite(original)]
+    if not known.size:
+        return math.nan
+    return float(np.mean(~(original >= DARK_SHARE * np.percentile(known, 99))))
 
 
 def _sections(values: np.ndarray, mask: np.ndarray) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
@@ -399,7 +447,7 @@ def mask_volume_ml(voxels: int, voxel_size_mm: Sequence[float]) -> float:
     return voxels * math.prod(float(s) for s in voxel_size_mm) / 1000
 
 
-def robust_z(values: Sequence[float]) -> np.ndarray:
+def robust_z(values: Sequence[float] | np.ndarray) -> np.ndarray:
     """``0.6745 * (x - median) / MAD``: how unusual a value is among all, whatever the outliers.
 
     Parameters
@@ -460,9 +508,6 @@ def microscopy_metrics(
     original: np.ndarray,
     corrected: np.ndarray,
     mask: np.ndarray,
-    dtype: np.dtype,
-    slope: float = 1.0,
-    inter: float = 0.0,
 ) -> dict[str, Any]:
     """What stands in place of the `class_metrics` in microscopy.
 
@@ -471,8 +516,6 @@ def microscopy_metrics(
     original, corrected : (n,) arrays
         ``image.T[mask.T]``.
     mask : (n0, n1, n2) bool array
-    dtype, slope, inter
-        How the original is stored, see `saturated_fraction`.
 
     Returns
     -------
@@ -480,7 +523,7 @@ def microscopy_metrics(
         Without unit; the places of the seams are None where there is no ratio.
     """
     usable = _usable(original, corrected)
-    result: dict[str, Any] = {"saturated_fraction": saturated_fraction(original, dtype, slope, inter)}
+    result: dict[str, Any] = {}
     for when, values in (("before", original), ("after", corrected)):
         seam = tile_seam(values, mask)
         result |= {
@@ -531,6 +574,7 @@ def correction_metrics(
         "inu_med": inu.med,
         "field_min": float(ratio.min()),
         "field_max": float(ratio.max()),
+        "mask_dark_fraction": dark_fraction(original),
     }
     if log_reference is not None:
         agreement = field_agreement(log_field, log_reference)
@@ -538,64 +582,148 @@ def correction_metrics(
     return result
 
 
-def find_flags(metrics: Mapping[str, Any]) -> list[str]:
-    """What a reviewer should look at first, by the fixed `FLAG_LIMITS`.
+def find_flags(metrics: Mapping[str, Any], limits: Mapping[str, float] = FLAG_LIMITS) -> list[str]:
+    """What a reviewer should look at first, by fixed limits.
 
     Parameters
     ----------
     metrics : mapping
         As `correction_metrics` and `microscopy_metrics` give them, with what the run reports
         (dropped_fraction, converged, field_from, …); what is absent, None or NaN raises no flag.
+    limits : mapping
+        As `FLAG_LIMITS`.
 
     Returns
     -------
     list of str
-        ``name: reason``.
+        ``name: what happened, with the value and its limit; what to look at``.
     """
 
     def known(*names: str) -> list[float] | None:
         values = [metrics.get(name) for name in names]
         return [float(v) for v in values] if all(v is not None and math.isfinite(v) for v in values) else None  # type: ignore[arg-type]
 
-    limits = FLAG_LIMITS
     flags = []
+
+    def add(name: str, happened: str, limit: str, look: str) -> None:
+        flags.append(f"{name}: {happened} (limit {limit}); look {look}")
+
+    limit = limits["field_range"]
     if metrics.get("mask_volume_ml") is not None and known("mean_ratio", "log_entropy_after_bits") is None:
-        flags.append("not_measurable: the corrected image has no usable intensities in the mask")
-    if (field := known("field_min", "field_max")) and field[1] > limits["field_range"] * field[0]:
-        flags.append(f"field_range: ×{field[0]:.2f} to ×{field[1]:.2f}, more than {limits['field_range']:g}-fold")
-    if (inu := known("inu_range")) and inu[0] < limits["field_flat"]:
-        flags.append(f"field_flat: inu_range {inu[0]:.4f}, next to nothing was corrected")
-    if (outside := known("outside_fraction")) and outside[0] > limits["field_outside"]:
         flags.append(
-            f"field_outside: {100 * outside[0]:.0f} % of the image lies outside of the one its field was estimated on, "
-            "look whether both are of one space, and for shading where the field is extrapolated"
+            "not_measurable: the corrected image has no usable intensities in the mask; look at the mask and the image"
         )
-    if (cjv := known("cjv_before", "cjv_after")) and cjv[1] > limits["cjv_worse"] * cjv[0]:
-        flags.append(f"cjv_worse: rose from {cjv[0]:.3f} to {cjv[1]:.3f}, look whether tissues still differ as before")
+    if (field := known("field_min", "field_max")) and field[1] > limit * field[0]:
+        add(
+            "field_range",
+            f"the field runs from ×{field[0]:.2f} to ×{field[1]:.2f}, {field[1] / field[0]:.3g}-fold",
+            f"{limit:g}-fold",
+            "at the field for a hot corner, and whether the mask leaks into air",
+        )
+    limit = limits["field_flat"]
+    if (inu := known("inu_range")) and inu[0] < limit:
+        add(
+            "field_flat",
+            f"next to nothing was corrected, inu_range {inu[0]:.4f}",
+            f"{limit:g}",
+            "whether shading is left in the corrected image; if it had none, all is well",
+        )
+    limit = limits["field_steep"]
+    if (steep := known("field_steepness")) and steep[0] > limit:
+        add(
+            "field_steep",
+            f"the field is steep for the size of the mask, steepness {steep[0]:.2f}",
+            f"{limit:g}",
+            "for anatomy in the field: the mesh may be too fine",
+        )
+    limit = limits["field_outside"]
+    if (outside := known("outside_fraction")) and outside[0] > limit:
+        add(
+            "field_outside",
+            f"{100 * outside[0]:.0f} % of the image lies outside of the one its field was estimated on",
+            f"{100 * limit:g} %",
+            "whether both are of one space, and for shading where the field is extrapolated",
+        )
+    limit = limits["cjv_worse"]
+    if (cjv := known("cjv_before", "cjv_after")) and cjv[1] > limit * cjv[0]:
+        add(
+            "cjv_worse",
+            f"the CJV rose from {cjv[0]:.3f} to {cjv[1]:.3f}, {cjv[1] / cjv[0] if cjv[0] else math.inf:.3g}-fold",
+            f"{limit:g}-fold",
+            "whether tissues still differ as before",
+        )
     # the classes of the CJV come from the corrected image and favour it; the entropy has no classes
+    limit = limits["entropy_worse"]
     entropy = known("log_entropy_before_bits", "log_entropy_after_bits")
-    if entropy and entropy[1] > entropy[0] + limits["entropy_worse"]:
-        flags.append(f"entropy_worse: the histogram spread, from {entropy[0]:.2f} to {entropy[1]:.2f} bits")
-    # the field of another scan is applied as it is
-    own_field = not metrics.get("field_from")
-    if own_field and (mean := known("mean_ratio")) and abs(mean[0] - 1) > limits["mean_drift"]:
-        flags.append(f"mean_drift: mean intensity in the mask changed by {100 * (mean[0] - 1):+.1f} %")
-    if (dropped := known("dropped_fraction")) and dropped[0] > limits["dropped_voxels"]:
-        flags.append(f"dropped_voxels: {100 * dropped[0]:.1f} % of the mask had no usable intensity")
+    if entropy and entropy[1] > entropy[0] + limit:
+        add(
+            "entropy_worse",
+            f"the histogram spread, its entropy rose from {entropy[0]:.2f} to {entropy[1]:.2f} bits",
+            f"+{limit:g} bits",
+            "whether the corrected image is shaded more than the original",
+        )
+    limit = limits["mean_drift"]
+    own_field = not metrics.get("field_from")  # the field of another scan is applied as it is
+    if own_field and (mean := known("mean_ratio")) and abs(mean[0] - 1) > limit:
+        add(
+            "mean_drift",
+            f"the mean intensity in the mask changed by {100 * (mean[0] - 1):+.1f} %",
+            f"±{100 * limit:g} %",
+            "whether the files belong together: this workflow keeps the mean",
+        )
+    limit = limits["dark_mask"]
+    if (dark := known("mask_dark_fraction")) and dark[0] > limit:
+        add(
+            "dark_mask",
+            f"{100 * dark[0]:.1f} % of the mask is as dark as air",
+            f"{100 * limit:g} %",
+            "whether the mask leaks: its outline is on the original",
+        )
+    limit = limits["dropped_voxels"]
+    if (dropped := known("dropped_fraction")) and dropped[0] > limit:
+        add(
+            "dropped_voxels",
+            f"{100 * dropped[0]:.1f} % of the mask had no usable intensity",
+            f"{100 * limit:g} %",
+            "for zeros or negative values in the image, and whether the mask fits it",
+        )
     if metrics.get("converged") is False:
-        flags.append("iterations_exhausted: a level ended above the convergence threshold")
-    if (r := known("reference_r")) and r[0] < limits["reference_r"]:
-        flags.append(f"reference_r: correlation with the reference {r[0]:.3f}, below {limits['reference_r']:g}")
-    if (saturated := known("saturated_fraction")) and saturated[0] > limits["saturation"]:
         flags.append(
-            f"saturation: {100 * saturated[0]:.1f} % of the mask is at the original's ceiling, where shading is lost"
+            "iterations_exhausted: a level ended above the convergence threshold; look at the convergence plot, and "
+            "raise n4.iterations if it still falls"
         )
-    if (seam := known("seam_ratio_before", "seam_ratio_after")) and seam[1] > limits["seam_worse"] * seam[0]:
+    limit = limits["reference_r"]
+    if (r := known("reference_r")) and r[0] < limit:
+        add(
+            "reference_r",
+            f"the field's correlation with the reference is {r[0]:.3f}",
+            f"{limit:g}",
+            "at the difference map",
+        )
+    limit = limits["saturation"]
+    if (saturated := known("saturated_fraction")) and saturated[0] > limit:
+        add(
+            "saturation",
+            f"{100 * saturated[0]:.1f} % of the mask is at the original's ceiling, where shading is lost",
+            f"{100 * limit:g} %",
+            "at the right end of the histogram, and at how the image was made",
+        )
+    limit = limits["seam_worse"]
+    if (seam := known("seam_ratio_before", "seam_ratio_after")) and seam[1] > limit * seam[0]:
         place = metrics.get("seam_place_after")
-        flags.append(
-            f"seam_worse: the worst step between planes{f' ({place})' if place else ''} rose from {seam[0]:.2f} to "
-            f"{seam[1]:.2f} times the typical one, look for a seam in the field"
+        add(
+            "seam_worse",
+            f"the worst step between planes{f' ({place})' if place else ''} rose from {seam[0]:.2f} to {seam[1]:.2f} "
+            "times the typical one",
+            f"{limit:g}-fold",
+            "for a seam in the field",
         )
-    if (check := known("self_check_max")) and check[0] > limits["self_check"]:
-        flags.append(f"self_check: corrected × field differs from the original by up to {check[0]:.1e}")
+    limit = limits["self_check"]
+    if (check := known("self_check_max")) and check[0] > limit:
+        add(
+            "self_check",
+            f"corrected × field differs from the original by up to {check[0]:.1e}",
+            f"{limit:g}",
+            "whether the files belong together; if they do, report it",
+        )
     return flags

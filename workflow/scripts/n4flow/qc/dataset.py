@@ -11,11 +11,13 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+import numpy as np
 from markupsafe import Markup
 
 from n4flow.files import atomic_text
 from n4flow.metrics import robust_z
-from n4flow.qc.rendering import plain, read_json, render
+from n4flow.qc.multiqc import multiqc_path, write_multiqc
+from n4flow.qc.rendering import number, plain, read_json, render
 
 #: Columns of metrics.tsv and of the dataset table: key, heading, digits, the direction that is worse.
 COLUMNS: tuple[tuple[str, str, int, int], ...] = (
@@ -30,12 +32,14 @@ COLUMNS: tuple[tuple[str, str, int, int], ...] = (
     ("seam_ratio_before", "seam ratio before", 2, 0),
     ("seam_ratio_after", "seam ratio after", 2, 1),
     ("saturated_fraction", "saturated", 4, 1),
+    ("mask_dark_fraction", "dark in mask", 4, 1),
     ("log_entropy_before_bits", "log entropy before (bits)", 2, 0),
     ("log_entropy_after_bits", "log entropy after (bits)", 2, 0),
     ("inu_range", "inu_range", 3, 1),
     ("inu_med", "inu_med", 3, 0),
     ("field_min", "field min (ratio)", 3, -1),
     ("field_max", "field max (ratio)", 3, 1),
+    ("field_steepness", "field steepness", 2, 1),
     ("reference_r", "r to reference", 4, -1),
     ("reference_slope", "slope to reference", 3, 0),
     ("reference_rms_log", "rms |Δlog|", 4, 1),
@@ -66,15 +70,19 @@ def make_index(
     output_page: str | Path,
     output_table: str | Path,
     failed: Sequence[tuple[str, str]] = (),
+    outlier_z: float = OUTLIER_Z,
 ) -> None:
-    """Write the dataset's index page and metrics.tsv, from the metrics files alone.
+    """Write the dataset's index page, metrics.tsv and metrics_mqc.tsv, from the metrics files alone.
 
     Parameters
     ----------
     metrics_files : paths
         As `make_subject` wrote them.
     output_page, output_table : path-like
+        Beside the table, the same for MultiQC: its name with ``_mqc`` before the extension.
     failed : sequence of (name, error line)
+    outlier_z : float
+        Robust z beyond which a scan is flagged as an outlier.
     """
     subjects = []
     folder = Path(output_page).resolve().parent
@@ -83,13 +91,14 @@ def make_index(
         linked = Path(path).resolve().parent / str(values.get("page", ""))
         values["href"] = quote(os.path.relpath(linked, folder))
         subjects.append(values)
-    worst = _worst_z(subjects)
+    worst = _worst_z(subjects, outlier_z)
     for values, (z, reason) in zip(subjects, worst, strict=True):
         values["worst_z"] = z
         values["flags"] = list(values.get("flags") or []) + ([reason] if reason else [])
     # without enough subjects every z is None, and the flags decide
     subjects.sort(key=lambda v: (-(v["worst_z"] or 0.0), -len(v["flags"]), str(v.get("name"))))
     _write_table(subjects, output_table)
+    write_multiqc(subjects, [column[:3] for column in COLUMNS], multiqc_path(output_table))
 
     shown = [column for column in COLUMNS if column[0] in SHOWN and any(v.get(column[0]) is not None for v in subjects)]
     rows = [
@@ -129,22 +138,30 @@ def _round(value: Any, digits: int) -> Any:
     return float(f"{value:.1e}") if abs(value) < 0.5 * 10**-digits else round(value, digits)
 
 
-def _worst_z(subjects: Sequence[Mapping[str, Any]]) -> list[tuple[float | None, str]]:
-    """Per subject the largest robust z in the bad direction, and the flag it raises beyond the limit."""
+def _worst_z(subjects: Sequence[Mapping[str, Any]], limit: float) -> list[tuple[float | None, str]]:
+    """Per subject the largest robust z in the bad direction, and the flag that names all metrics beyond the limit."""
     if len(subjects) < OUTLIER_SUBJECTS:
         return [(None, "")] * len(subjects)
-    best: list[tuple[float, str]] = [(0.0, "")] * len(subjects)
-    for key, heading, _, worse in COLUMNS:
+    worst = [0.0] * len(subjects)
+    beyond: list[list[tuple[float, str]]] = [[] for _ in subjects]
+    for key, heading, digits, worse in COLUMNS:
         if not worse:
             continue
-        column = [math.nan if v.get(key) is None else float(v[key]) for v in subjects]
+        column = np.array([math.nan if v.get(key) is None else float(v[key]) for v in subjects])
         for n, z in enumerate(worse * robust_z(column)):
-            if math.isfinite(z) and z > best[n][0]:
-                best[n] = (float(z), heading)
+            if math.isfinite(z):
+                worst[n] = max(worst[n], float(z))
+            if z > limit:
+                usual = number(float(np.nanmedian(column)), digits)
+                beyond[n].append((z, f"{heading} {number(column[n], digits)} (median {usual}, robust z {z:.1f})"))
     return [
-        (round(z, 2), f"outlier: {heading} is unusual in this dataset (robust z {z:.1f})" if z > OUTLIER_Z else "")
-        for z, heading in best
+        (round(z, 2), f"outlier: {_listed(named)}; limit {limit:g}, look at it beside other scans" if named else "")
+        for z, named in zip(worst, beyond, strict=True)
     ]
+
+
+def _listed(named: list[tuple[float, str]]) -> str:
+    return ", ".join(text for _, text in sorted(named, reverse=True))
 
 
 def _write_table(subjects: Sequence[Mapping[str, Any]], path: str | Path) -> None:

@@ -8,7 +8,7 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import nibabel as nib
 import numpy as np
@@ -18,12 +18,15 @@ from n4flow.errors import InputError
 from n4flow.field import BiasField
 from n4flow.files import atomic_text
 from n4flow.metrics import (
+    FLAG_LIMITS,
     PLANE_VOXELS,
     correction_metrics,
     find_flags,
     mask_volume_ml,
     microscopy_metrics,
+    saturated_fraction,
     section_profile,
+    steepness,
 )
 from n4flow.qc import panels
 from n4flow.qc.panels import Profile, Slice
@@ -89,16 +92,29 @@ class _View:
                 parts.append(tile.T[inside.T].astype(np.float32))
         return np.concatenate(parts), pictures
 
-    def steepest_axis(self, field: BiasField) -> int:
-        """The axis of the file along which the log field changes most per mm, in the mask."""
+    def log_slopes(self, field: BiasField) -> np.ndarray:
+        """Change of the log field per mm along each axis of the file, on a coarse grid in the mask."""
         steps = [max(1, n // 48) for n in self.mask.shape]
         inside = self.mask[tuple(slice(None, None, step) for step in steps)]
         log_field = field.log_at([np.arange(0, n, step) for n, step in zip(self.mask.shape, steps, strict=True)])
-        slopes = [
-            np.abs(np.gradient(log_field, step * size, axis=axis)[inside]).mean() if log_field.shape[axis] > 1 else 0.0
-            for axis, (step, size) in enumerate(zip(steps, self.grid.voxel_size_mm, strict=True))
-        ]
-        return int(np.argmax(slopes))
+        return np.array(
+            [
+                np.gradient(log_field, step * size, axis=axis)[inside]
+                if log_field.shape[axis] > 1
+                else np.zeros(np.count_nonzero(inside))
+                for axis, (step, size) in enumerate(zip(steps, self.grid.voxel_size_mm, strict=True))
+            ]
+        )
+
+    def steepness(self, field: BiasField) -> float:
+        """See `metrics.steepness`; NaN where the mask has no voxel of the coarse grid."""
+        drawn = [size for n, size in zip(self.mask.shape, self.grid.voxel_size_mm, strict=True) if n > 1]
+        size_mm = (self.voxels * math.prod(drawn)) ** (1 / len(drawn)) if drawn else 0.0
+        return steepness(np.linalg.norm(self.log_slopes(field), axis=0), size_mm)
+
+    def steepest_axis(self, field: BiasField) -> int:
+        """The axis of the file along which the log field changes most per mm, in the mask."""
+        return int(np.argmax(np.abs(self.log_slopes(field)).sum(axis=1)))
 
     def bright_profiles(self, axis: int, images: Sequence[np.ndarray], bright: np.ndarray) -> list[np.ndarray]:
         """Means of the bright class, plane by plane along an axis; NaN where there are too few voxels."""
@@ -124,7 +140,36 @@ class _View:
         return Profile(position_mm - position_mm[0], curves[0], curves[1], curves[2], ends)
 
 
-def make_subject(
+class Subject(NamedTuple):
+    """A scan, read and measured: what its panels are drawn from."""
+
+    view: _View
+    field: BiasField
+    before: np.ndarray
+    after: np.ndarray
+    log_field: np.ndarray
+    log_reference: np.ndarray | None
+    pictures: dict[str, list[list[np.ndarray]]]  # before, after, field and, if there is one, reference
+    values: dict[str, Any]  # the metrics
+    facts: dict[str, Any]
+    reference_facts: dict[str, Any]
+
+    def image_panels(self) -> list[dict[str, Any]]:
+        """Original and corrected, as pictures."""
+        return _image_panels(self.view, self.pictures["before"], self.pictures["after"], self.values)
+
+    def field_panels(self) -> list[dict[str, Any]]:
+        """The field and, if there is one, the reference and the difference, as data URIs."""
+        shown = self.pictures["field"], self.pictures.get("reference")
+        return _field_panels(self.view, *shown, self.log_field, self.log_reference, self.values)
+
+    def plots(self) -> list[dict[str, Any]]:
+        """Histogram, profile, convergence and agreement, as data URIs."""
+        inside = self.before, self.after, self.log_field, self.log_reference
+        return _plots(self.view, self.field, *inside, self.values, self.facts, self.reference_facts)
+
+
+def measure_subject(
     *,
     name: str,
     image: str | Path,
@@ -135,10 +180,9 @@ def make_subject(
     reference_field: str | Path | None = None,
     reference_sidecar: str | Path | None = None,
     field_window_log: float,
-    page: str | Path,
-    metrics: str | Path,
-) -> None:
-    """Write the page and the metrics of one subject.
+    flags: Mapping[str, float] = FLAG_LIMITS,
+) -> Subject:
+    """Read a scan and measure its correction.
 
     Parameters
     ----------
@@ -152,8 +196,12 @@ def make_subject(
         JSON of the images corrected with these fields.
     field_window_log : float
         Field maps run from ``-field_window_log`` to this, natural log; one for a dataset, so that subjects compare.
-    page, metrics : path-like
-        What to write: one HTML file that needs no other, and one flat JSON file.
+    flags : mapping
+        Limits of the automatic flags, see `metrics.FLAG_LIMITS`.
+
+    Returns
+    -------
+    Subject
 
     Raises
     ------
@@ -176,49 +224,70 @@ def make_subject(
     datatype = DATATYPE_OF.get(name.rpartition("_")[2])
     numbers = correction_metrics(before, after, log_field, log_reference, by_class=datatype != "micr")
     if datatype == "micr":
-        # nibabel's header has forgotten the scaling, its array proxy has not
-        stored = cast(Any, nib.load(image)).dataobj
-        numbers |= microscopy_metrics(before, after, view.mask, stored.dtype, stored.slope, stored.inter)
+        numbers |= microscopy_metrics(before, after, view.mask)
+    # nibabel's header has forgotten the scaling, its array proxy has not
+    stored = cast(Any, nib.load(image)).dataobj
     finite = after[np.isfinite(after)]
     display_max = float(np.percentile(finite, 99.5)) if finite.size else 0.0
     display_max = display_max if display_max > 0 else 1.0
     values = {
         "name": name,
         "datatype": datatype,
-        "page": os.path.relpath(page, Path(metrics).parent),
         "shape": list(view.mask.shape),
         "frames": Volume(image).frames,
         "voxel_size_mm": [float(s) for s in view.grid.voxel_size_mm],
         "mask_volume_ml": mask_volume_ml(view.voxels, view.grid.voxel_size_mm),
         **numbers,
+        "field_steepness": view.steepness(ours),
+        "saturated_fraction": saturated_fraction(before, stored.dtype, stored.slope, stored.inter),
         "display_max": display_max,
         "field_window_log": field_window_log,
         "field_beyond_window_fraction": float(np.mean(np.abs(log_field) > field_window_log)),
         **_run_metrics(facts, reference_facts, view.voxels),
     }
-    values["flags"] = find_flags(values)
-    values = plain(values)
+    values["flags"] = find_flags(values, flags)
+    pictures = {"before": before_pictures, "after": after_pictures, "field": field_pictures}
+    if reference_pictures is not None:
+        pictures["reference"] = reference_pictures
+    inside = before, after, log_field, log_reference
+    return Subject(view, ours, *inside, pictures, plain(values), facts, reference_facts)
 
-    shown = _image_panels(view, before_pictures, after_pictures, values)
-    maps = _field_panels(view, field_pictures, reference_pictures, log_field, log_reference, values)
-    plots = _plots(view, ours, before, after, log_field, log_reference, values, facts, reference_facts)
+
+def make_subject(*, page: str | Path, metrics: str | Path, **scan: Any) -> None:
+    """Write the page and the metrics of one subject.
+
+    Parameters
+    ----------
+    page, metrics : path-like
+        What to write: one HTML file that needs no other, and one flat JSON file.
+    **scan
+        As `measure_subject` takes it.
+
+    Raises
+    ------
+    InputError
+        As `measure_subject`.
+    """
+    subject = measure_subject(**scan)
+    values = {**subject.values, "page": os.path.relpath(page, Path(metrics).parent)}
+    shown, maps, plots = subject.image_panels(), subject.field_panels(), subject.plots()
     budget = PAGE_BYTES - sum(len(p["source"]) for p in maps + plots) - 40_000
     sources = _fit([entry.pop("picture") for entry in shown], budget)
     for entry, source in zip(shown, sources, strict=True):
         entry["source"] = source
 
-    oblique = panels.oblique_degrees(view.grid.affine)
+    oblique = panels.oblique_degrees(subject.view.grid.affine)
     html = render(
         "subject.html",
-        name=name,
+        name=values["name"],
         metrics=values,
         shown=shown,
         maps=maps,
         plots=plots,
         flags=[flag.split(": ", 1) for flag in values["flags"]],
-        provenance=_provenance(facts, reference_facts, values),
+        provenance=_provenance(subject.facts, subject.reference_facts, values),
         oblique=oblique if oblique > 1 else None,
-        has_reference=log_reference is not None,
+        has_reference=subject.log_reference is not None,
     )
     with atomic_text(metrics) as file:
         json.dump(values, file, indent=2, ensure_ascii=False, allow_nan=False)

@@ -1,0 +1,142 @@
+"""What each metric of the tables is, for people: the guide shows it, and MultiQC beside its columns."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Definition(NamedTuple):
+    """A metric, or the same one before and after."""
+
+    keys: tuple[str, ...]
+    name: str
+    formula: str
+    reading: str
+    source: str = ""
+
+
+#: v: intensities in the mask, b: the multiplicative field there, P: percentile. In full: n4flow/metrics.py.
+DEFINITIONS: tuple[Definition, ...] = (
+    Definition(
+        ("cjv_before", "cjv_after"),
+        "CJV, coefficient of joint variation",
+        "(sd_mid + sd_bright) / |mean_mid - mean_bright|",
+        "Lower is better; over the two upper of three intensity classes of the corrected image, not over segmented "
+        "tissue. Compare before with after, and scans of one sequence with each other. The classes favour the "
+        "corrected image: alone it is no proof.",
+        "Ganzetti et al. 2016, doi:10.3389/fninf.2016.00010; the formula of MRIQC's cjv, whose classes are a "
+        "segmentation and whose numbers are medians and MADs",
+    ),
+    Definition(
+        ("cv_bright_before", "cv_bright_after"),
+        "CV of the bright class",
+        "sd / mean",
+        "Lower is better if the CJV does not rise: it falls too when contrast is flattened.",
+    ),
+    Definition(
+        ("foreground_cv_before", "foreground_cv_after"),
+        "CV of the foreground (microscopy)",
+        "sd / mean",
+        "Lower is better if structures keep their contrast.",
+    ),
+    Definition(
+        ("section_spread_before", "section_spread_after"),
+        "spread of the section means (microscopy)",
+        "(max - min) / mean, over the planes of the third axis",
+        "Lower is better, unless the object itself differs from section to section.",
+    ),
+    Definition(
+        ("seam_ratio_before", "seam_ratio_after"),
+        "tile-seam ratio (microscopy)",
+        "largest / median step of log v between neighbouring planes, beyond the steps on either side",
+        "1 is seamless. A smooth field mends no seam, and must make none.",
+    ),
+    Definition(
+        ("saturated_fraction",),
+        "saturated voxels",
+        "|{v = ceiling}| / n; ceiling: largest storable or camera value, or a largest value that repeats",
+        "Near 0. Where the detector was full, shading is lost for good.",
+    ),
+    Definition(
+        ("mask_dark_fraction",),
+        "dark voxels in the mask",
+        "|{v < 0.05 P99(v)}| / n",
+        "Small. Air in the mask has no field, and its noise outweighs the tissue.",
+    ),
+    Definition(
+        ("log_entropy_before_bits", "log_entropy_after_bits"),
+        "entropy of the log histogram",
+        "-Σ p log2 p, bins of 5 % of intensity",
+        "Lower is better if the CJV does not rise. It has no classes: it rises where the CJV is deceived.",
+        "Likar et al. 2001, doi:10.1109/42.974934",
+    ),
+    Definition(
+        ("inu_range",),
+        "inu_range",
+        "|P95(b) - P5(b)|",
+        "The strength of the field: 0 is none. Compare scans of one scanner.",
+        "Esteban et al. 2017, doi:10.1371/journal.pone.0184661 (MRIQC; over the mask here, over the brain there)",
+    ),
+    Definition(("inu_med",), "inu_med", "P50(b)", "About 1, since the mean intensity is kept.", "as inu_range"),
+    Definition(
+        ("field_min", "field_max"),
+        "smallest and largest field",
+        "min(b), max(b)",
+        "Some tenths around ×1 at 3 T; far more at 7 T and near surface coils.",
+    ),
+    Definition(
+        ("field_steepness",),
+        "field steepness",
+        "P99(|grad log b|) · edge of a cube as large as the mask",
+        "0.5 to 2 for coils. A mesh near the size of anatomy makes it steep.",
+    ),
+    Definition(
+        ("reference_r",),
+        "r to the reference",
+        "Pearson's correlation of the two log fields",
+        "Near 1. Lower without meaning where there is hardly a field.",
+    ),
+    Definition(
+        ("reference_slope",),
+        "slope to the reference",
+        "regression of our log field on the reference",
+        "Near 1; below 1, ours is the weaker field.",
+    ),
+    Definition(
+        ("reference_rms_log", "reference_p99_log"),
+        "rms and p99 of |Δlog|",
+        "of |log b - log reference|, each less its mean",
+        "Small: 0.01 is 1 %.",
+    ),
+    Definition(
+        ("iterations_used", "iterations_max"),
+        "iterations",
+        "used, and the most allowed, over all levels",
+        "Fewer used than allowed: it ended because it had converged.",
+    ),
+    Definition(
+        ("mask_volume_ml",),
+        "mask volume",
+        "voxels of the mask × volume of a voxel",
+        "Alike among subjects: 1000 to 1800 ml for a brain, 2000 to 4500 ml for a head.",
+    ),
+    Definition(
+        ("dropped_voxels",),
+        "dropped voxels",
+        "|{v ≤ 0 or not finite}| in the mask",
+        "Few: they have no logarithm, and had no part in the estimate.",
+    ),
+    Definition(
+        ("self_check_max",),
+        "self-check",
+        "max |corrected × b - original| / original, over the whole image as written",
+        "A few 1e-8: rounding.",
+    ),
+    Definition(
+        ("mean_ratio",),
+        "mean after / before",
+        "mean(corrected) / mean(original)",
+        "1: a constant factor may drift between image and field, and this workflow fixes it so that the mean stays.",
+    ),
+    Definition(("wall_time_s",), "time", "seconds from reading to writing", "As usual for the size of the scan."),
+)
