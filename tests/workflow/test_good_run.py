@@ -153,12 +153,13 @@ def test_fraction_chose_some_of_the_scans():
 
 def test_results_hold_nothing_else_and_no_partial_file(folder):
     expected = {path for scan in SCANS.values() for path in roles_of(scan).values()}
-    expected |= {f"results/{n}" for n in ("dataset_description.json", ".bidsignore", "qc/index.html", "qc/metrics.tsv")}
+    expected |= {f"results/{n}" for n in ("dataset_description.json", ".bidsignore", "qc/metrics_mqc.tsv")}
+    expected |= {f"results/qc/{n}" for n in ("index.html", "guide.html", "metrics.tsv")}
     found = {p.relative_to(folder).as_posix() for p in (folder / "results").rglob("*") if p.is_file()}
     bundle = {path for path in found if path.startswith("results/qc/bundle/")}
     assert found - bundle == expected
     pages = {Path(path).name for path in expected if path.startswith("results/qc/") and not path.endswith(".json")}
-    assert {Path(path).name for path in bundle} - {".snakemake_timestamp"} == pages
+    assert {Path(path).name for path in bundle} - {".snakemake_timestamp"} == pages - {"metrics_mqc.tsv"}
     assert partial_files(folder) == []
 
 

@@ -29,6 +29,7 @@ rule index:
     input:
         metrics=[metrics_path(scan) for scan in SCANS],
         pages=[page_path(scan) for scan in SCANS],
+        guide=rules.guide.output.page,
     output:
         page="<results>/qc/index.html",
         table="<results>/qc/metrics.tsv",

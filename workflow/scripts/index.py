@@ -22,7 +22,7 @@ def main(snakemake):
     make_index(metrics, page, table, outlier_z=snakemake.params.outlier_z)
     bundle = Path(snakemake.output.bundle)
     bundle.mkdir(parents=True)
-    for file in (page, table, *map(Path, snakemake.input.pages)):
+    for file in (page, table, *map(Path, [snakemake.input.guide, *snakemake.input.pages])):
         link(file, bundle / file.name)
 
 

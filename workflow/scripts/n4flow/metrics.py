@@ -41,22 +41,77 @@ CHANCE_VOXELS = 10
 #: Below this share of the 99th percentile of the mask, a voxel is as dark as air.
 DARK_SHARE = 0.05
 
-#: Limits of the automatic flags, each by the name of its flag; see `find_flags`.
-FLAG_LIMITS = {
-    "field_range": 6.0,  # largest / smallest ratio in the mask
-    "field_flat": 0.005,  # inu_range: nothing was corrected
-    "field_outside": 0.5,  # of the image, outside of the one whose field it takes
-    "field_steep": 3.0,  # field_steepness
-    "cjv_worse": 1.02,  # after / before
-    "entropy_worse": 0.05,  # bits, after - before
-    "mean_drift": 0.01,  # of the mean intensity in the mask
-    "dark_mask": 0.2,  # of the mask
-    "dropped_voxels": 0.01,  # of the mask
-    "reference_r": 0.9,
-    "saturation": 0.01,  # of the mask
-    "seam_worse": 1.05,  # after / before
-    "self_check": 1e-5,
+
+class Flag(NamedTuple):
+    """An automatic flag: when it fires, what a reviewer then looks at, and its default limit if it has one."""
+
+    fires: str
+    look: str
+    limit: float | None = None
+
+
+#: The automatic flags; see `find_flags`.
+FLAGS = {
+    "not_measurable": Flag("the corrected image has no usable intensities in the mask", "at the mask and the image"),
+    "field_range": Flag(
+        "largest over smallest field in the mask above the limit",
+        "at the field for a hot corner, and whether the mask leaks into air",
+        6.0,
+    ),
+    "field_flat": Flag(
+        "inu_range below the limit",
+        "whether shading is left in the corrected image; if the original had none, all is well",
+        0.005,
+    ),
+    "field_steep": Flag("field steepness above the limit", "for anatomy in the field: the mesh may be too fine", 3.0),
+    "field_outside": Flag(
+        "share of the image outside of the one that its field was estimated on above the limit",
+        "whether both are of one space, and for shading where the field is extrapolated",
+        0.5,
+    ),
+    "cjv_worse": Flag("CJV after over CJV before above the limit", "whether tissues still differ as before", 1.02),
+    "entropy_worse": Flag(
+        "entropy of the log histogram rose by more bits than the limit",
+        "whether the corrected image is shaded more than the original",
+        0.05,
+    ),
+    "mean_drift": Flag(
+        "mean intensity in the mask changed by a larger share than the limit",
+        "whether the files belong together: this workflow keeps the mean",
+        0.01,
+    ),
+    "dark_mask": Flag(
+        "share of the mask as dark as air above the limit",
+        "whether the mask leaks: its outline is on the original",
+        0.2,
+    ),
+    "dropped_voxels": Flag(
+        "share of the mask without usable intensity above the limit",
+        "for zeros or negative values in the image, and whether the mask fits it",
+        0.01,
+    ),
+    "iterations_exhausted": Flag(
+        "a level ended above the convergence threshold",
+        "at the convergence plot, and raise n4.iterations if it still falls",
+    ),
+    "reference_r": Flag("correlation with the reference below the limit", "at the difference map", 0.9),
+    "saturation": Flag(
+        "share of the mask at the ceiling of the original above the limit",
+        "at the right end of the histogram, and at how the image was made",
+        0.01,
+    ),
+    "seam_worse": Flag(
+        "tile-seam ratio after over before above the limit (microscopy)", "for a seam in the field", 1.05
+    ),
+    "self_check": Flag(
+        "largest relative error of corrected × field against the original above the limit",
+        "whether the files belong together; if they do, report it",
+        1e-5,
+    ),
 }
+
+#: Limits of the automatic flags, each by the name of its flag.
+FLAG_LIMITS = {name: flag.limit for name, flag in FLAGS.items() if flag.limit is not None}
 
 
 class IntensityClasses(NamedTuple):
@@ -605,125 +660,60 @@ def find_flags(metrics: Mapping[str, Any], limits: Mapping[str, float] = FLAG_LI
 
     flags = []
 
-    def add(name: str, happened: str, limit: str, look: str) -> None:
-        flags.append(f"{name}: {happened} (limit {limit}); look {look}")
+    def add(name: str, happened: str, limit: str = "") -> None:
+        flags.append(f"{name}: {happened}{f' (limit {limit})' if limit else ''}; look {FLAGS[name].look}")
 
-    limit = limits["field_range"]
     if metrics.get("mask_volume_ml") is not None and known("mean_ratio", "log_entropy_after_bits") is None:
-        flags.append(
-            "not_measurable: the corrected image has no usable intensities in the mask; look at the mask and the image"
-        )
+        add("not_measurable", "the corrected image has no usable intensities in the mask")
+    limit = limits["field_range"]
     if (field := known("field_min", "field_max")) and field[1] > limit * field[0]:
-        add(
-            "field_range",
-            f"the field runs from ×{field[0]:.2f} to ×{field[1]:.2f}, {field[1] / field[0]:.3g}-fold",
-            f"{limit:g}-fold",
-            "at the field for a hot corner, and whether the mask leaks into air",
-        )
+        runs = f"×{field[0]:.2f} to ×{field[1]:.2f}, {field[1] / field[0]:.3g}-fold"
+        add("field_range", f"the field runs from {runs}", f"{limit:g}-fold")
     limit = limits["field_flat"]
     if (inu := known("inu_range")) and inu[0] < limit:
-        add(
-            "field_flat",
-            f"next to nothing was corrected, inu_range {inu[0]:.4f}",
-            f"{limit:g}",
-            "whether shading is left in the corrected image; if it had none, all is well",
-        )
+        add("field_flat", f"next to nothing was corrected, inu_range {inu[0]:.4f}", f"{limit:g}")
     limit = limits["field_steep"]
     if (steep := known("field_steepness")) and steep[0] > limit:
-        add(
-            "field_steep",
-            f"the field is steep for the size of the mask, steepness {steep[0]:.2f}",
-            f"{limit:g}",
-            "for anatomy in the field: the mesh may be too fine",
-        )
+        add("field_steep", f"the field is steep for the size of the mask, steepness {steep[0]:.2f}", f"{limit:g}")
     limit = limits["field_outside"]
     if (outside := known("outside_fraction")) and outside[0] > limit:
-        add(
-            "field_outside",
-            f"{100 * outside[0]:.0f} % of the image lies outside of the one its field was estimated on",
-            f"{100 * limit:g} %",
-            "whether both are of one space, and for shading where the field is extrapolated",
-        )
+        share = f"{100 * outside[0]:.0f} % of the image"
+        add("field_outside", f"{share} lies outside of the one its field was estimated on", f"{100 * limit:g} %")
     limit = limits["cjv_worse"]
     if (cjv := known("cjv_before", "cjv_after")) and cjv[1] > limit * cjv[0]:
-        add(
-            "cjv_worse",
-            f"the CJV rose from {cjv[0]:.3f} to {cjv[1]:.3f}, {cjv[1] / cjv[0] if cjv[0] else math.inf:.3g}-fold",
-            f"{limit:g}-fold",
-            "whether tissues still differ as before",
-        )
+        add("cjv_worse", f"the CJV rose from {cjv[0]:.3f} to {cjv[1]:.3f}", f"{limit:g}-fold")
     # the classes of the CJV come from the corrected image and favour it; the entropy has no classes
     limit = limits["entropy_worse"]
     entropy = known("log_entropy_before_bits", "log_entropy_after_bits")
     if entropy and entropy[1] > entropy[0] + limit:
-        add(
-            "entropy_worse",
-            f"the histogram spread, its entropy rose from {entropy[0]:.2f} to {entropy[1]:.2f} bits",
-            f"+{limit:g} bits",
-            "whether the corrected image is shaded more than the original",
-        )
+        rose = f"rose from {entropy[0]:.2f} to {entropy[1]:.2f} bits"
+        add("entropy_worse", f"the histogram spread, its entropy {rose}", f"+{limit:g} bits")
     limit = limits["mean_drift"]
     own_field = not metrics.get("field_from")  # the field of another scan is applied as it is
     if own_field and (mean := known("mean_ratio")) and abs(mean[0] - 1) > limit:
-        add(
-            "mean_drift",
-            f"the mean intensity in the mask changed by {100 * (mean[0] - 1):+.1f} %",
-            f"±{100 * limit:g} %",
-            "whether the files belong together: this workflow keeps the mean",
-        )
+        drift = f"{100 * (mean[0] - 1):+.1f} %"
+        add("mean_drift", f"the mean intensity in the mask changed by {drift}", f"±{100 * limit:g} %")
     limit = limits["dark_mask"]
     if (dark := known("mask_dark_fraction")) and dark[0] > limit:
-        add(
-            "dark_mask",
-            f"{100 * dark[0]:.1f} % of the mask is as dark as air",
-            f"{100 * limit:g} %",
-            "whether the mask leaks: its outline is on the original",
-        )
+        add("dark_mask", f"{100 * dark[0]:.1f} % of the mask is as dark as air", f"{100 * limit:g} %")
     limit = limits["dropped_voxels"]
     if (dropped := known("dropped_fraction")) and dropped[0] > limit:
-        add(
-            "dropped_voxels",
-            f"{100 * dropped[0]:.1f} % of the mask had no usable intensity",
-            f"{100 * limit:g} %",
-            "for zeros or negative values in the image, and whether the mask fits it",
-        )
+        add("dropped_voxels", f"{100 * dropped[0]:.1f} % of the mask had no usable intensity", f"{100 * limit:g} %")
     if metrics.get("converged") is False:
-        flags.append(
-            "iterations_exhausted: a level ended above the convergence threshold; look at the convergence plot, and "
-            "raise n4.iterations if it still falls"
-        )
+        add("iterations_exhausted", "a level ended above the convergence threshold")
     limit = limits["reference_r"]
     if (r := known("reference_r")) and r[0] < limit:
-        add(
-            "reference_r",
-            f"the field's correlation with the reference is {r[0]:.3f}",
-            f"{limit:g}",
-            "at the difference map",
-        )
+        add("reference_r", f"the field's correlation with the reference is {r[0]:.3f}", f"{limit:g}")
     limit = limits["saturation"]
     if (saturated := known("saturated_fraction")) and saturated[0] > limit:
-        add(
-            "saturation",
-            f"{100 * saturated[0]:.1f} % of the mask is at the original's ceiling, where shading is lost",
-            f"{100 * limit:g} %",
-            "at the right end of the histogram, and at how the image was made",
-        )
+        share = f"{100 * saturated[0]:.1f} % of the mask"
+        add("saturation", f"{share} is at the original's ceiling, where shading is lost", f"{100 * limit:g} %")
     limit = limits["seam_worse"]
     if (seam := known("seam_ratio_before", "seam_ratio_after")) and seam[1] > limit * seam[0]:
-        place = metrics.get("seam_place_after")
-        add(
-            "seam_worse",
-            f"the worst step between planes{f' ({place})' if place else ''} rose from {seam[0]:.2f} to {seam[1]:.2f} "
-            "times the typical one",
-            f"{limit:g}-fold",
-            "for a seam in the field",
-        )
+        place = f" ({metrics['seam_place_after']})" if metrics.get("seam_place_after") else ""
+        rose = f"rose from {seam[0]:.2f} to {seam[1]:.2f} times the typical one"
+        add("seam_worse", f"the worst step between planes{place} {rose}", f"{limit:g}-fold")
     limit = limits["self_check"]
     if (check := known("self_check_max")) and check[0] > limit:
-        add(
-            "self_check",
-            f"corrected × field differs from the original by up to {check[0]:.1e}",
-            f"{limit:g}",
-            "whether the files belong together; if they do, report it",
-        )
+        add("self_check", f"corrected × field differs from the original by up to {check[0]:.1e}", f"{limit:g}")
     return flags

@@ -7,6 +7,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from markupsafe import escape
+
 from n4flow.files import atomic_text
 from n4flow.qc.definitions import DEFINITIONS
 
@@ -44,10 +46,10 @@ def write_multiqc(
         file.writelines(f"# {line}\n" for line in _header(shown))
         file.write("\t".join(["Sample", "n_flags", *(key for key, *_ in shown), "flags"]) + "\n")
         for values in subjects:
-            flags = values["flags"]
-            cells = [values.get("name"), len(flags), *(values.get(key) for key, *_ in shown), "; ".join(flags) or None]
-            # neither tab nor line end inside a cell
-            file.write("\t".join("" if cell is None else " ".join(str(cell).split()) for cell in cells) + "\n")
+            flags = [flag.partition(":")[0] for flag in values["flags"]]
+            cells = [values.get("name"), len(flags), *(values.get(key) for key, *_ in shown), " ".join(flags) or None]
+            # neither tab nor line end inside a cell, and MultiQC shows it as HTML
+            file.write("\t".join("" if cell is None else escape(" ".join(str(cell).split())) for cell in cells) + "\n")
 
 
 def _header(columns: Sequence[tuple[str, str, int]]) -> Iterator[str]:
@@ -63,9 +65,9 @@ def _header(columns: Sequence[tuple[str, str, int]]) -> Iterator[str]:
     yield "    namespace: n4flow"
     yield "    no_violin: true"
     yield "headers:"
-    headings = [("n_flags", "flags", "automatic flags, see the last column", "{:,.0f}")]
+    headings = [("n_flags", "flags", "number of automatic flags", "{:,.0f}")]
     headings += [(key, heading, described[key], f"{{:,.{digits}f}}") for key, heading, digits in columns]
-    headings += [("flags", "what to look at", "the flags in words", "")]
+    headings += [("flags", "which", "the names of the flags; the page of the scan has them in words", "")]
     for key, heading, description, form in headings:
         yield f"    {key}:"
         yield f"        title: {text(heading, ensure_ascii=False)}"

@@ -329,7 +329,8 @@ def _scan_of_field(uri: str) -> str:
     return uri.rpartition("/")[2].removesuffix("_biasfield.json").replace("_desc-N4", "_")
 
 
-def _uri(data: bytes) -> str:
+def data_uri(data: bytes) -> str:
+    """A WebP picture as the source of an <img>."""
     return "data:image/webp;base64," + base64.b64encode(data).decode("ascii")
 
 
@@ -337,7 +338,7 @@ def _fit(pictures: Sequence[Any], budget: int) -> list[str]:
     """The pictures as data URIs of the best quality that fits the budget (characters) together."""
     sources: list[str] = []
     for quality in (82, 68, 52, 36, 20):
-        sources = [_uri(panels.webp(picture, quality)) for picture in pictures]
+        sources = [data_uri(panels.webp(picture, quality)) for picture in pictures]
         if sum(map(len, sources)) <= budget:
             break
     return sources
@@ -399,7 +400,7 @@ def _field_panels(
             "title": title,
             "numbers": numbers,
             "alt": f"{title}: {numbers}.",
-            "source": _uri(panels.webp(picture, 90)),
+            "source": data_uri(panels.webp(picture, 90)),
             "good": good,
             "bad": bad,
         }
@@ -462,7 +463,7 @@ def _plots(
     shown = []
 
     def add(title: str, picture: Any, numbers: str, good: str, bad: str) -> None:
-        source = _uri(panels.webp(picture))
+        source = data_uri(panels.webp(picture))
         shown.append(
             {
                 "title": title,

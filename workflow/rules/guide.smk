@@ -1,0 +1,24 @@
+# Goes in: the tissue maps that ship with the workflow. Comes out: the page that explains the others, by
+# a simulated head that is corrected well and badly, with the limits and windows of this dataset.
+
+
+rule guide:
+    """Write how to read the pages, with six corrections that are broken on purpose."""
+    input:
+        tissues=workflow.source_path("../resources/mni152/tissues_2mm.nii.gz"),
+    output:
+        page="<results>/qc/guide.html",
+    log:
+        "<logs>/guide.log",
+    benchmark:
+        "<benchmarks>/guide.tsv"
+    conda:
+        "../../envs/qc.yaml"
+    resources:
+        mem_mb=700,
+    params:
+        field_window_log=config["qc"]["field_window_log"],
+        flags=page_settings()["flags"],
+        package=package_digest("qc.guide"),
+    script:
+        "../scripts/guide.py"

@@ -1,0 +1,321 @@
+"""How to read the pages: a good correction of a simulated head, and six that were broken on purpose."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, NamedTuple
+
+import nibabel as nib
+import numpy as np
+
+from n4flow.correction import write_corrected
+from n4flow.derivatives import CorrectionFiles, correct_scan, write_derivatives
+from n4flow.field import BiasField
+from n4flow.files import atomic_text, write_json
+from n4flow.mask import mask_scan
+from n4flow.metrics import FLAG_LIMITS, FLAGS
+from n4flow.parameters import N4Parameters
+from n4flow.phantom import make_phantom
+from n4flow.qc import panels
+from n4flow.qc.dataset import COLUMNS
+from n4flow.qc.definitions import DEFINITIONS
+from n4flow.qc.pages import Subject, data_uri, measure_subject
+from n4flow.qc.rendering import number, render
+from n4flow.reference import reference_scan
+from n4flow.volume import Volume
+
+#: The simulated head.
+INU_PERCENT, NOISE_PERCENT, SEED = 60, 3, 7
+
+#: Quality of the mosaics, so that all of them fit a page of 1.5 MB.
+QUALITY = 60
+
+#: The mesh that is too fine, and the strength of the drift and of the clipping.
+FINE_MM, DRIFT, CLIP_PERCENT = 10.0, 1.3, 85
+
+
+@dataclass(frozen=True)
+class _Bench:
+    """A folder with a scan, its mask and its good correction, in which others are made."""
+
+    folder: Path
+    scan: np.ndarray
+    affine: np.ndarray
+
+    @property
+    def image(self) -> Path:
+        return self.folder / "image.nii"
+
+    @property
+    def mask(self) -> Path:
+        return self.folder / "mask.nii"
+
+    def save(self, name: str, values: np.ndarray) -> Path:
+        path = self.folder / name
+        nib.save(nib.Nifti1Image(values, self.affine), path)
+        return path
+
+    def files(self, name: str) -> CorrectionFiles:
+        kinds = ("corrected.nii", "corrected.json", "field.json")
+        corrected, sidecar, lattice = (self.folder / f"{name}_{kind}" for kind in kinds)
+        return CorrectionFiles(corrected, sidecar, lattice)
+
+    def correct(self, name: str, image: Path, mask: Path, **parameters: Any) -> CorrectionFiles:
+        correct_scan(image, mask, self.files(name), parameters=N4Parameters(**parameters), device="cpu")
+        return self.files(name)
+
+    def divide(self, name: str, field: BiasField) -> CorrectionFiles:
+        files = self.files(name)
+        write_derivatives(self.image, self.mask, files, field, {}, (), time.perf_counter(), keep_dtype=False, xp=np)
+        return files
+
+    def good_field(self) -> BiasField:
+        return BiasField.load(self.files("good").lattice)
+
+
+class _Made(NamedTuple):
+    """What a correction was made from, and what came of it."""
+
+    image: Path
+    mask: Path
+    files: CorrectionFiles
+
+
+def _too_fine(bench: _Bench) -> _Made:
+    return _Made(bench.image, bench.mask, bench.correct("fine", bench.image, bench.mask, spline_distance_mm=FINE_MM))
+
+
+def _leaking(bench: _Bench) -> _Made:
+    inside = np.asarray(nib.load(bench.mask).dataobj).astype(np.uint8)  # type: ignore[attr-defined]
+    inside[:, : inside.shape[1] // 3] = 1
+    mask = bench.save("leaking_mask.nii", inside)
+    return _Made(bench.image, mask, bench.correct("leaking", bench.image, mask))
+
+
+def _inverted(bench: _Bench) -> _Made:
+    good = bench.good_field()
+    return _Made(bench.image, bench.mask, bench.divide("inverted", replace(good, lattice=-good.lattice)))
+
+
+def _nothing(bench: _Bench) -> _Made:
+    good = bench.good_field()
+    return _Made(bench.image, bench.mask, bench.divide("nothing", replace(good, lattice=0 * good.lattice)))
+
+
+def _drifted(bench: _Bench) -> _Made:
+    files, good = bench.files("drifted"), bench.files("good")
+    field = bench.good_field().shifted(np.log(DRIFT))
+    write_corrected(Volume(bench.image), field, files.corrected)
+    write_json(files.lattice, field.to_mapping())
+    shutil.copyfile(good.sidecar, files.sidecar)
+    return _Made(bench.image, bench.mask, files)
+
+
+def _clipped(bench: _Bench) -> _Made:
+    inside = np.asarray(nib.load(bench.mask).dataobj) > 0  # type: ignore[attr-defined]
+    image = bench.save("clipped.nii", np.minimum(bench.scan, np.percentile(bench.scan[inside], CLIP_PERCENT)))
+    return _Made(image, bench.mask, bench.correct("clipped", image, bench.mask))
+
+
+class Case(NamedTuple):
+    """A correction that is broken on purpose."""
+
+    key: str
+    title: str
+    how: str
+    look: str
+    make: Callable[[_Bench], _Made]
+    panels: tuple[str, ...]  # by title, those in which one sees it
+    numbers: tuple[str, ...]  # keys of the metrics that show it
+
+
+IMAGES = {"original": "Original, with the mask", "corrected": "Corrected"}
+
+CASES = (
+    Case(
+        "fine",
+        "Too fine a mesh",
+        f"Corrected with a mesh of {FINE_MM:g} mm instead of 60 mm, on the same mask.",
+        "The field follows ventricles, skull and scalp, and takes their contrast out of the image: in the histogram "
+        "the tissues move together. The CJV before is of no use here: its classes are those of the flattened image.",
+        _too_fine,
+        ("Corrected", "Bias field", "Histogram in the mask"),
+        ("field_steepness", "field_min", "field_max", "inu_range", "cjv_after"),
+    ),
+    Case(
+        "leaking",
+        "Leaking mask",
+        "Corrected on a mask that also holds the air of the hindmost third of the image.",
+        "The outline on the original leaves the head. Noise has no field, but its logarithm spreads far: the field "
+        "bends where the air is, and shading stays in the image.",
+        _leaking,
+        ("Original, with the mask", "Bias field", "Histogram in the mask"),
+        ("mask_dark_fraction", "mask_volume_ml", "log_entropy_after_bits", "inu_range", "cjv_after"),
+    ),
+    Case(
+        "inverted",
+        "Inverted field",
+        "The good field with its sign turned: the image was multiplied by what it should have been divided by.",
+        "What was bright is brighter: the profile of the corrected image leaves 1 further than that of the original. "
+        "The CJV falls all the same, since its classes come from the corrected image; the entropy has no classes, and "
+        "rises. Where the reference is on, r is near -1.",
+        _inverted,
+        ("Corrected", "Bias field", "Profile along the steepest axis"),
+        ("log_entropy_after_bits", "log_entropy_before_bits", "cv_bright_before", "cv_bright_after", "cjv_after"),
+    ),
+    Case(
+        "nothing",
+        "No correction",
+        "A field of 1 everywhere: the output is the input.",
+        "The field map is blank, original and corrected are alike, and the profile keeps its slope. A scan without a "
+        "field gives the same numbers and is fine: only the eye tells these two apart, by the shading in the image.",
+        _nothing,
+        ("Corrected", "Bias field", "Profile along the steepest axis"),
+        ("inu_range", "field_min", "field_max", "cjv_before", "cjv_after"),
+    ),
+    Case(
+        "drifted",
+        "Scale drift",
+        f"The good field times {DRIFT:g}: the corrected image is darker by a constant factor.",
+        "The image looks right, since its window follows it, and the CJV is that of the good correction. The field is "
+        "red as a whole, and the histogram moves as a whole. Intensities of different subjects compare no longer.",
+        _drifted,
+        ("Corrected", "Bias field", "Histogram in the mask"),
+        ("mean_ratio", "inu_med", "field_min", "field_max", "cjv_after"),
+    ),
+    Case(
+        "clipped",
+        "Clipped input",
+        f"The brightest {100 - CLIP_PERCENT} % of the original in the mask were cut off before the correction.",
+        "The original has flat, white regions, and a wall at the right end of its histogram. There the field is no "
+        "longer in the image: the estimate is too weak, and dividing by it brings out a false shading. Do not be "
+        "pleased by the CJV.",
+        _clipped,
+        ("Original, with the mask", "Bias field", "Histogram in the mask"),
+        ("saturated_fraction", "inu_range", "field_min", "field_max", "cjv_after"),
+    ),
+)
+
+#: What each panel shows, by its title, in the order of the guide: a wide one and a narrow one fill a row.
+MAPS = {
+    "Original, with the mask": "Slices through the mask, which is outlined. The scan as it came.",
+    "Bias field": "What the original was divided by: red where it was too bright, blue where it was too dark.",
+    "Corrected": "The same slices in the same window; on the page of a scan, the two swap in place.",
+    "Reference field": "The field that SimpleITK finds on the same samples with the equivalent parameters.",
+    "Difference": "Log of ours over the reference, each less its mean, in a window a quarter as wide.",
+}
+PLOTS = {
+    "Histogram in the mask": "Intensities before and after.",
+    "Profile along the steepest axis": "Mean of the bright class, plane by plane along the axis in which the field "
+    "changes most.",
+    "Convergence": "How much each iteration still changed the field.",
+    "Ours against the reference": "A point per voxel of the mask, log fields less their means.",
+}
+
+
+def make_guide(
+    tissues: str | Path, page: str | Path, *, field_window_log: float, flags: Mapping[str, float] = FLAG_LIMITS
+) -> None:
+    """Simulate a head, correct it well and badly, and write the page that explains the panels with it.
+
+    Parameters
+    ----------
+    tissues : path-like
+        4-D image of grey matter, white matter and fluid, 0 to 255.
+    page : path-like
+        One HTML file that needs no other.
+    field_window_log, flags
+        As in `pages.measure_subject`, so that the guide shows what the pages of the dataset show.
+    """
+    limits: dict[str, Any] = {"field_window_log": field_window_log, "flags": flags}
+    with TemporaryDirectory() as folder:
+        bench = _set_up(Path(folder), Path(tissues))
+        files, reference = bench.files("good"), bench.files("reference")
+        good = measure_subject(
+            name="sub-good_T1w",
+            image=bench.image,
+            mask=bench.mask,
+            corrected=files.corrected,
+            field=files.lattice,
+            sidecar=files.sidecar,
+            reference_field=reference.lattice,
+            reference_sidecar=reference.sidecar,
+            **limits,
+        )
+        cases = [_broken(case, bench, good, limits) for case in CASES]
+        drawn = _panels(good)
+        html = render(
+            "guide.html",
+            maps=[{**drawn[title], "what": what} for title, what in MAPS.items()],
+            plots=[{**drawn[title], "what": what} for title, what in PLOTS.items()],
+            good_flags=_worded(good),
+            cases=cases,
+            metrics=DEFINITIONS,
+            flags=[(name, flag, flags.get(name)) for name, flag in FLAGS.items()],
+            inu_percent=INU_PERCENT,
+        )
+    with atomic_text(page) as file:
+        file.write(html)
+
+
+def _set_up(folder: Path, tissues: Path) -> _Bench:
+    template: Any = nib.load(tissues)
+    shares, size_mm = np.asarray(template.dataobj), float(template.header.get_zooms()[0])
+    phantom = make_phantom(shares, size_mm, inu_percent=INU_PERCENT, noise_percent=NOISE_PERCENT, seed=SEED)
+    bench = _Bench(folder, phantom.image, template.affine)
+    bench.save(bench.image.name, phantom.image)
+    mask_scan(bench.image, None, bench.mask, folder / "mask.json", method="otsu", percentile=50)
+    bench.correct("good", bench.image, bench.mask)
+    reference_scan(bench.image, bench.mask, bench.files("reference"), parameters=N4Parameters())
+    return bench
+
+
+def _broken(case: Case, bench: _Bench, good: Subject, limits: Mapping[str, Any]) -> dict[str, Any]:
+    """A case with its panels, its numbers beside the good ones, and its flags."""
+    image, mask, files = case.make(bench)
+    subject = measure_subject(
+        name=f"sub-{case.key}_T1w",
+        image=image,
+        mask=mask,
+        corrected=files.corrected,
+        field=files.lattice,
+        sidecar=files.sidecar,
+        **limits,
+    )
+    drawn = _panels(subject)
+    columns = {key: (heading, digits) for key, heading, digits, _ in COLUMNS}
+    rows = []
+    for key in case.numbers:
+        heading, digits = columns[key]
+        rows.append((heading, number(good.values[key], digits), number(subject.values[key], digits)))
+    return {
+        "key": case.key,
+        "title": case.title,
+        "how": case.how,
+        "look": case.look,
+        "panels": [drawn[title] for title in case.panels],
+        "numbers": rows,
+        "flags": _worded(subject),
+    }
+
+
+def _panels(subject: Subject) -> dict[str, dict[str, Any]]:
+    """All panels of a scan by title, the mosaics of the image smaller than on its page."""
+    images = [
+        {
+            "title": IMAGES[entry["label"]],
+            "alt": entry["alt"],
+            "source": data_uri(panels.webp(entry["picture"], QUALITY)),
+        }
+        for entry in subject.image_panels()
+    ]
+    return {panel["title"]: panel for panel in [*images, *subject.field_panels(), *subject.plots()]}
+
+
+def _worded(subject: Subject) -> list[list[str]]:
+    return [flag.split(": ", 1) for flag in subject.values["flags"]]
