@@ -9,7 +9,15 @@ import yaml
 
 from n4flow.bids import Scan
 from n4flow.errors import InputError
-from n4flow.inputs import config_problems, in_fraction, load_schema, read_sheet, with_defaults
+from n4flow.inputs import (
+    config_problems,
+    grid_combinations,
+    in_fraction,
+    load_schema,
+    read_sheet,
+    tune_problems,
+    with_defaults,
+)
 from n4flow.metrics import FLAG_LIMITS
 from n4flow.parameters import PRESETS, N4Parameters
 from n4flow.qc.dataset import OUTLIER_Z
@@ -23,6 +31,18 @@ SHEET_SCHEMA = load_schema(ROOT / "workflow/schemas/samples.schema.yaml")
 def test_config_of_the_repository_is_the_defaults():
     assert config_problems(CONFIG, CONFIG_SCHEMA) == []
     assert with_defaults({}, CONFIG_SCHEMA) == CONFIG
+
+
+def test_the_order_of_the_keys_in_a_file_does_not_count():
+    first = {
+        "qc": {"flags": {"self_check": 1, "cjv_worse": 2}, "field_window_log": 1},
+        "n4": {"fwhm": 1, "preset": "itk"},
+    }
+    second = {
+        "n4": {"preset": "itk", "fwhm": 1},
+        "qc": {"field_window_log": 1, "flags": {"cjv_worse": 2, "self_check": 1}},
+    }
+    assert repr(with_defaults(first, CONFIG_SCHEMA)) == repr(with_defaults(second, CONFIG_SCHEMA))
 
 
 def commented_keys():
@@ -377,3 +397,94 @@ def test_choice_hangs_on_the_name_alone():
     # SHA-256 of the name: the same on every machine and in every version
     chosen = [n for n, name in enumerate(NAMES[:20]) if in_fraction(name, 0.25)]
     assert chosen == [4, 6, 10, 11, 14, 15, 16, 19]
+
+
+def test_a_grid_gives_every_combination_a_name_of_its_own_that_is_good_in_a_path():
+    grid = {"spline_distance_mm": [40, 60.5], "iterations": [[50], [50, 20]], "convergence_threshold": [1e-5]}
+    combinations = grid_combinations(grid)
+    assert combinations["spline_distance_mm-60.5_iterations-50x20_convergence_threshold-1e-05"] == {
+        "spline_distance_mm": 60.5,
+        "iterations": [50, 20],
+        "convergence_threshold": 1e-5,
+    }
+    assert len(combinations) == 4
+    assert [name for name in combinations if not re.fullmatch(r"[A-Za-z0-9_.+-]+", name)] == []
+    assert grid_combinations({}) == {}
+
+
+@pytest.mark.parametrize(
+    ("n4", "grid", "lines"),
+    [
+        ({}, {"spline_distance_mm": [40, 60], "preset": ["mri-head", "seed"]}, []),
+        (
+            {},
+            {"spline_distance_mm": [40, 60], "preset": ["mri-head", "itk"]},
+            ["tune.grid.spline_distance_mm: changes nothing where n4.spans are set"],
+        ),
+        ({}, {"fwmh": [0.1, 0.2]}, ["tune.grid.fwmh: there is no such key; did you mean fwhm?"]),
+        (
+            {},
+            {"fwhm": [0.1, -1], "shrink_factor": [0]},
+            [
+                "tune.grid.fwhm: -1 is less than or equal to the minimum of 0; full width at half maximum",
+                "tune.grid.shrink_factor: 0 is less than the minimum of 1; estimate on every n-th voxel",
+            ],
+        ),
+        (
+            {},
+            {"convergence_threshold": ["1e-3"]},
+            ["tune.grid.convergence_threshold: '1e-3' is not of type 'number'; "],
+        ),
+        ({}, {"fwhm": 0.1}, ["tune.grid.fwhm: 0.1 is not of type 'array'; a list of the values to try, each once"]),
+        ({}, {"fwhm": [0.1, 0.1]}, ["tune.grid.fwhm: [0.1, 0.1] has non-unique elements; a list of the values"]),
+        ({}, {"fwhm": []}, ["tune.grid.fwhm: [] "]),
+        ({}, {"fwhm": [0.1, float("nan")]}, ["tune.grid.fwhm: is no finite number; give one"]),
+        (
+            {"spans": [1, 1, 1]},
+            {"spline_distance_mm": [40, 60]},
+            ["tune.grid.spline_distance_mm: changes nothing where n4.spans are set; take one of the two out"],
+        ),
+    ],
+)
+def test_each_problem_of_a_grid_is_one_line(n4, grid, lines):
+    found = config_problems({"n4": n4, "tune": {"subjects": ["01"], "grid": grid}}, CONFIG_SCHEMA)
+    assert len(found) == len(lines)
+    assert [line for line, problem in zip(lines, found, strict=True) if not problem.startswith(f"config: {line}")] == []
+
+
+def test_a_name_that_no_folder_can_have_is_told_once():
+    grid = {"iterations": [[10] * 90], "fwhm": [0.1, 0.2]}
+    (found,) = config_problems({"tune": {"subjects": ["01"], "grid": grid}}, CONFIG_SCHEMA)
+    assert found == "config: tune.grid: has too many keys; put those with one value under n4"
+
+
+SCANS = [Scan(label, session, "T1w", "x.nii") for label, session in (("01", "a"), ("01", "b"), ("02", ""))]
+
+
+@pytest.mark.parametrize(
+    ("subjects", "grid", "found"),
+    [
+        ([], {}, []),
+        (["01"], {"fwhm": [0.1, 0.2]}, []),
+        (["03"], {"fwhm": [0.1]}, ["tune.subjects: '03' is not in the sheet with a field of its own; give labels of it"]),
+        (["01"], {}, ["tune.grid: is empty; give both subjects and grid, or neither"]),
+        ([], {"fwhm": [0.1]}, ["tune.subjects: is empty; give both subjects and grid, or neither"]),
+        (
+            ["01"],
+            {"histogram_bins": list(range(100, 151))},
+            [
+                "tune: 2 scans with every combination are 102 corrections, more than the 100 of a page; "
+                "take fewer subjects or values"
+            ],
+        ),
+    ],
+)
+def test_what_tune_asks_of_the_sheet_is_checked(subjects, grid, found):
+    assert tune_problems({"subjects": subjects, "grid": grid}, SCANS) == [f"config: {line}" for line in found]
+
+
+def test_a_huge_grid_is_not_spelt_out():
+    grid = {key: list(range(10, 1010)) for key in ("histogram_bins", "spline_distance_mm", "shrink_factor", "fwhm")}
+    assert config_problems({"tune": {"subjects": ["01"], "grid": grid}}, CONFIG_SCHEMA) == []
+    (problem,) = tune_problems({"subjects": ["01"], "grid": grid}, SCANS)
+    assert "more than the 100" in problem

@@ -13,7 +13,7 @@ ROOMS = [
     "__init__", "errors", "files", "console", "parameters", "device", "bspline", "sharpening", "field", "samples",
     "kernels.protocol", "kernels.plain", "kernels.compiled", "kernels.cuda", "kernels", "estimate", "volume", "bids",
     "inputs", "provenance", "mask", "correction", "derivatives", "reference", "phantom", "metrics", "qc",
-    "qc.rendering", "qc.definitions", "qc.multiqc", "qc.panels", "qc.pages", "qc.dataset", "qc.guide",
+    "qc.rendering", "qc.definitions", "qc.multiqc", "qc.panels", "qc.pages", "qc.dataset", "qc.guide", "qc.tune",
 ]  # fmt: skip
 
 

@@ -315,7 +315,10 @@ def test_second_run_has_nothing_to_do(folder):
     assert "Nothing to be done" in done.stdout
 
 
-PAGES = [results_of(scan)["page"] for scan in SCANS.values()] + ["results/qc/index.html"]
+PAGES = [results_of(scan)["page"] for scan in SCANS.values()] + [
+    "results/qc/index.html",
+    "results/qc/guide.html",
+]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=[Path(page).stem for page in PAGES])

@@ -1,6 +1,7 @@
 """What the keys of the config change: the device, which files are written, and how."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -61,6 +62,17 @@ def lean(raw, tmp_path_factory):
     done = snakemake(folder, "--cores", 2, "--resources", "gpu=0")
     assert done.returncode == 0, done.stdout
     return folder
+
+
+@pytest.mark.parametrize(
+    ("limit", "rules"), [("cjv_worse: 1.5", ["guide", "index", "qc", "qc", "qc"]), ("outlier_z: 4", ["index"])]
+)
+def test_a_changed_limit_of_a_flag_makes_again_what_shows_it_alone(lean, tmp_path, limit, rules):
+    changed = tmp_path / "changed.yaml"
+    changed.write_text(f"qc:\n  flags:\n    {limit}\n")
+    done = snakemake(lean, "-n", "--configfile", changed)
+    assert done.returncode == 0, done.stdout
+    assert sorted(re.findall(r"^(?:local)?rule (\w+):", done.stdout, re.M)) == sorted([*rules, "default"])
 
 
 each_integer = pytest.mark.parametrize("name", INTEGERS)

@@ -47,6 +47,8 @@ PACKAGE_FILES = [
     "qc/templates/guide.html",
     "qc/templates/index.html",
     "qc/templates/subject.html",
+    "qc/templates/tune.html",
+    "qc/tune.py",
     "reference.py",
     "samples.py",
     "sharpening.py",
@@ -58,7 +60,15 @@ sys.path.insert(0, str(PACKAGE[0].parent.parent))
 from n4flow.bids import DATATYPE_OF
 from n4flow.errors import InputError
 from n4flow.console import last_error
-from n4flow.inputs import config_problems, in_fraction, load_schema, read_sheet, with_defaults
+from n4flow.inputs import (
+    config_problems,
+    grid_combinations,
+    in_fraction,
+    load_schema,
+    read_sheet,
+    tune_problems,
+    with_defaults,
+)
 from n4flow.provenance import package_digest
 
 CONFIG_SCHEMA = load_schema(workflow.source_path("../schemas/config.schema.yaml"))
@@ -86,7 +96,13 @@ try:
 except InputError as error:
     raise WorkflowError(str(error)) from None
 
+if problems := tune_problems(config["tune"], SCANS):
+    raise WorkflowError("\n".join(problems))
+
 SCAN_OF = {scan.name: scan for scan in SCANS}
+
+TUNED = [scan for scan in SCANS if scan.subject in config["tune"]["subjects"] and not scan.field_from]
+COMBINATIONS = grid_combinations(config["tune"]["grid"])
 
 # What comes of a scan, by role: the outputs of n4, and of apply, which takes its place where the field is another scan's.
 CORRECTION = {
@@ -199,15 +215,42 @@ def qc_inputs(wildcards):
     return {"image": scan.image} | {role: made[role] for role in shown if role in made}
 
 
+def tune_settings(wildcards):
+    """The keys of n4 that a combination means."""
+    if wildcards.combination not in COMBINATIONS:
+        raise WorkflowError(f"{wildcards.combination}: no such combination in config's tune.grid; name the target tune")
+    return config["n4"] | COMBINATIONS[wildcards.combination]
+
+
+def tune_inputs(wildcards):
+    """What the page shows: scan by scan, and of each scan every combination."""
+    if not TUNED:
+        raise WorkflowError("tune: there is nothing to compare; give tune.subjects and tune.grid, see config/README.md")
+    made = [products(scan) for scan in TUNED]
+    of_all = lambda name: [
+        f"<results>/tune/{scan.folder}/{scan.name}/{combination}/{name}"
+        for scan in TUNED
+        for combination in COMBINATIONS
+    ]
+    return {
+        "images": [scan.image for scan in TUNED],
+        "masks": [roles["mask"] for roles in made],
+        "references": [roles["reference_field"] for roles in made if "reference_field" in roles],
+        "corrected": of_all("corrected.nii.gz"),
+        "sidecars": of_all("corrected.json"),
+        "fields": of_all("biasfield.json"),
+    }
+
+
 def memory_mb(baseline, per_mb):
-    """Memory of a job: a baseline, and more for each megabyte of the image's file.
+    """Memory of a job: a baseline, and more for each megabyte of the image's file (of the largest).
 
     It grows with each attempt, for executors that end a job that exceeds it.
     """
 
     def resource(wildcards, input, attempt):
-        image = Path(input.image)
-        size_mb = image.stat().st_size / 1e6 if image.is_file() else 0
+        images = map(Path, input.get("images") or [input.image])
+        size_mb = max(image.stat().st_size / 1e6 if image.is_file() else 0 for image in images)
         return int(baseline + per_mb * size_mb) * attempt
 
     return resource
@@ -229,6 +272,8 @@ def report_failures():
     for scan in SCANS:
         if scan.field_from and scan.field_source in without_field and not made_now(place(products(scan)["corrected"])):
             failed.setdefault(scan.name, f"its field is that of {scan.field_source}, which failed")
+    if not failed:  # of no scan: the rule's own line says all
+        return
     done = [
         place(metrics_path(scan))
         for scan in SCANS

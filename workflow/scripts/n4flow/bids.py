@@ -30,7 +30,7 @@ DATATYPE_OF = {
 BIDS_VERSION = "1.10.0"
 
 #: Files that BIDS has no name for yet.
-BIDSIGNORE = "*_biasfield.*\n**/perf/*_mask.*\n**/micr/*_mask.*\nqc\n"
+BIDSIGNORE = "*_biasfield.*\n**/perf/*_mask.*\n**/micr/*_mask.*\nqc\ntune\n"
 
 LABEL = re.compile(r"[A-Za-z0-9]+")
 ENTITY = re.compile(r"[a-z0-9]+-[A-Za-z0-9+]+")

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import csv
 import difflib
+import itertools
 import math
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from n4flow.bids import Scan
 from n4flow.errors import InputError
 from n4flow.parameters import N4Parameters
+
+#: One page shows so many corrections: more, nobody compares by eye.
+TUNE_CORRECTIONS = 100
 
 
 def load_schema(path: str | Path) -> dict[str, Any]:
@@ -22,7 +26,10 @@ def load_schema(path: str | Path) -> dict[str, Any]:
 
 
 def with_defaults(config: Mapping[str, Any], schema: Mapping[str, Any]) -> dict[str, Any]:
-    """The config with the schema's defaults for every key that it does not give."""
+    """The config with the schema's defaults for every key that it does not give, in the schema's order.
+
+    Snakemake compares the parameters of a job as text: the order of the keys in a file must not count.
+    """
     filled = dict(config)
     for key, part in schema["properties"].items():
         if part.get("type") == "object" and "properties" in part:
@@ -32,7 +39,7 @@ def with_defaults(config: Mapping[str, Any], schema: Mapping[str, Any]) -> dict[
                 filled[key] = value
         elif "default" in part:
             filled.setdefault(key, part["default"])
-    return filled
+    return {key: filled[key] for key in schema["properties"] if key in filled} | filled
 
 
 def schema_problems(content: Any, schema: Mapping[str, Any]) -> Iterator[str]:
@@ -74,6 +81,74 @@ def config_problems(config: Mapping[str, Any], schema: Mapping[str, Any]) -> lis
             N4Parameters.from_mapping(config.get("n4", {}))
         except InputError as error:
             found.append(str(error))
+        else:
+            # the same problem of several combinations is told once
+            found += dict.fromkeys(_grid_problems(config, schema))
+    return [f"config: {problem}" for problem in found]
+
+
+def grid_combinations(grid: Mapping[str, Sequence[Any]]) -> dict[str, dict[str, Any]]:
+    """All combinations of a grid's values, by names that say them and are good in a path.
+
+    Parameters
+    ----------
+    grid : mapping of str to sequence
+        Values to try of each key of n4.
+
+    Returns
+    -------
+    dict of str to dict
+        Without a grid none.
+    """
+
+    def word(value: Any) -> str:
+        return "x".join(map(str, value)) if isinstance(value, list) else str(value)
+
+    every = itertools.product(*grid.values()) if grid else ()
+    combinations = [dict(zip(grid, values, strict=True)) for values in every]
+    return {"_".join(f"{key}-{word(value)}" for key, value in chosen.items()): chosen for chosen in combinations}
+
+
+def _grid_problems(config: Mapping[str, Any], schema: Mapping[str, Any]) -> Iterator[str]:
+    """What is wrong with the values of tune.grid, alone and together."""
+    grid = config.get("tune", {}).get("grid", {})
+    wrong = [
+        f"tune.grid.{problem}"
+        for key, values in grid.items()
+        for value in values
+        for problem in schema_problems({key: value}, schema["properties"]["n4"])
+    ]
+    yield from wrong
+    if wrong or math.prod(map(len, grid.values())) > TUNE_CORRECTIONS:  # `tune_problems` tells of these
+        return
+    for name, chosen in grid_combinations(grid).items():
+        if len(name) > 200:  # it is the name of a folder
+            yield "tune.grid: has too many keys; put those with one value under n4"
+            continue
+        try:
+            parameters = N4Parameters.from_mapping({**config.get("n4", {}), **chosen})
+        except InputError as error:
+            yield f"tune.grid: {name}: {error}"
+            continue
+        if "spline_distance_mm" in grid and parameters.spans is not None:
+            yield "tune.grid.spline_distance_mm: changes nothing where n4.spans are set; take one of the two out"
+
+
+def tune_problems(tune: Mapping[str, Any], scans: Sequence[Scan]) -> list[str]:
+    """What is wrong with the config's tune beside the sheet, a line each."""
+    subjects, grid = tune["subjects"], tune["grid"]
+    own_field = [scan.subject for scan in scans if not scan.field_from]
+    unknown = [label for label in subjects if label not in own_field]
+    found = [f"tune.subjects: {label!r} is not in the sheet with a field of its own; give labels of it" for label in unknown]
+    if bool(subjects) != bool(grid):
+        found.append(f"tune.{'grid' if subjects else 'subjects'}: is empty; give both subjects and grid, or neither")
+    chosen = sum(subject in subjects for subject in own_field)
+    corrections = math.prod(map(len, grid.values())) * chosen
+    if grid and corrections > TUNE_CORRECTIONS:
+        found.append(
+            f"tune: {chosen} scans with every combination are {corrections} corrections, more than the "
+            f"{TUNE_CORRECTIONS} of a page; take fewer subjects or values"
+        )
     return [f"config: {problem}" for problem in found]
 
 

@@ -313,6 +313,7 @@ def _panels(subject: Subject) -> dict[str, dict[str, Any]]:
             "source": data_uri(panels.webp(entry["picture"], QUALITY)),
         }
         for entry in subject.image_panels()
+        if entry["label"] in IMAGES
     ]
     return {panel["title"]: panel for panel in [*images, *subject.field_panels(), *subject.plots()]}
 

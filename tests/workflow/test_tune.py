@@ -1,0 +1,86 @@
+"""The target tune, on a subject of the built-in dataset."""
+
+import json
+import re
+import shutil
+
+import pytest
+from study import ROOT, snakemake, write_config
+
+GRID = {"spline_distance_mm": [40, 80], "convergence_threshold": [0.0015, 0.01]}
+
+
+def tune_config(folder, grid=GRID, subjects=("02",)):
+    write_config(folder, {"tune": {"subjects": list(subjects), "grid": grid}})
+
+
+def rules_to_run(folder, *arguments):
+    done = snakemake(folder, *arguments, "-n")
+    assert done.returncode == 0, done.stdout
+    return re.findall(r"^(?:local)?rule (\w+):", done.stdout, re.M)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A working directory after `snakemake tune`."""
+    folder = tmp_path_factory.mktemp("tune")
+    shutil.copytree(ROOT / "config", folder / "config")
+    tune_config(folder)
+    done = snakemake(folder, "tune", "--cores", 2)
+    assert done.returncode == 0, done.stdout
+    return folder
+
+
+def test_every_combination_is_corrected_with_its_own_settings(folder):
+    sidecars = sorted((folder / "results/tune/sub-02/anat/sub-02_T1w").glob("*/corrected.json"))
+    used = [json.loads(path.read_text())["N4"]["Parameters"] for path in sidecars]
+    assert {(p["spline_distance_mm"], p["convergence_threshold"]) for p in used} == {
+        (mm, cv) for mm in GRID["spline_distance_mm"] for cv in GRID["convergence_threshold"]
+    }
+    assert len(used) == 4
+
+
+def test_the_page_compares_them_all_with_the_reference(folder):
+    page = (folder / "results/tune/index.html").read_text(encoding="utf-8")
+    assert re.findall(r"<h2>(.*?)</h2>", page) == ["sub-02_T1w"]
+    assert len(re.findall(r'<th scope="row">convergence_threshold [\d.]+ · spline_distance_mm \d+</th>', page)) == 4
+    assert "r to reference" in page
+
+
+def test_nothing_of_it_is_mixed_with_the_derivatives_nor_part_of_all(folder):
+    assert {path.name for path in (folder / "results/sub-02/anat").iterdir()} == {
+        f"sub-02_desc-{name}"
+        for name in (
+            "foregroundT1w_mask.nii.gz", "foregroundT1w_mask.json", "N4sitk_T1w.nii.gz", "N4sitk_T1w.json",
+            "N4sitkT1w_biasfield.json",
+        )
+    }  # fmt: skip
+    assert {"n4", "qc"} <= set(rules_to_run(folder))
+    assert not {"tune", "tune_n4"} & set(rules_to_run(folder))
+
+
+def test_a_further_value_adds_its_own_corrections_and_the_page(folder, tmp_path):
+    assert rules_to_run(folder, "tune") == []
+    shutil.copytree(folder, tmp_path / "copy", symlinks=True)
+    tune_config(tmp_path / "copy", {**GRID, "spline_distance_mm": [40, 60, 80]})
+    assert sorted(rules_to_run(tmp_path / "copy", "tune")) == ["tune", "tune_n4", "tune_n4"]
+
+
+def test_tune_without_subjects_says_what_to_give(tmp_path):
+    shutil.copytree(ROOT / "config", tmp_path / "config")
+    done = snakemake(tmp_path, "tune", "--cores", 1)
+    assert done.returncode == 1
+    assert "tune: there is nothing to compare; give tune.subjects and tune.grid, see config/README.md" in done.stdout
+
+
+def test_a_wrong_grid_stops_the_run_with_a_line_each(tmp_path):
+    tune_config(tmp_path, {"fwmh": [0.1], "shrink_factor": [2, 0]}, subjects=["07"])
+    shutil.copy(ROOT / "config/samples.tsv", tmp_path / "config")
+    done = snakemake(tmp_path, "--cores", 1)
+    assert done.returncode == 1
+    said = [line.strip() for line in done.stdout.splitlines()]
+    assert "config: tune.grid.fwmh: there is no such key; did you mean fwhm?" in said
+    assert [line for line in said if line.startswith("config: tune.grid.shrink_factor: 0 is less than")]
+    tune_config(tmp_path, {"shrink_factor": [2]}, subjects=["07"])
+    done = snakemake(tmp_path, "--cores", 1)
+    assert "config: tune.subjects: '07' is not in the sheet with a field of its own; give labels of it" in done.stdout

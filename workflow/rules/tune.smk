@@ -1,0 +1,59 @@
+# Goes in: the scans of a few subjects and a grid of n4 keys (config's tune). Comes out: one page on which
+# the corrections with every combination stand side by side. Apart from the results, and not part of all.
+
+TUNE_FOLDER = "<results>/tune/{folder}/{entities}_{suffix}/{combination}"
+
+
+wildcard_constraints:
+    combination=r"[A-Za-z0-9_.+-]+",
+
+
+rule tune_n4:
+    """Correct a scan with one combination of the grid."""
+    input:
+        image=image_of,
+        mask=rules.mask.output.mask,
+    output:
+        corrected=f"{TUNE_FOLDER}/corrected.nii.gz",
+        sidecar=f"{TUNE_FOLDER}/corrected.json",
+        lattice=f"{TUNE_FOLDER}/biasfield.json",
+    log:
+        "<logs>/tune/{folder}/{entities}_{suffix}/{combination}.log",
+    benchmark:
+        "<benchmarks>/tune/{folder}/{entities}_{suffix}/{combination}.tsv"
+    conda:
+        "../../envs/n4.yaml"
+    resources:
+        gpu=1,
+        mem_mb=memory_mb(baseline=400, per_mb=20),
+    params:
+        settings=tune_settings,
+        keep_dtype=False,
+        package=package_digest("derivatives"),
+    script:
+        "../scripts/n4.py"
+
+
+rule tune:
+    """Compare corrections with different settings, side by side on one page."""
+    input:
+        unpack(tune_inputs),
+    output:
+        page="<results>/tune/index.html",
+    log:
+        "<logs>/tune.log",
+    benchmark:
+        "<benchmarks>/tune.tsv"
+    conda:
+        "../../envs/qc.yaml"
+    resources:
+        mem_mb=memory_mb(baseline=600, per_mb=80),
+    params:
+        scans=[(scan.name, with_reference(scan)) for scan in TUNED],
+        combinations=list(COMBINATIONS.values()),
+        settings=config["n4"],
+        field_window_log=config["qc"]["field_window_log"],
+        flags=page_settings()["flags"],
+        package=package_digest("qc.tune"),
+    script:
+        "../scripts/tune.py"

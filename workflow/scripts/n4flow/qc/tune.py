@@ -1,0 +1,155 @@
+"""Corrections with different settings side by side, for people who choose theirs by eye."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from n4flow.derivatives import CorrectionFiles
+from n4flow.files import atomic_text
+from n4flow.metrics import FLAG_LIMITS
+from n4flow.qc import panels
+from n4flow.qc.pages import Subject, data_uri, measure_subject
+from n4flow.qc.rendering import number, render
+
+#: Quality of the image panels.
+QUALITY = 75
+
+#: Columns of the comparison: key, heading, digits.
+COLUMNS = (
+    ("cjv_after", "CJV after", 3),
+    ("foreground_cv_after", "foreground CV after", 3),
+    ("log_entropy_after_bits", "log entropy after (bits)", 2),
+    ("field_min", "field min (ratio)", 3),
+    ("field_max", "field max (ratio)", 3),
+    ("inu_range", "inu_range", 3),
+    ("field_steepness", "field steepness", 2),
+    ("reference_r", "r to reference", 4),
+    ("reference_rms_log", "rms |Δlog|", 4),
+    ("iterations_used", "iterations", 0),
+    ("wall_time_s", "time (s)", 1),
+)
+
+
+class TunedScan(NamedTuple):
+    """A scan, and what each combination made of it."""
+
+    name: str
+    image: Path
+    mask: Path
+    reference_field: Path | None
+    made: Sequence[CorrectionFiles]
+
+
+def make_comparison(
+    scans: Sequence[TunedScan],
+    combinations: Sequence[Mapping[str, Any]],
+    page: str | Path,
+    *,
+    settings: Mapping[str, Any],
+    field_window_log: float,
+    flags: Mapping[str, float] = FLAG_LIMITS,
+) -> None:
+    """Write the page that compares combinations of settings; it ranks nothing.
+
+    Parameters
+    ----------
+    scans : sequence of TunedScan
+        Each with as many corrections as there are combinations. The reference, where there is one,
+        is the one of the dataset, made with `settings`: one yardstick for all combinations.
+    combinations : sequence of mappings
+        The keys of n4 that differ, and their values.
+    page : path-like
+        One HTML file that needs no other.
+    settings : mapping
+        The n4 keys that all combinations share.
+    field_window_log, flags
+        As in `pages.measure_subject`.
+
+    Raises
+    ------
+    InputError
+        As `pages.measure_subject`.
+    """
+    names = [_worded(combination) for combination in combinations]
+    sections = []
+    for scan in scans:
+        rows, cards, window = [], [], 0.0
+        original: dict[str, Any] = {}
+        for name, files in zip(names, scan.made, strict=True):
+            subject = measure_subject(
+                name=scan.name,
+                image=scan.image,
+                mask=scan.mask,
+                corrected=files.corrected,
+                field=files.lattice,
+                sidecar=files.sidecar,
+                reference_field=scan.reference_field,
+                field_window_log=field_window_log,
+                flags=flags,
+            )
+            if not original:
+                window = subject.values["display_max"]
+                original = _image_panel(subject, "before", "original", window)
+            rows.append((name, subject.values))
+            cards.append(_card(name, subject, window))
+        columns = [column for column in COLUMNS if any(values.get(column[0]) is not None for _, values in rows)]
+        sections.append(
+            {
+                "name": scan.name,
+                "original": original,
+                "window": window,
+                "headings": [heading for _, heading, _ in columns],
+                "rows": [
+                    (
+                        name,
+                        [number(values.get(key), digits) for key, _, digits in columns],
+                        [flag.partition(":")[0].replace("_", " ") for flag in values["flags"]],
+                    )
+                    for name, values in rows
+                ],
+                "cards": cards,
+                "has_reference": scan.reference_field is not None,
+            }
+        )
+    html = render(
+        "tune.html",
+        sections=sections,
+        count=len(combinations),
+        shared=_worded(settings),
+        field_window=f"×{math.exp(-field_window_log):.2f} to ×{math.exp(field_window_log):.2f}",
+    )
+    with atomic_text(page) as file:
+        file.write(html)
+
+
+def _worded(settings: Mapping[str, Any]) -> str:
+    return " · ".join(f"{key} {value}" for key, value in settings.items())
+
+
+def _image_panel(subject: Subject, which: str, title: str, window: float) -> dict[str, Any]:
+    """Original or corrected in the slices of the field panels, so that both have one size."""
+    view = subject.view
+    picture = panels.mosaic(
+        [row[view.field_part] for row in subject.pictures[which]],
+        [row[view.field_part] for row in view.slices],
+        panels.intensity_scale(window),
+        width=panels.WIDTH // 2,
+        title=title,
+    )
+    return {"title": title, "source": data_uri(panels.webp(picture, QUALITY))}
+
+
+def _card(name: str, subject: Subject, window: float) -> dict[str, Any]:
+    values = subject.values
+    field, *_ = subject.field_panels()
+    image = _image_panel(subject, "after", "corrected", window)
+    measure, key = ("foreground CV", "foreground_cv") if values["datatype"] == "micr" else ("CJV", "cjv")
+    numbers = f"{measure} {number(values[f'{key}_after'])}"
+    image["alt"] = f"Corrected with {name}: {numbers}; window 0 to {window:.4g}."
+    field["alt"] = f"Bias field with {name}: {field['numbers']}."
+    if (r := values.get("reference_r")) is not None and math.isfinite(r):
+        numbers += f"; r to the reference {number(r, 4)}"
+    return {"name": name, "panels": [image, field], "numbers": f"{numbers}; field {field['numbers']}"}

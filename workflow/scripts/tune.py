@@ -1,0 +1,36 @@
+"""Rule tune: corrections with different settings on one page."""
+
+from pathlib import Path
+
+from n4flow.console import reporting
+from n4flow.derivatives import CorrectionFiles
+from n4flow.qc.tune import TunedScan, make_comparison
+
+
+def main(snakemake):
+    given, params = snakemake.input, snakemake.params
+    references = map(Path, given.get("references", []))
+    written = map(CorrectionFiles, *(map(Path, given[role]) for role in ("corrected", "sidecars", "fields")))
+    scans = [
+        TunedScan(
+            name,
+            Path(image),
+            Path(mask),
+            next(references) if with_reference else None,
+            [next(written) for _ in params.combinations],
+        )
+        for (name, with_reference), image, mask in zip(params.scans, given.images, given.masks, strict=True)
+    ]
+    make_comparison(
+        scans,
+        params.combinations,
+        Path(snakemake.output.page),
+        settings=params.settings,
+        field_window_log=params.field_window_log,
+        flags=params.flags,
+    )
+
+
+if __name__ == "__main__":
+    with reporting(snakemake.log[0]):  # noqa: F821
+        main(snakemake)  # noqa: F821
