@@ -88,7 +88,7 @@ DEFINITIONS: tuple[Definition, ...] = (
         ("field_steepness",),
         "field steepness",
         "P99(|grad log b|) · edge of a cube as large as the mask",
-        "0.5 to 2 for coils. A mesh near the size of anatomy makes it steep.",
+        "0 to 2 for the field of a coil. A mesh near the size of anatomy makes it steep.",
     ),
     Definition(
         ("reference_r",),
