@@ -1,6 +1,7 @@
 import pickle
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -57,3 +58,12 @@ def test_an_input_error_survives_the_way_between_processes():
     error = InputError("a.nii", "is broken", "mend it")
     again = pickle.loads(pickle.dumps(error))
     assert (type(again), str(again)) == (InputError, "a.nii: is broken; mend it")
+
+
+def test_the_line_reaches_the_terminal_in_one_piece(tmp_path, monkeypatch):
+    """Jobs that fail at the same time write to one terminal: what comes in pieces gets mixed."""
+    pieces = []
+    monkeypatch.setattr(sys, "stderr", SimpleNamespace(write=pieces.append, flush=lambda: None))
+    with pytest.raises(SystemExit):
+        fail_in(tmp_path / "log", InputError("image.nii", "is broken", "copy it again"))
+    assert [piece for piece in pieces if piece] == ["n4flow: image.nii: is broken; copy it again\n"]

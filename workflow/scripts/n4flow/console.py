@@ -8,6 +8,7 @@ import sys
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TextIO
 
 from n4flow.errors import InputError
 
@@ -36,17 +37,21 @@ def reporting(log_path: str | Path) -> Iterator[None]:
             yield
             print(DONE, file=file)
         except InputError as error:
-            print(f"{PREFIX}{error}", file=file)
-            print(f"{PREFIX}{error}", file=terminal)
+            _say(f"{PREFIX}{error}\n", file, terminal)
             sys.exit(1)
         except Exception as error:
             traceback.print_exc(file=file)
-            line = f"{PREFIX}{type(error).__name__}: {' '.join(str(error).split())}; see {log_path}"
-            print(line, file=file)
-            print(line, file=terminal)
+            _say(f"{PREFIX}{type(error).__name__}: {' '.join(str(error).split())}; see {log_path}\n", file, terminal)
             sys.exit(1)
         finally:
             logger.removeHandler(handler)
+
+
+def _say(line: str, *files: TextIO) -> None:
+    for file in files:
+        # in one piece with its end: other jobs may write to the terminal at the same time
+        file.write(line)
+        file.flush()
 
 
 def last_error(log_path: str | Path) -> str:
