@@ -459,6 +459,7 @@ def test_a_name_that_no_folder_can_have_is_told_once():
 
 
 SCANS = [Scan(label, session, "T1w", "x.nii") for label, session in (("01", "a"), ("01", "b"), ("02", ""))]
+SCANS += [Scan("01", "a", "T2w", "y.nii", field_from="T1w")]  # it is not estimated, so there is nothing to tune
 
 
 @pytest.mark.parametrize(
@@ -466,7 +467,11 @@ SCANS = [Scan(label, session, "T1w", "x.nii") for label, session in (("01", "a")
     [
         ([], {}, []),
         (["01"], {"fwhm": [0.1, 0.2]}, []),
-        (["03"], {"fwhm": [0.1]}, ["tune.subjects: '03' is not in the sheet with a field of its own; give labels of it"]),
+        (
+            ["03"],
+            {"fwhm": [0.1]},
+            ["tune.subjects: no scan of '03' in the sheet has a field of its own; give other labels"],
+        ),
         (["01"], {}, ["tune.grid: is empty; give both subjects and grid, or neither"]),
         ([], {"fwhm": [0.1]}, ["tune.subjects: is empty; give both subjects and grid, or neither"]),
         (

@@ -20,7 +20,9 @@ NOT_USED = {
     "phantom": {"estimate", "mask", "qc.pages"},
     "bids": {"volume", "estimate", "mask", "qc.pages"},
     "qc.pages": {"estimate", "reference", "phantom", "mask"},
-    "qc.dataset": {"qc.panels", "estimate", "volume"},
+    "qc.dataset": {"qc.panels", "qc.guide", "qc.tune", "estimate", "volume"},
+    "qc.guide": {"qc.tune", "inputs"},
+    "qc.tune": {"phantom", "reference", "qc.dataset", "qc.guide"},
 }
 
 

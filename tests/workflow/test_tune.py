@@ -83,4 +83,6 @@ def test_a_wrong_grid_stops_the_run_with_a_line_each(tmp_path):
     assert [line for line in said if line.startswith("config: tune.grid.shrink_factor: 0 is less than")]
     tune_config(tmp_path, {"shrink_factor": [2]}, subjects=["07"])
     done = snakemake(tmp_path, "--cores", 1)
-    assert "config: tune.subjects: '07' is not in the sheet with a field of its own; give labels of it" in done.stdout
+    assert (
+        "config: tune.subjects: no scan of '07' in the sheet has a field of its own; give other labels" in done.stdout
+    )

@@ -139,7 +139,10 @@ def tune_problems(tune: Mapping[str, Any], scans: Sequence[Scan]) -> list[str]:
     subjects, grid = tune["subjects"], tune["grid"]
     own_field = [scan.subject for scan in scans if not scan.field_from]
     unknown = [label for label in subjects if label not in own_field]
-    found = [f"tune.subjects: {label!r} is not in the sheet with a field of its own; give labels of it" for label in unknown]
+    found = [
+        f"tune.subjects: no scan of {label!r} in the sheet has a field of its own; give other labels"
+        for label in unknown
+    ]
     if bool(subjects) != bool(grid):
         found.append(f"tune.{'grid' if subjects else 'subjects'}: is empty; give both subjects and grid, or neither")
     chosen = sum(subject in subjects for subject in own_field)

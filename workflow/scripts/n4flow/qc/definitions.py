@@ -138,5 +138,11 @@ DEFINITIONS: tuple[Definition, ...] = (
         "mean(corrected) / mean(original)",
         "1: a constant factor may drift between image and field, and this workflow fixes it so that the mean stays.",
     ),
+    Definition(
+        ("field_from",),
+        "field from",
+        "name of the scan that the field was estimated on",
+        "Only where the sheet says so. The field is applied as it is: the mean may change, and no reference is made.",
+    ),
     Definition(("wall_time_s",), "time", "seconds from reading to writing", "As usual for the size of the scan."),
 )

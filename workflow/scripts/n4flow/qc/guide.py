@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -13,10 +12,10 @@ from typing import Any, NamedTuple
 import nibabel as nib
 import numpy as np
 
-from n4flow.correction import write_corrected
+from n4flow.correction import keep_mean_intensity
 from n4flow.derivatives import CorrectionFiles, correct_scan, write_derivatives
 from n4flow.field import BiasField
-from n4flow.files import atomic_text, write_json
+from n4flow.files import atomic_text
 from n4flow.mask import mask_scan
 from n4flow.metrics import FLAG_LIMITS, FLAGS
 from n4flow.parameters import N4Parameters
@@ -37,6 +36,14 @@ QUALITY = 60
 
 #: The mesh that is too fine, and the strength of the drift and of the clipping.
 FINE_MM, DRIFT, CLIP_PERCENT = 10.0, 1.3, 85
+
+
+class _Made(NamedTuple):
+    """What a correction was made from, and what came of it."""
+
+    image: Path
+    mask: Path
+    files: CorrectionFiles
 
 
 @dataclass(frozen=True)
@@ -69,21 +76,13 @@ class _Bench:
         correct_scan(image, mask, self.files(name), parameters=N4Parameters(**parameters), device="cpu")
         return self.files(name)
 
-    def divide(self, name: str, field: BiasField) -> CorrectionFiles:
-        files = self.files(name)
-        write_derivatives(self.image, self.mask, files, field, {}, (), time.perf_counter(), keep_dtype=False, xp=np)
-        return files
+    def divide(self, name: str, field: BiasField) -> _Made:
+        files, inputs = self.files(name), {"mask": self.mask}
+        write_derivatives(self.image, inputs, files, field, {}, (), time.perf_counter(), keep_dtype=False, xp=np)
+        return _Made(self.image, self.mask, files)
 
     def good_field(self) -> BiasField:
         return BiasField.load(self.files("good").lattice)
-
-
-class _Made(NamedTuple):
-    """What a correction was made from, and what came of it."""
-
-    image: Path
-    mask: Path
-    files: CorrectionFiles
 
 
 def _too_fine(bench: _Bench) -> _Made:
@@ -99,21 +98,17 @@ def _leaking(bench: _Bench) -> _Made:
 
 def _inverted(bench: _Bench) -> _Made:
     good = bench.good_field()
-    return _Made(bench.image, bench.mask, bench.divide("inverted", replace(good, lattice=-good.lattice)))
+    turned = replace(good, lattice=-good.lattice)
+    return bench.divide("inverted", keep_mean_intensity(turned, Volume(bench.image), Volume(bench.mask)))
 
 
 def _nothing(bench: _Bench) -> _Made:
     good = bench.good_field()
-    return _Made(bench.image, bench.mask, bench.divide("nothing", replace(good, lattice=0 * good.lattice)))
+    return bench.divide("nothing", replace(good, lattice=0 * good.lattice))
 
 
 def _drifted(bench: _Bench) -> _Made:
-    files, good = bench.files("drifted"), bench.files("good")
-    field = bench.good_field().shifted(np.log(DRIFT))
-    write_corrected(Volume(bench.image), field, files.corrected)
-    write_json(files.lattice, field.to_mapping())
-    shutil.copyfile(good.sidecar, files.sidecar)
-    return _Made(bench.image, bench.mask, files)
+    return bench.divide("drifted", bench.good_field().shifted(np.log(DRIFT)))
 
 
 def _clipped(bench: _Bench) -> _Made:

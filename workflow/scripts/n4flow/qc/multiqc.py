@@ -66,7 +66,10 @@ def _header(columns: Sequence[tuple[str, str, int]]) -> Iterator[str]:
     yield "    no_violin: true"
     yield "headers:"
     headings = [("n_flags", "flags", "number of automatic flags", "{:,.0f}")]
-    headings += [(key, heading, described[key], f"{{:,.{digits}f}}") for key, heading, digits in columns]
+    headings += [
+        (key, heading, described[key], "" if key == "field_from" else f"{{:,.{digits}f}}")
+        for key, heading, digits in columns
+    ]
     headings += [("flags", "which", "the names of the flags; the page of the scan has them in words", "")]
     for key, heading, description, form in headings:
         yield f"    {key}:"
