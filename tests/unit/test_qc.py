@@ -4,6 +4,7 @@ import io
 import json
 import math
 import re
+import zlib
 from html.parser import HTMLParser
 from itertools import permutations, product
 from pathlib import Path
@@ -13,14 +14,17 @@ import nibabel as nib
 import numpy as np
 import pytest
 import yaml
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 
 from n4flow.errors import InputError
 from n4flow.field import BiasField, Mesh
-from n4flow.qc import panels
+from n4flow.qc import panels, viewer
 from n4flow.qc.dataset import COLUMNS, make_index
 from n4flow.qc.definitions import DEFINITIONS
 from n4flow.qc.pages import PAGE_BYTES, make_subject
+from n4flow.volume import Volume
 
 WINDOW = math.log(1.5)
 HOSTILE = "sub-<script>alert(1)</script>&\"'"
@@ -212,6 +216,7 @@ def make_files(folder, *, shape=(24, 28, 20), size_mm=(4.0, 4.0, 4.0), frames=1,
         "field_window_log": WINDOW,
         "page": folder / "sub-01.html",
         "metrics": folder / "sub-01.json",
+        "pictures": folder / "sub-01.webp",
     }
 
 
@@ -252,23 +257,24 @@ def subject(tmp_path_factory):
 
 def test_a_page_needs_nothing_else_and_fits(subject):
     text = subject["page"].read_text(encoding="utf-8")
-    assert len(text.encode()) <= PAGE_BYTES + 20_000 <= 500_000
+    assert len(text.encode()) <= PAGE_BYTES + 20_000
     assert not re.search(r"https?://|@import|\burl\(|\bfetch\(|XMLHttpRequest", re.sub(r"data:image[^\"]*", "", text))
     page = Elements(subject["page"])
     assert all(i.get("src", "data:").startswith("data:") for i in page.all("img") + page.all("script"))
     assert [link["href"] for link in page.all("link")] == ["data:,"]
-    assert [a["href"] for a in page.all("a")] == ["index.html", "guide.html"]
+    assert [a["href"] for a in page.all("a")] == ["index.html#sub-01", "index.html", "guide.html"]
 
 
 def test_every_panel_is_there_with_numbers_in_its_alt_text(subject):
     shown = pictures(subject["page"])
     titles = [re.split(r"[:;]| with", alt)[0] for alt, _ in shown]
     assert titles == [
-        "Original image", "Corrected image", "Bias field", "Reference field", "Difference", "Histogram in the mask",
-        "Profile along the steepest axis", "Convergence", "Ours against the reference",
+        "Original image", "Corrected image", "Bias field on the same slices", "Bias field", "Reference field",
+        "Difference", "Histogram in the mask", "Profile along the steepest axis", "Convergence",
+        "Ours against the reference",
     ]  # fmt: skip
     assert all(re.search(r"\d", alt) and picture.format == "WEBP" for alt, picture in shown)
-    assert shown[0][1].size == shown[1][1].size  # or the swap would jump
+    assert shown[0][1].size == shown[1][1].size == shown[2][1].size  # or the swap would jump
 
 
 def test_metrics_are_plain_json_and_right(subject):
@@ -288,17 +294,18 @@ def test_metrics_are_plain_json_and_right(subject):
 
 
 def test_the_same_input_gives_the_same_page(subject, tmp_path):
-    again = {**subject, "page": tmp_path / "sub-01.html", "metrics": tmp_path / "sub-01.json"}
+    made = ("page", "metrics", "pictures")
+    again = subject | {role: tmp_path / subject[role].name for role in made}
     make_subject(name="sub-01", **again)
-    assert again["page"].read_bytes() == subject["page"].read_bytes()
-    assert again["metrics"].read_bytes() == subject["metrics"].read_bytes()
+    for role in made:
+        assert again[role].read_bytes() == subject[role].read_bytes()
 
 
 def test_without_a_reference_its_panels_are_absent(tmp_path):
     files = make_files(tmp_path) | {"reference_field": None, "reference_sidecar": None}
     make_subject(name="sub-01", **files)
     page = Elements(files["page"])
-    assert len(pictures(files["page"])) == 6
+    assert len(pictures(files["page"])) == 7
     assert "reference" not in page.text.lower()
     assert not [key for key in json.loads(files["metrics"].read_text()) if key.startswith("reference_r")]
 
@@ -514,12 +521,115 @@ def test_microscopy_and_mri_share_a_table(subject, mosaic, tmp_path):
     assert float(microscopy["seam_ratio_after"]) > 2
     text = (tmp_path / "index.html").read_text(encoding="utf-8")
     table = json.loads(re.search(r'id="data">(.*?)</script>', text, re.S)[1])
-    column = 4 + [heading for heading, _ in table["columns"]].index("mask (ml)")
+    column = 7 + [heading for heading, *_ in table["columns"]].index("mask (ml)")
     shown = {row[0]: row[column] for row in table["rows"]}
     assert shown["sub-01_sample-a_SPIM"] == pytest.approx(26 * 36 * 20 * 1e-9, rel=0.05)  # not rounded to 0
 
 
+# ---------------------------------------------------------------- what the other pages take of a scan
+
+
+def test_the_grid_has_a_row_of_planes_for_each_panel(subject):
+    metrics = json.loads(subject["metrics"].read_text())
+    assert metrics["panels"] == ["original", "corrected", "bias field", "reference field", "difference"]
+    sheet = np.asarray(Image.open(subject["pictures"]).convert("RGB")).astype(int)
+    side = panels.THUMBNAIL_PIXELS
+    assert sheet.shape == (5 * side, 3 * side, 3)
+    field = sheet[2 * side : 3 * side, :side]  # the field rises from L to R
+    assert field[side // 2, side // 4, 2] > field[side // 2, side // 4, 0] + 20
+    assert field[side // 2, 3 * side // 4, 0] > field[side // 2, 3 * side // 4, 2] + 20
+    original, corrected = sheet[:side], sheet[side : 2 * side]
+    for picture, apart in ((original, True), (corrected, False)):
+        left, right = (picture[side // 2 - 5 : side // 2 + 5, x - 5 : x + 5].mean() for x in (60, 100))
+        assert (right - left > 20) == apart
+
+
+def test_the_hash_follows_the_correction_alone(subject, tmp_path):
+    first = json.loads(subject["metrics"].read_text())["report_hash"]
+    assert re.fullmatch("[0-9a-f]{12}", first)
+
+    def hash_with(folder, **changes):
+        folder.mkdir()
+        files = make_files(folder) | changes
+        make_subject(name="sub-01", **files)
+        return json.loads(files["metrics"].read_text())["report_hash"]
+
+    assert hash_with(tmp_path / "window", field_window_log=0.1, reference_field=None, reference_sidecar=None) == first
+    values = nib.load(subject["corrected"])
+    changed = values.get_fdata()
+    changed[12, 14, 10] += 1
+    nib.save(nib.Nifti1Image(changed.astype(np.float32), values.affine), tmp_path / "changed.nii.gz")
+    assert hash_with(tmp_path / "value", corrected=tmp_path / "changed.nii.gz") != first
+
+
+def viewer_content(path):
+    text = path.read_text(encoding="ascii")
+    assert text.startswith("showVolumes(")
+    assert text.endswith(");\n")
+    content = json.loads(text[len("showVolumes(") : -3])
+    for key in ("mask", "original", "corrected"):
+        content[key] = np.frombuffer(zlib.decompress(base64.b64decode(content[key])), np.uint8)
+    return content
+
+
+def test_the_viewer_gets_the_volumes_in_the_order_of_the_file(tmp_path):
+    files = make_files(tmp_path) | {"viewer": tmp_path / "sub-01.js", "viewer_mb": 1}
+    make_subject(name="sub-01", **files)
+    content = viewer_content(files["viewer"])
+    assert (content["shape"], content["steps"], content["sizeMm"]) == ([24, 28, 20], [1, 1, 1], [4.0, 4.0, 4.0])
+    most = json.loads(files["metrics"].read_text())["display_max"]
+    for role, image in (("original", "image"), ("corrected", "corrected")):
+        values = nib.load(files[image]).get_fdata().ravel(order="F")
+        assert content[role] / 255 * most == pytest.approx(values.clip(0, most), abs=0.51 / 255 * most)
+    mask = np.unpackbits(content["mask"])[: 24 * 28 * 20]
+    assert (mask == (nib.load(files["mask"]).get_fdata().ravel(order="F") > 0)).all()
+    assert [field["title"] for field in content["fields"]] == ["bias field", "reference field"]
+    assert content["fields"][0]["lattice"] == pytest.approx(BiasField.load(files["field"]).lattice.ravel())
+    assert "data-viewer" in files["page"].read_text()
+
+
+@pytest.mark.parametrize("limit_mb", [0.08, 0.1, 1.0])
+def test_the_viewer_keeps_to_its_cap(tmp_path, limit_mb):
+    rng = np.random.default_rng(1)
+    shape = (41, 33, 27)
+    noise = rng.integers(0, 256, shape).astype(np.uint8)  # does not deflate
+    nib.save(nib.Nifti1Image(noise, np.diag([1.0, 1, 2, 1])), tmp_path / "noise.nii")
+    grid = Volume(tmp_path / "noise.nii")
+    steps = viewer.steps_within(grid.shape, grid.voxel_size_mm, 1e6 * limit_mb)
+    small = viewer.shrink(noise, steps)
+    field = BiasField(np.zeros((4, 4, 4)), Mesh.of_grid(shape, (1, 1, 1)), shape, np.eye(4))
+    text = viewer.viewer_script(grid, steps, small, small, small > 128, {"bias field": field}, 255.0, 0.4)
+    assert len(text) <= 1e6 * limit_mb
+    assert (steps == (1, 1, 1)) == (limit_mb == 1)
+    assert steps[2] <= steps[0]  # the thickest axis is coarsened last
+
+
+@given(st.tuples(*[st.integers(1, 9)] * 3), st.tuples(*[st.integers(1, 4)] * 3))
+def test_shrinking_takes_means_over_blocks(shape, steps):
+    values = np.random.default_rng(0).normal(size=shape).astype(np.float32)
+    small = viewer.shrink(values, steps)
+    for index in np.ndindex(small.shape):
+        block = tuple(slice(i * step, (i + 1) * step) for i, step in zip(index, steps, strict=True))
+        assert small[index] == pytest.approx(values[block].mean(), abs=1e-5)
+
+
+def test_without_the_viewer_its_button_is_absent(subject):
+    assert not [b for b in Elements(subject["page"]).all("button") if b.get("data-key") == "v"]
+
+
 # ---------------------------------------------------------------- the dataset
+
+
+def test_stored_ratings_reach_the_index(tmp_path):
+    paths = write_metrics(tmp_path, [{"name": "sub-01_ses-a_run-1_T1w", "report_hash": "0" * 12}])
+    table = tmp_path / "ratings.tsv"
+    header = "participant_id\tsession\tmodality\trater\trating\tcomment\n"
+    table.write_text(header + "sub-01\tses-a\trun-1_T1w\tann\tfail\t</script><b>\n")
+    make_index(paths, tmp_path / "index.html", tmp_path / "metrics.tsv", ratings=table)
+    text = (tmp_path / "index.html").read_text(encoding="utf-8")
+    (rating,) = json.loads(re.search(r'id="data">(.*?)</script>', text, re.S)[1])["ratings"]
+    assert (rating["scan"], rating["rater"], rating["rating"]) == ("sub-01_ses-a_run-1_T1w", "ann", "fail")
+    assert rating["comment"] == "</script><b>"
 
 
 def write_metrics(folder, subjects):
@@ -540,13 +650,15 @@ def index_rows(path):
 
 def test_links_lead_to_the_pages(tmp_path):
     files = make_files(tmp_path)
-    for place in ("page", "metrics"):
-        files[place] = tmp_path / "qc" / {"page": "a b#%.html", "metrics": "data/sub-01.json"}[place]
-        files[place].parent.mkdir(parents=True, exist_ok=True)
+    places = {"page": "a b#%.html", "metrics": "data/sub-01.json", "pictures": "data/a?b.webp"}
+    for role, place in places.items():
+        files[role] = tmp_path / "qc" / place
+        files[role].parent.mkdir(parents=True, exist_ok=True)
     make_subject(name="sub-01", **files)
     make_index([files["metrics"]], tmp_path / "qc" / "index.html", tmp_path / "qc" / "metrics.tsv")
-    ((_, link, *_),) = index_rows(tmp_path / "qc" / "index.html")
+    ((_, link, _, _, _, picture, *_),) = index_rows(tmp_path / "qc" / "index.html")
     assert (tmp_path / "qc" / unquote(link)).samefile(files["page"])
+    assert (tmp_path / "qc" / unquote(picture)).samefile(files["pictures"])
 
 
 def test_the_worst_by_robust_z_comes_first(tmp_path):
@@ -637,4 +749,4 @@ def test_a_large_dataset_stays_lean(tmp_path):
         for n, c in enumerate(rng.normal(0.6, 0.05, 1000))
     ]
     make_index(write_metrics(tmp_path, subjects), tmp_path / "index.html", tmp_path / "metrics.tsv")
-    assert (tmp_path / "index.html").stat().st_size < 150_000
+    assert (tmp_path / "index.html").stat().st_size < 200_000

@@ -35,8 +35,11 @@ PACKAGE_FILES = [
     "provenance.py",
     "qc/__init__.py",
     "qc/assets/index.js",
+    "qc/assets/plots.js",
+    "qc/assets/ratings.js",
     "qc/assets/style.css",
     "qc/assets/subject.js",
+    "qc/assets/viewer.js",
     "qc/dataset.py",
     "qc/definitions.py",
     "qc/guide.py",
@@ -49,6 +52,8 @@ PACKAGE_FILES = [
     "qc/templates/subject.html",
     "qc/templates/tune.html",
     "qc/tune.py",
+    "qc/viewer.py",
+    "ratings.py",
     "reference.py",
     "samples.py",
     "sharpening.py",
@@ -70,6 +75,7 @@ from n4flow.inputs import (
     with_defaults,
 )
 from n4flow.provenance import package_digest
+from n4flow.ratings import read_ratings
 
 CONFIG_SCHEMA = load_schema(workflow.source_path("../schemas/config.schema.yaml"))
 SHEET_SCHEMA = load_schema(workflow.source_path("../schemas/samples.schema.yaml"))
@@ -103,6 +109,13 @@ SCAN_OF = {scan.name: scan for scan in SCANS}
 
 TUNED = [scan for scan in SCANS if scan.subject in config["tune"]["subjects"] and not scan.field_from]
 COMBINATIONS = grid_combinations(config["tune"]["grid"])
+# What reviewers said, if they have.
+RATINGS_FILE = config["qc"]["ratings"] or []
+try:
+    if RATINGS_FILE:
+        read_ratings(RATINGS_FILE, known=SCAN_OF.__contains__)
+except InputError as error:
+    raise WorkflowError(str(error)) from None
 
 # What comes of a scan, by role: the outputs of n4, and of apply, which takes its place where the field is another scan's.
 CORRECTION = {
@@ -156,9 +169,9 @@ def with_reference(scan):
 
 
 def page_settings():
-    """Config of the pages: all of qc but what concerns the index alone."""
+    """Config of the pages: what of qc does not concern the index alone."""
     limits = {name: limit for name, limit in config["qc"]["flags"].items() if name != "outlier_z"}
-    return config["qc"] | {"flags": limits}
+    return {key: config["qc"][key] for key in ("field_window_log", "viewer_mb")} | {"flags": limits}
 
 
 def image_of(wildcards):
@@ -197,7 +210,10 @@ def products(scan):
         "field": derivative(scan, f"desc-N4{scan.suffix}_biasfield.json"),
         "page": page_path(scan),
         "metrics": metrics_path(scan),
+        "pictures": f"<results>/qc/data/{scan.name}.webp",
     }
+    if config["qc"]["viewer_mb"]:
+        made["viewer"] = f"<results>/qc/data/{scan.name}.js"
     if config["output"]["bias_field"]:
         made["bias"] = derivative(scan, f"desc-N4{scan.suffix}_biasfield.nii.gz")
     if with_reference(scan):
@@ -289,6 +305,7 @@ def report_failures():
             qc / "index.html",
             qc / "metrics.tsv",
             failed=list(failed.items()),
+            ratings=RATINGS_FILE or None,
             outlier_z=config["qc"]["flags"]["outlier_z"],
         )
     except ImportError as error:  # the workflow's own environment need not hold the QC's packages

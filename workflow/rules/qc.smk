@@ -7,8 +7,10 @@ rule qc:
     input:
         unpack(qc_inputs),
     output:
+        **({"viewer": "<results>/qc/data/{entities}_{suffix}.js"} if config["qc"]["viewer_mb"] else {}),
         page="<results>/qc/{entities}_{suffix}.html",
         metrics="<results>/qc/data/{entities}_{suffix}.json",
+        pictures="<results>/qc/data/{entities}_{suffix}.webp",
     log:
         "<logs>/qc/{entities}_{suffix}.log",
     benchmark:
@@ -30,6 +32,8 @@ rule index:
         metrics=[metrics_path(scan) for scan in SCANS],
         pages=[page_path(scan) for scan in SCANS],
         guide=rules.guide.output.page,
+        pictures=[products(scan)["pictures"] for scan in SCANS],
+        ratings=RATINGS_FILE,
     output:
         page="<results>/qc/index.html",
         table="<results>/qc/metrics.tsv",
@@ -48,6 +52,29 @@ rule index:
         package=package_digest("qc.dataset"),
     script:
         "../scripts/index.py"
+
+
+if RATINGS_FILE:
+
+    rule exclude:
+        """List the scans that a reviewer failed."""
+        input:
+            ratings=RATINGS_FILE,
+            metrics=[metrics_path(scan) for scan in SCANS],
+        output:
+            table="<results>/qc/exclude.tsv",
+        log:
+            "<logs>/exclude.log",
+        benchmark:
+            "<benchmarks>/exclude.tsv"
+        conda:
+            "../../envs/qc.yaml"
+        resources:
+            mem_mb=300,
+        params:
+            package=package_digest("ratings", "qc.rendering"),
+        script:
+            "../scripts/exclude.py"
 
 
 rule dataset:

@@ -18,12 +18,14 @@ def link(source, target):
 
 def main(snakemake):
     page, table = Path(snakemake.output.page), Path(snakemake.output.table)
-    metrics = [Path(path) for path in snakemake.input.metrics]
-    make_index(metrics, page, table, outlier_z=snakemake.params.outlier_z)
+    metrics, ratings = [Path(path) for path in snakemake.input.metrics], snakemake.input.ratings or None
+    make_index(metrics, page, table, ratings=ratings, outlier_z=snakemake.params.outlier_z)
     bundle = Path(snakemake.output.bundle)
-    bundle.mkdir(parents=True)
+    (bundle / "data").mkdir(parents=True)
     for file in (page, table, *map(Path, [snakemake.input.guide, *snakemake.input.pages])):
         link(file, bundle / file.name)
+    for file in map(Path, snakemake.input.pictures):
+        link(file, bundle / "data" / file.name)
 
 
 if __name__ == "__main__":

@@ -21,6 +21,8 @@ def main(snakemake):
         sidecar=Path(snakemake.input.sidecar),
         page=Path(snakemake.output.page),
         metrics=Path(snakemake.output.metrics),
+        pictures=Path(snakemake.output.pictures),
+        viewer=snakemake.output.get("viewer"),
         **reference,
         **snakemake.params.settings,
     )

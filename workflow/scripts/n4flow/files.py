@@ -1,4 +1,4 @@
-"""Text files that appear when they are complete."""
+"""Files that appear when they are complete."""
 
 from __future__ import annotations
 
@@ -10,13 +10,22 @@ from pathlib import Path
 from typing import Any
 
 
-@contextlib.contextmanager
-def atomic_text(path: str | Path) -> Iterator[Any]:
+def atomic_text(path: str | Path) -> contextlib.AbstractContextManager[Any]:
     """A text file that appears under its name when it is complete."""
+    return _atomic(path, "w", "utf-8")
+
+
+def atomic_bytes(path: str | Path) -> contextlib.AbstractContextManager[Any]:
+    """A file of bytes that appears under its name when it is complete."""
+    return _atomic(path, "wb", None)
+
+
+@contextlib.contextmanager
+def _atomic(path: str | Path, mode: str, encoding: str | None) -> Iterator[Any]:
     path = Path(path)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        with open(partial, "w", encoding="utf-8") as file:
+        with open(partial, mode, encoding=encoding) as file:
             yield file
         os.replace(partial, path)
     except BaseException:

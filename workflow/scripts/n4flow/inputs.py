@@ -17,6 +17,14 @@ from n4flow.parameters import N4Parameters
 #: One page shows so many corrections: more, nobody compares by eye.
 TUNE_CORRECTIONS = 100
 
+#: Said of a row that `ragged` finds.
+RAGGED = "has another number of columns than the header; separate them by tabs"
+
+
+def ragged(row: Mapping[Any, Any]) -> bool:
+    """Whether a row of csv.DictReader has more or fewer cells than the header."""
+    return None in row or None in row.values()
+
 
 def load_schema(path: str | Path) -> dict[str, Any]:
     """Read a JSON schema that is written as YAML."""
@@ -171,6 +179,39 @@ def _not_finite(value: Any) -> bool:
     return isinstance(value, float) and not math.isfinite(value)
 
 
+def read_table(
+    path: str | Path, known: Collection[str], required: Collection[str], quoting: Any = csv.QUOTE_MINIMAL
+) -> tuple[list[tuple[int, dict[Any, Any]]], list[str]]:
+    """Rows of a tab-separated table with their line numbers, and what is wrong with its columns, a line each.
+
+    Raises
+    ------
+    InputError
+        The file cannot be read.
+    """
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            reader = csv.DictReader(file, delimiter="\t", strict=True, quoting=quoting)
+            rows = [(reader.line_num, row) for row in reader]
+            columns = reader.fieldnames or []
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise InputError(path, f"cannot be read ({error})", "give a tab-separated sheet") from None
+    problems = [
+        f"{path}: unknown column {column!r}; known are {', '.join(known)}" for column in columns if column not in known
+    ]
+    problems += [
+        f"{path}: there is no column {column!r}; add it (columns are separated by tabs)"
+        for column in required
+        if column not in columns
+    ]
+    problems += [
+        f"{path}: column {column!r} stands there twice; remove one"
+        for column in dict.fromkeys(columns)
+        if columns.count(column) > 1
+    ]
+    return rows, problems
+
+
 def read_sheet(path: str | Path, schema: Mapping[str, Any], made: Collection[str] = ()) -> list[Scan]:
     """Read and check the sample sheet.
 
@@ -192,28 +233,7 @@ def read_sheet(path: str | Path, schema: Mapping[str, Any], made: Collection[str
     InputError
         The file cannot be read, or lines of it are wrong: the message has a line for each.
     """
-    try:
-        with open(path, newline="", encoding="utf-8-sig") as file:
-            reader = csv.DictReader(file, delimiter="\t", strict=True)
-            rows = [(reader.line_num, row) for row in reader]
-            columns = reader.fieldnames or []
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise InputError(path, f"cannot be read ({error})", "give a tab-separated sheet") from None
-    problems = [
-        f"{path}: unknown column {column!r}; known are {', '.join(schema['properties'])}"
-        for column in columns
-        if column not in schema["properties"]
-    ]
-    problems += [
-        f"{path}: there is no column {column!r}; add it (columns are separated by tabs)"
-        for column in schema["required"]
-        if column not in columns
-    ]
-    problems += [
-        f"{path}: column {column!r} stands there twice; remove one"
-        for column in dict.fromkeys(columns)
-        if columns.count(column) > 1
-    ]
+    rows, problems = read_table(path, schema["properties"], schema["required"])
     if not rows and not problems:
         problems.append(f"{path}: the sheet has no rows; add a line per scan")
     scans: dict[str, tuple[int, Scan]] = {}
@@ -254,8 +274,8 @@ def _field_source_problem(scan: Scan, scans: Mapping[str, Scan]) -> str:
 
 
 def _read_row(row: dict[Any, Any], schema: Mapping[str, Any], made: Collection[str]) -> tuple[list[str], Scan | None]:
-    if None in row or None in row.values():
-        return ["has another number of columns than the header; separate them by tabs"], None
+    if ragged(row):
+        return [RAGGED], None
     given = {key: value.strip() for key, value in row.items() if value.strip()}
     found = list(schema_problems(given, schema))
     if found:

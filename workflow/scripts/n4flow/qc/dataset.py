@@ -18,6 +18,7 @@ from n4flow.files import atomic_text
 from n4flow.metrics import robust_z
 from n4flow.qc.multiqc import multiqc_path, write_multiqc
 from n4flow.qc.rendering import number, plain, read_json, render
+from n4flow.ratings import read_ratings
 
 #: Columns of metrics.tsv and of the dataset table: key, heading, digits, the direction that is worse.
 COLUMNS: tuple[tuple[str, str, int, int], ...] = (
@@ -70,6 +71,7 @@ def make_index(
     output_page: str | Path,
     output_table: str | Path,
     failed: Sequence[tuple[str, str]] = (),
+    ratings: str | Path | None = None,
     outlier_z: float = OUTLIER_Z,
 ) -> None:
     """Write the dataset's index page, metrics.tsv and metrics_mqc.tsv, from the metrics files alone.
@@ -81,6 +83,8 @@ def make_index(
     output_page, output_table : path-like
         Beside the table, the same for MultiQC: its name with ``_mqc`` before the extension.
     failed : sequence of (name, error line)
+    ratings : path-like, optional
+        What reviewers said so far, see `read_ratings`.
     outlier_z : float
         Robust z beyond which a scan is flagged as an outlier.
     """
@@ -88,8 +92,10 @@ def make_index(
     folder = Path(output_page).resolve().parent
     for path in metrics_files:
         values = read_json(path)
-        linked = Path(path).resolve().parent / str(values.get("page", ""))
-        values["href"] = quote(os.path.relpath(linked, folder))
+        place = Path(path).resolve().parent
+        for key in ("page", "pictures"):
+            if values.get(key):
+                values[f"{key}_href"] = quote(os.path.relpath(place / str(values[key]), folder))
         subjects.append(values)
     worst = _worst_z(subjects, outlier_z)
     for values, (z, reason) in zip(subjects, worst, strict=True):
@@ -101,19 +107,25 @@ def make_index(
     write_multiqc(subjects, [column[:3] for column in COLUMNS], multiqc_path(output_table))
 
     shown = [column for column in COLUMNS if column[0] in SHOWN and any(v.get(column[0]) is not None for v in subjects)]
+    panels = list(dict.fromkeys(tuple(v.get("panels") or ()) for v in subjects))
     rows = [
         [
             v.get("name"),
-            v["href"],
+            v.get("page_href"),
             v["flags"],
             v["worst_z"],
+            v.get("report_hash"),
+            v.get("pictures_href"),
+            panels.index(tuple(v.get("panels") or ())),
             *(_round(v.get(key), digits) for key, _, digits, _ in shown),
         ]
         for v in subjects
     ]
     table = {
-        "columns": [[heading, digits] for _, heading, digits, _ in shown],
+        "columns": [column[1:] for column in shown],
         "rows": rows,
+        "panels": panels,
+        "ratings": [r._asdict() | {"scan": r.scan} for r in (read_ratings(ratings) if ratings else ())],
         "ranked": len(subjects) >= OUTLIER_SUBJECTS,
     }
     # inside <script> only "<" can end the element

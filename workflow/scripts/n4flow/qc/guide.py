@@ -310,7 +310,7 @@ def _panels(subject: Subject) -> dict[str, dict[str, Any]]:
         for entry in subject.image_panels()
         if entry["label"] in IMAGES
     ]
-    return {panel["title"]: panel for panel in [*images, *subject.field_panels(), *subject.plots()]}
+    return {panel["title"]: panel for panel in [*images, *subject.field_panels()[0], *subject.plots()]}
 
 
 def _worded(subject: Subject) -> list[list[str]]:

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import base64
+import hashlib
 import json
 import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, cast
+from urllib.parse import quote
 
 import nibabel as nib
 import numpy as np
+from PIL import Image
 
 from n4flow.bids import DATATYPE_OF
 from n4flow.errors import InputError
 from n4flow.field import BiasField
-from n4flow.files import atomic_text
+from n4flow.files import atomic_bytes, atomic_text
 from n4flow.metrics import (
     FLAG_LIMITS,
     PLANE_VOXELS,
@@ -29,13 +32,14 @@ from n4flow.metrics import (
     steepness,
 )
 from n4flow.qc import panels
-from n4flow.qc.panels import Profile, Slice
+from n4flow.qc.panels import Profile
 from n4flow.qc.rendering import number, plain, read_json, render
+from n4flow.qc.viewer import shrink, steps_within, viewer_script
 from n4flow.samples import inside_mask
 from n4flow.volume import Volume
 
 #: A page may have so many bytes; the two mosaics of the image take what the rest leaves.
-PAGE_BYTES = 480_000
+PAGE_BYTES = 430_000
 
 #: The window of the difference map, as a share of the window of the field.
 DIFFERENCE_SHARE = 0.25
@@ -44,8 +48,9 @@ DIFFERENCE_SHARE = 0.25
 class _View:
     """The voxels that a page needs of each image: the slices, and the values in the mask."""
 
-    def __init__(self, mask: Volume) -> None:
+    def __init__(self, mask: Volume, viewer_bytes: float) -> None:
         self.grid = mask
+        self.steps = steps_within(mask.shape, mask.voxel_size_mm, viewer_bytes) if viewer_bytes else None
         self.mask = np.empty(mask.shape, dtype=bool, order="F")
         for slab, values in mask.mean_slabs():
             self.mask[:, :, slab] = inside_mask(values)
@@ -59,29 +64,25 @@ class _View:
         few = any(len(row) < field_part.stop for row in self.slices)
         self.field_part = slice(None) if few else field_part
 
-    @property
-    def field_slices(self) -> list[list[Slice]]:
-        return [row[self.field_part] for row in self.slices]
-
-    @property
-    def field_outlines(self) -> list[list[list[np.ndarray]]]:
-        return [row[self.field_part] for row in self.outlines]
-
-    def image(self, path: str | Path, role: str) -> tuple[np.ndarray, list[list[np.ndarray]]]:
-        """Values in the mask (float32) and the pictures of one image, which is then let go."""
+    def image(self, path: str | Path, role: str) -> tuple[np.ndarray, list[list[np.ndarray]], np.ndarray | None]:
+        """Of one image, which is then let go: values in the mask (float32), pictures, and the viewer's volume."""
         volume = Volume(path)
         self.grid.check_same_grid(volume, role)
         values = volume.mean()
         pictures = [[s.cut(values) for s in row] for row in self.slices]
         # the transposes lie in memory as the file does, which makes the selection fast
         inside = values.T[self.mask.T]
-        return inside, [[np.nan_to_num(p.copy()) for p in row] for row in pictures]
+        return (
+            inside,
+            [[np.nan_to_num(p.copy()) for p in row] for row in pictures],
+            shrink(values, self.steps) if self.steps else None,
+        )
 
     def field(self, field: BiasField, path: str | Path) -> tuple[np.ndarray, list[list[np.ndarray]]]:
-        """Log field in the mask (float32) and on the slices of the field panels."""
+        """Log field in the mask (float32) and on the slices."""
         if field.image_shape != self.mask.shape:
             raise InputError(path, f"the field is of an image of shape {field.image_shape}", "make it again")
-        pictures = [[s.picture(field.log_tile(s.tile)) for s in row] for row in self.field_slices]
+        pictures = [[s.picture(field.log_tile(s.tile)) for s in row] for row in self.slices]
         planes = max(1, 2**20 // (self.mask.shape[0] * self.mask.shape[1]))
         parts = []
         for start in range(0, self.mask.shape[2], planes):
@@ -150,16 +151,25 @@ class Subject(NamedTuple):
     log_field: np.ndarray
     log_reference: np.ndarray | None
     pictures: dict[str, list[list[np.ndarray]]]  # before, after, field and, if there is one, reference
+    fields: dict[str, BiasField]  # for the viewer, by name
+    small: tuple[np.ndarray, np.ndarray] | None  # original and corrected for the viewer, if it was asked for
     values: dict[str, Any]  # the metrics
     facts: dict[str, Any]
     reference_facts: dict[str, Any]
 
     def image_panels(self) -> list[dict[str, Any]]:
-        """Original and corrected, as pictures."""
-        return _image_panels(self.view, self.pictures["before"], self.pictures["after"], self.values)
+        """Original, corrected and field on the same slices, as pictures."""
+        before, after, field = (self.pictures[name] for name in ("before", "after", "field"))
+        return _image_panels(self.view, before, after, field, self.log_field, self.values)
 
-    def field_panels(self) -> list[dict[str, Any]]:
-        """The field and, if there is one, the reference and the difference, as data URIs."""
+    def thumbnails(self) -> dict[str, np.ndarray]:
+        """Original and corrected for the grid of all scans."""
+        grey = panels.intensity_scale(self.values["display_max"])
+        shown = {"original": "before", "corrected": "after"}
+        return {name: panels.thumbnail(self.pictures[key], self.view.slices, grey) for name, key in shown.items()}
+
+    def field_panels(self) -> tuple[list[dict[str, Any]], dict[str, np.ndarray]]:
+        """The field and, if there is one, the reference and the difference, as data URIs; and their thumbnails."""
         shown = self.pictures["field"], self.pictures.get("reference")
         return _field_panels(self.view, *shown, self.log_field, self.log_reference, self.values)
 
@@ -181,6 +191,7 @@ def measure_subject(
     reference_sidecar: str | Path | None = None,
     field_window_log: float,
     flags: Mapping[str, float] = FLAG_LIMITS,
+    viewer_mb: float = 0,
 ) -> Subject:
     """Read a scan and measure its correction.
 
@@ -198,6 +209,8 @@ def measure_subject(
         Field maps run from ``-field_window_log`` to this, natural log; one for a dataset, so that subjects compare.
     flags : mapping
         Limits of the automatic flags, see `metrics.FLAG_LIMITS`.
+    viewer_mb : float
+        The most that the viewer's data may take, in MB; 0 keeps none.
 
     Returns
     -------
@@ -212,14 +225,16 @@ def measure_subject(
         raise InputError("qc.field_window_log", f"{field_window_log!r} is not valid", "give a number above 0")
     facts = read_json(sidecar)
     reference_facts = read_json(reference_sidecar) if reference_sidecar else {}
-    view = _View(Volume(mask))
-    before, before_pictures = view.image(image, "image")
-    after, after_pictures = view.image(corrected, "corrected image")
+    view = _View(Volume(mask), 1e6 * viewer_mb)
+    before, before_pictures, before_small = view.image(image, "image")
+    after, after_pictures, after_small = view.image(corrected, "corrected image")
     ours = BiasField.load(field)
     log_field, field_pictures = view.field(ours, field)
+    fields = {"bias field": ours}
     log_reference = reference_pictures = None
     if reference_field:
-        log_reference, reference_pictures = view.field(BiasField.load(reference_field), reference_field)
+        fields["reference field"] = BiasField.load(reference_field)
+        log_reference, reference_pictures = view.field(fields["reference field"], reference_field)
 
     datatype = DATATYPE_OF.get(name.rpartition("_")[2])
     numbers = correction_metrics(before, after, log_field, log_reference, by_class=datatype != "micr")
@@ -233,6 +248,7 @@ def measure_subject(
     values = {
         "name": name,
         "datatype": datatype,
+        "report_hash": _report_hash(view.mask, before, after),
         "shape": list(view.mask.shape),
         "frames": Volume(image).frames,
         "voxel_size_mm": [float(s) for s in view.grid.voxel_size_mm],
@@ -250,16 +266,30 @@ def measure_subject(
     if reference_pictures is not None:
         pictures["reference"] = reference_pictures
     inside = before, after, log_field, log_reference
-    return Subject(view, ours, *inside, pictures, plain(values), facts, reference_facts)
+    small = None if before_small is None or after_small is None else (before_small, after_small)
+    return Subject(view, ours, *inside, pictures, fields, small, plain(values), facts, reference_facts)
 
 
-def make_subject(*, page: str | Path, metrics: str | Path, **scan: Any) -> None:
+def make_subject(
+    *,
+    page: str | Path,
+    metrics: str | Path,
+    pictures: str | Path,
+    viewer: str | Path | None = None,
+    viewer_mb: float = 0,
+    **scan: Any,
+) -> None:
     """Write the page and the metrics of one subject.
 
     Parameters
     ----------
-    page, metrics : path-like
-        What to write: one HTML file that needs no other, and one flat JSON file.
+    page, metrics, pictures : path-like
+        What to write: one HTML file that needs no other but for the viewer's data, one flat JSON file, and a WebP
+        picture of small panels, one below the other, for the grid of all scans.
+    viewer : path-like, optional
+        Script with the viewer's data; without it the page has no viewer.
+    viewer_mb : float
+        The most that the viewer's data may take, in MB.
     **scan
         As `measure_subject` takes it.
 
@@ -268,9 +298,13 @@ def make_subject(*, page: str | Path, metrics: str | Path, **scan: Any) -> None:
     InputError
         As `measure_subject`.
     """
-    subject = measure_subject(**scan)
-    values = {**subject.values, "page": os.path.relpath(page, Path(metrics).parent)}
-    shown, maps, plots = subject.image_panels(), subject.field_panels(), subject.plots()
+    subject = measure_subject(**scan, viewer_mb=viewer_mb if viewer else 0)
+    folder = Path(metrics).parent
+    values = {**subject.values, "page": os.path.relpath(page, folder), "pictures": os.path.relpath(pictures, folder)}
+    shown, plots = subject.image_panels(), subject.plots()
+    maps, small = subject.field_panels()
+    small = subject.thumbnails() | small
+    values["panels"] = list(small)
     budget = PAGE_BYTES - sum(len(p["source"]) for p in maps + plots) - 40_000
     sources = _fit([entry.pop("picture") for entry in shown], budget)
     for entry, source in zip(shown, sources, strict=True):
@@ -288,12 +322,30 @@ def make_subject(*, page: str | Path, metrics: str | Path, **scan: Any) -> None:
         provenance=_provenance(subject.facts, subject.reference_facts, values),
         oblique=oblique if oblique > 1 else None,
         has_reference=subject.log_reference is not None,
+        index_href=f"index.html#{quote(values['name'])}",
+        viewer_href=quote(os.path.relpath(viewer, Path(page).parent)) if viewer else None,
     )
+    with atomic_bytes(pictures) as file:
+        file.write(panels.webp(Image.fromarray(np.concatenate(list(small.values()))), 75))
+    view = subject.view
+    if viewer and view.steps and subject.small:
+        mask_small = shrink(view.mask, view.steps)
+        display = (values["display_max"], values["field_window_log"])
+        with atomic_text(viewer) as file:
+            file.write(viewer_script(view.grid, view.steps, *subject.small, mask_small, subject.fields, *display))
     with atomic_text(metrics) as file:
         json.dump(values, file, indent=2, ensure_ascii=False, allow_nan=False)
         file.write("\n")
     with atomic_text(page) as file:
         file.write(html)
+
+
+def _report_hash(mask: np.ndarray, before: np.ndarray, after: np.ndarray) -> str:
+    """What a rating belongs to: the mask, and original and corrected in it. Shortened SHA-256."""
+    digest = hashlib.sha256(np.packbits(mask).tobytes())
+    for values in (before, after):
+        digest.update(values.tobytes())
+    return digest.hexdigest()[:12]
 
 
 def _run_metrics(facts: Mapping[str, Any], reference: Mapping[str, Any], mask_voxels: int) -> dict[str, Any]:
@@ -344,7 +396,10 @@ def _fit(pictures: Sequence[Any], budget: int) -> list[str]:
     return sources
 
 
-def _image_panels(view: _View, before: Any, after: Any, values: Mapping[str, Any]) -> list[dict[str, Any]]:
+def _image_panels(
+    view: _View, before: Any, after: Any, field: Any, log_field: np.ndarray, values: Mapping[str, Any]
+) -> list[dict[str, Any]]:
+    """Original, corrected and field on the same slices: they are swapped in place."""
     scale = panels.intensity_scale(values["display_max"])
     window = f"window 0 to {values['display_max']:.4g}, the 99.5th percentile of the corrected image in the mask"
     name, key = ("Foreground CV", "foreground_cv") if values["datatype"] == "micr" else ("CJV", "cjv")
@@ -361,6 +416,19 @@ def _image_panels(view: _View, before: Any, after: Any, values: Mapping[str, Any
             "label": "corrected",
             "alt": f"Corrected image; {window}. {measures[1]}.",
             "picture": panels.mosaic(after, view.slices, scale, width=panels.WIDTH, title="corrected"),
+        },
+        {
+            "label": "field",
+            "alt": f"Bias field on the same slices: {_span(log_field)}.",
+            "picture": panels.mosaic(
+                field,
+                view.slices,
+                panels.field_scale(values["field_window_log"]),
+                width=panels.WIDTH,
+                title="bias field",
+                outlines=view.outlines,
+                clip=True,
+            ),
         },
     ]
 
@@ -382,18 +450,22 @@ def _field_panels(
     log_field: np.ndarray,
     log_reference: np.ndarray | None,
     values: Mapping[str, Any],
-) -> list[dict[str, Any]]:
+) -> tuple[list[dict[str, Any]], dict[str, np.ndarray]]:
+    """The panels of the fields, and their thumbnails by title."""
     window = values["field_window_log"]
+    part = view.field_part
+    small = {}
 
     def panel(title: str, pictures: Any, log_values: np.ndarray, scale: Any, limit: float, good: str, bad: str) -> Any:
         numbers = f"{_span(log_values)}; {_beyond(log_values, limit)}"
+        small[title.lower()] = panels.thumbnail(pictures, view.slices, scale, view.outlines)
         picture = panels.mosaic(
-            pictures,
-            view.field_slices,
+            [row[part] for row in pictures],
+            [row[part] for row in view.slices],
             scale,
             width=panels.WIDTH // 2,
             title=title.lower(),
-            outlines=view.field_outlines,
+            outlines=[row[part] for row in view.outlines],
             clip=True,
         )
         return {
@@ -446,7 +518,7 @@ def _field_panels(
                 "strong colour across tissue.",
             ),
         ]
-    return shown
+    return shown, small
 
 
 def _plots(

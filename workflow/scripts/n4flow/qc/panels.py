@@ -21,7 +21,7 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.path import Path as Outline
 from matplotlib.patheffects import withStroke
-from PIL import Image
+from PIL import Image, ImageDraw
 
 WORLD = (("L", "R"), ("P", "A"), ("I", "S"))
 PLANE_NAMES = ("sagittal", "coronal", "axial")
@@ -49,6 +49,9 @@ WIDTH = 1120
 #: Height of all rows of a mosaic together, in pixels, if they would be taller.
 TALLEST = 1100
 DPI = 200  # of the plots
+
+#: Side of a plane in the grid of all scans.
+THUMBNAIL_PIXELS = 160
 
 
 @dataclass(frozen=True)
@@ -340,6 +343,44 @@ def mosaic(
     _colour_bar(axes, scale, width, style)
     axes.set(xlim=(0, width), ylim=(0, total))
     return _render(figure)
+
+
+def thumbnail(
+    pictures: Sequence[Sequence[np.ndarray]],
+    slices: Sequence[Sequence[Slice]],
+    scale: ColourScale,
+    outlines: Sequence[Sequence[list[np.ndarray]]] | None = None,
+) -> np.ndarray:
+    """The middle slice of each plane side by side, small, for the grid of all scans.
+
+    Parameters
+    ----------
+    pictures, slices, scale
+        As for `mosaic`.
+    outlines : optional
+        Show nothing outside them.
+
+    Returns
+    -------
+    (THUMBNAIL_PIXELS, 3 THUMBNAIL_PIXELS, 3) uint8 array
+    """
+    side = THUMBNAIL_PIXELS
+    sheet = Image.new("RGB", (3 * side, side), "black" if outlines is None else OUTSIDE)
+    left = (3 - len(slices)) * side // 2
+    for number, row in enumerate(slices):
+        middle = len(row) // 2
+        shares = (pictures[number][middle] - scale.low) / (scale.high - scale.low)
+        image = Image.fromarray(colormaps[scale.cmap](shares[::-1].clip(0, 1), bytes=True)[..., :3])
+        aspect = _aspect(row[middle])
+        size = (max(1, round(side * min(1, aspect))), max(1, round(side * min(1, 1 / aspect))))
+        image = image.resize(size, Image.Resampling.BILINEAR)
+        shown = Image.new("L", size, 255 if outlines is None else 0)
+        for ring in outlines[number][middle] if outlines else ():
+            corners = (ring * (1, -1) + (0, 1)) * size
+            ImageDraw.Draw(shown).polygon([(float(x), float(y)) for x, y in corners], fill=255)
+        sheet.paste(image, (left + (side - size[0]) // 2, (side - size[1]) // 2), shown)
+        left += side
+    return np.asarray(sheet)
 
 
 def _aspect(where: Slice) -> float:

@@ -144,7 +144,7 @@ def _image_panel(subject: Subject, which: str, title: str, window: float) -> dic
 
 def _card(name: str, subject: Subject, window: float) -> dict[str, Any]:
     values = subject.values
-    field, *_ = subject.field_panels()
+    (field, *_), _ = subject.field_panels()
     image = _image_panel(subject, "after", "corrected", window)
     measure, key = ("foreground CV", "foreground_cv") if values["datatype"] == "micr" else ("CJV", "cjv")
     numbers = f"{measure} {number(values[f'{key}_after'])}"

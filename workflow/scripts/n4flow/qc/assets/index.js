@@ -1,90 +1,466 @@
 "use strict";
-// A row is [name, link, flags, worst z, numbers…]; only the page on show exists as elements.
-const PAGE = 200;
-const { columns, rows, ranked } = JSON.parse(document.getElementById("data").textContent);
-const table = document.getElementById("subjects");
-const filter = document.getElementById("filter");
-const only = document.getElementById("only");
-const state = { key: null, down: true, page: 0 };
-const first = ranked ? 3 : 4; // a few subjects have no robust z
-const headings = [["Subject", 0], ["Flags", 2], ...(ranked ? [["Worst z", 3]] : []), ...columns.map(([text], n) => [text, n + 4])];
-const digits = (n) => (n === 3 ? 1 : columns[n - 4][1]);
+// The dataset: table, strip plots and pictures of all scans, and the review, which shows their pages one after the other.
+// Ratings are kept here alone: browsers may give every file of a folder a storage of its own, so pages only send key presses.
+const ROWS_A_PAGE = { table: 200, pictures: 50 };
+const FIRST_NUMBER = 7; // a row is [name, link, flags, worst z, report hash, pictures, list of panels, numbers…]
+const data = JSON.parse(document.getElementById("data").textContent);
+const { columns, rows, ranked } = data;
+const $ = (id) => document.getElementById(id);
+const made = (tag, properties = {}, ...children) => {
+  const element = Object.assign(document.createElement(tag), properties);
+  element.append(...children);
+  return element;
+};
+const rowOf = new Map(rows.map((row, n) => [row[0], n]));
+const ratings = new Ratings(
+  new Map(rows.map((row) => [row[0], row[4]])),
+  data.ratings,
+  `n4flow ratings ${decodeURI(location.pathname.replace(/[^/]*$/, ""))}`,
+);
+const state = { view: "table", key: null, down: true, page: 0, kept: [], selected: 0 };
+const collator = new Intl.Collator(undefined, { numeric: true });
 
-function shown(number, places) {
-  if (number === null) return "n/a";
+function shownNumber(number, places) {
+  if (number === null || number === undefined) return "n/a";
   if (typeof number === "string") return number;
   return number !== 0 && Math.abs(number) < 0.5 * 10 ** -places ? number.toExponential(1) : number.toFixed(places);
 }
 
-function cell(row, tag, text) {
-  const made = document.createElement(tag);
-  if (text !== undefined) made.textContent = text;
-  row.append(made);
-  return made;
+// ---------------------------------------------------------------- which scans, in which order
+
+const texts = rows.map((row) => `${row[0]} ${row[2].join(" ")}`.replaceAll("_", " ").toLowerCase());
+const only = {
+  all: () => true,
+  flagged: (row) => row[2].length > 0,
+  unrated: (row) => !ratings.mine(row[0]) || ratings.stale(ratings.mine(row[0])),
+  pass: (row) => ratings.of(row[0]).some((entry) => entry.rating === "pass"),
+  warn: (row) => ratings.of(row[0]).some((entry) => entry.rating === "warn"),
+  fail: (row) => ratings.of(row[0]).some((entry) => entry.rating === "fail"),
+  stale: (row) => ratings.of(row[0]).some((entry) => ratings.stale(entry)),
+  disagree: (row) => ratings.disagree(row[0]),
+};
+
+function sortValue(row) {
+  if (state.key === "name") return row[0];
+  if (state.key === "flags") return row[2].length;
+  if (state.key === "rating") return 1 + ["pass", "warn", "fail"].indexOf((ratings.mine(row[0]) || {}).rating);
+  return row[state.key];
 }
 
-function value(row, key) {
-  return key === 2 ? row[2].length : key === 0 ? String(row[0]) : row[key];
+function choose() {
+  const words = $("filter").value.toLowerCase().replaceAll("_", " ").split(/\s+/).filter(Boolean);
+  const wanted = only[$("only").value];
+  const kept = rows.map((_, n) => n).filter((n) => wanted(rows[n]) && words.every((word) => texts[n].includes(word)));
+  if (state.key !== null) {
+    const sign = state.down ? -1 : 1;
+    const values = new Map(kept.map((n) => [n, sortValue(rows[n])]));
+    kept.sort((a, b) => {
+      const [x, y] = [values.get(a), values.get(b)];
+      if (x === null || y === null) return (x === null) - (y === null) || a - b; // what is unknown comes last
+      return sign * (typeof x === "string" ? collator.compare(x, y) : x - y) || a - b;
+    });
+  }
+  state.kept = kept; // otherwise as they came: worst first
+  state.page = 0;
+  state.selected = 0;
+  draw();
 }
 
-function chosen() {
-  const words = filter.value.toLowerCase().split(/\s+/).filter(Boolean);
-  const kept = rows.filter((row) => {
-    if (only.checked && !row[2].length) return false;
-    const text = `${row[0]} ${row[2].join(" ")}`.toLowerCase();
-    return words.every((word) => text.includes(word));
+// ---------------------------------------------------------------- table and pictures
+
+const headings = [
+  ["Scan", "name"],
+  ["Rating", "rating"],
+  ["Flags", "flags"],
+  ...(ranked ? [["Worst z", 3]] : []),
+  ...columns.map(([heading], n) => [heading, FIRST_NUMBER + n]),
+];
+const digitsOf = (key) => (key === 3 ? 1 : columns[key - FIRST_NUMBER][1]);
+
+function ratingLines(scan) {
+  const line = (entry, who) => {
+    const old = ratings.stale(entry) ? " (stale)" : "";
+    return made("span", { className: `rated ${old ? "soft" : entry.rating}` }, `${who}${MARKS[entry.rating]} ${entry.rating}${old}`);
+  };
+  const own = ratings.mine(scan);
+  const lines = own ? [line(own, "")] : [];
+  lines.push(...ratings.others(scan).map((entry) => line(entry, `${entry.rater || "unnamed"}: `)));
+  if (ratings.disagree(scan)) lines.push(made("span", { className: "rated disagree" }, "≠ raters disagree"));
+  return lines.length ? lines : [made("span", { className: "soft" }, "○ not rated")];
+}
+
+const linkTo = (row) => made("a", { href: `#${encodeURIComponent(row[0])}` }, row[0]);
+const flagLines = (row) => (row[2].length ? row[2].map((flag) => made("span", {}, `▲ ${flag.replaceAll("_", " ")}`)) : ["● none"]);
+
+function tableRow(row) {
+  const cells = headings.map(([, key]) => {
+    if (key === "name") return made("th", { scope: "row" }, linkTo(row));
+    if (key === "rating") return made("td", { className: "words rating" }, ...ratingLines(row[0]));
+    if (key === "flags") return made("td", { className: "words why" }, ...flagLines(row));
+    return made("td", {}, shownNumber(row[key], digitsOf(key)));
   });
-  if (state.key === null) return kept; // as they came: worst first
-  const sign = state.down ? -1 : 1;
-  return kept.sort((a, b) => {
-    const [x, y] = [value(a, state.key), value(b, state.key)];
-    if (x === null || y === null) return (x === null) - (y === null); // what is unknown comes last
-    return sign * (typeof x === "string" ? x.localeCompare(y, undefined, { numeric: true }) : x - y);
-  });
+  return made("tr", {}, ...cells);
+}
+
+function card(row) {
+  const panel = $("panel").value;
+  const panels = data.panels[row[6]] || [];
+  const place = panels.indexOf(panel);
+  const numbers = columns.slice(0, 2).map(([heading, digits], n) => `${heading} ${shownNumber(row[FIRST_NUMBER + n], digits)}`);
+  const figure = made("figure", { className: "thumbnail" });
+  const link = made("a", { href: `#${encodeURIComponent(row[0])}`, className: "crop" });
+  if (place < 0 || !row[5]) link.append(made("span", { className: "soft" }, `no ${panel}`));
+  else {
+    const image = made("img", { loading: "lazy", src: row[5], alt: `${row[0]}, ${panel}; ${numbers.join(", ")}` });
+    image.style.top = `${-100 * place}%`;
+    link.append(image);
+  }
+  const flags = row[2].length ? made("span", { className: "rated warn", title: row[2].join("\n") }, `▲ ${row[2].length} flagged`) : "";
+  figure.append(link, made("figcaption", {}, linkTo(row), " ", flags, " ", made("span", { className: "rating" }, ...ratingLines(row[0])),
+    made("span", { className: "hint" }, numbers.join(", "))));
+  return figure;
 }
 
 function draw() {
-  const kept = chosen();
-  const pages = Math.max(1, Math.ceil(kept.length / PAGE));
+  const size = ROWS_A_PAGE[state.view];
+  const pages = Math.max(1, Math.ceil(state.kept.length / size));
   state.page = Math.min(state.page, pages - 1);
-  const body = document.createElement("tbody");
-  for (const row of kept.slice(state.page * PAGE, (state.page + 1) * PAGE)) {
-    const line = document.createElement("tr");
-    const link = cell(cell(line, "td"), "a", row[0]);
-    link.href = row[1];
-    const why = cell(line, "td", row[2].length ? undefined : "● none");
-    why.className = "why";
-    for (const flag of row[2]) cell(why, "span", `▲ ${flag.replaceAll("_", " ")}`);
-    for (let n = first; n < row.length; n += 1) cell(line, "td", shown(row[n], digits(n)));
-    body.append(line);
-  }
-  table.tBodies[0].replaceWith(body);
-  document.getElementById("count").textContent = `${kept.length} of ${rows.length} subjects`;
-  document.getElementById("where").textContent = `page ${state.page + 1} of ${pages}`;
-  document.getElementById("back").disabled = state.page === 0;
-  document.getElementById("next").disabled = state.page === pages - 1;
-  document.getElementById("paging").hidden = pages === 1;
-  for (const heading of table.tHead.rows[0].cells) {
+  const part = state.kept.slice(state.page * size, (state.page + 1) * size);
+  const table = state.view === "table";
+  $("table").hidden = !table;
+  $("pictures").hidden = table;
+  $("scans").tBodies[0].replaceChildren(...(table ? part.map((n) => tableRow(rows[n])) : []));
+  $("pictures").replaceChildren(...(table ? [] : part.map((n) => card(rows[n]))));
+  $("count").textContent = `${state.kept.length} of ${rows.length} scans`;
+  $("where").textContent = `page ${state.page + 1} of ${pages}`;
+  $("back").disabled = state.page === 0;
+  $("next").disabled = state.page === pages - 1;
+  $("paging").hidden = pages === 1;
+  for (const heading of $("scans").tHead.rows[0].cells) {
     const sorted = heading.dataset.key === String(state.key);
     heading.setAttribute("aria-sort", sorted ? (state.down ? "descending" : "ascending") : "none");
     heading.firstElementChild.textContent = heading.dataset.text + (sorted ? (state.down ? " ▼" : " ▲") : "");
   }
+  select(Math.max(state.page * size, Math.min(state.selected, state.page * size + part.length - 1)), false);
+  drawProgress();
 }
 
+const itemAt = (n) => (state.view === "table" ? $("scans").tBodies[0] : $("pictures")).children[n - state.page * ROWS_A_PAGE[state.view]];
+
+function select(n, scroll = true) {
+  if (n < 0 || n >= state.kept.length) return;
+  const page = Math.floor(n / ROWS_A_PAGE[state.view]);
+  itemAt(state.selected)?.removeAttribute("aria-current");
+  state.selected = n;
+  if (page !== state.page) {
+    state.page = page;
+    draw();
+  }
+  itemAt(n)?.setAttribute("aria-current", "true");
+  if (scroll) itemAt(n)?.scrollIntoView({ block: "nearest" });
+}
+
+// The ratings of one scan have changed: nothing moves.
+function redrawRating(scan) {
+  const item = itemAt(state.kept.indexOf(rowOf.get(scan)));
+  item?.querySelector(".rating").replaceChildren(...ratingLines(scan));
+  drawProgress();
+}
+
+function drawProgress() {
+  const counts = { pass: 0, warn: 0, fail: 0 };
+  let [done, stale, any, apart] = [0, 0, 0, 0];
+  for (const [scan] of rows) {
+    const own = ratings.mine(scan);
+    if (own && ratings.stale(own)) stale += 1;
+    else if (own) {
+      done += 1;
+      counts[own.rating] += 1;
+    }
+    any += ratings.of(scan).length > 0;
+    apart += ratings.disagree(scan);
+  }
+  $("progress").max = Math.max(1, rows.length);
+  $("progress").value = done;
+  $("rated").textContent = [
+    `${done} of ${rows.length} rated by ${ratings.rater || "you"}: ● ${counts.pass} pass, ▲ ${counts.warn} warn, ✕ ${counts.fail} fail`,
+    stale ? `${stale} stale` : "",
+    any > done + stale ? `${any} rated by anybody` : "",
+    apart ? `≠ raters disagree on ${apart}` : "",
+    ratings.saved ? "" : "this browser keeps nothing: export before you close the page",
+  ].filter(Boolean).join("; ");
+}
+
+// ---------------------------------------------------------------- review
+
+const review = { order: [], at: -1, frames: new Map(), since: 0, spent: new Map() };
+const reviewing = () => review.at >= 0;
+const scanShown = () => rows[review.order[review.at]][0];
+
+function countTime() {
+  const now = performance.now();
+  if (reviewing() && review.since) review.spent.set(scanShown(), (review.spent.get(scanShown()) || 0) + (now - review.since) / 1000);
+  review.since = reviewing() && !document.hidden ? now : 0;
+}
+document.addEventListener("visibilitychange", countTime);
+
+// The address says what is on show, so the browser's own back works.
+function route() {
+  const [name, action] = location.hash.slice(1).split("/").map(decodeURIComponent);
+  const n = rowOf.get(name);
+  if (n === undefined) return closeReview();
+  if (!reviewing() || !review.order.includes(n)) {
+    review.order = state.kept.includes(n) ? [...state.kept] : rows.map((_, m) => m);
+  }
+  show(review.order.indexOf(n));
+  if (action) {
+    // a key that was pressed on a page of its own
+    location.replace(`#${encodeURIComponent(name)}`);
+    reviewKey(action);
+  }
+}
+
+function show(at) {
+  countTime();
+  review.at = at;
+  const near = [at, at + 1, at - 1].filter((n) => n >= 0 && n < review.order.length);
+  const names = near.map((n) => rows[review.order[n]][0]);
+  for (const [name, frame] of review.frames) {
+    if (names.includes(name)) continue;
+    frame.remove();
+    review.frames.delete(name);
+  }
+  for (const name of names) {
+    if (!review.frames.has(name)) {
+      // neighbours too, so that the next scan is there at once
+      const frame = made("iframe", { title: `page of ${name}`, src: rows[rowOf.get(name)][1] });
+      review.frames.set(name, frame);
+      $("frames").append(frame);
+    }
+    review.frames.get(name).classList.toggle("away", name !== names[0]);
+    review.frames.get(name).inert = name !== names[0];
+  }
+  $("review").hidden = false;
+  document.body.classList.add("reviewing");
+  countTime();
+  drawReview();
+  focusPage();
+}
+
+const focusPage = () => review.frames.get(scanShown()).contentWindow.focus();
+
+function closeReview() {
+  if (!reviewing()) return;
+  countTime();
+  const last = state.kept.indexOf(review.order[review.at]);
+  for (const frame of review.frames.values()) frame.remove();
+  review.frames.clear();
+  review.at = -1;
+  $("review").hidden = true;
+  document.body.classList.remove("reviewing");
+  if (last >= 0) state.selected = last;
+  state.page = Math.floor(state.selected / ROWS_A_PAGE[state.view]);
+  draw();
+  select(state.selected);
+}
+
+function drawReview() {
+  const scan = scanShown();
+  const own = ratings.mine(scan);
+  const given = own && !ratings.stale(own) ? own.rating : "";
+  document.title = `${scan} · n4flow`;
+  $("scan").textContent = scan;
+  $("position").textContent = `${review.at + 1} of ${review.order.length}`;
+  $("previous").disabled = review.at === 0;
+  $("following").disabled = review.at === review.order.length - 1;
+  for (const button of document.querySelectorAll("[data-rate]")) {
+    button.setAttribute("aria-pressed", String(button.dataset.rate !== "" && button.dataset.rate === given));
+  }
+  const reasons = own ? own.reasons.split("; ") : [];
+  $("why").hidden = !own || own.rating === "pass";
+  for (const box of $("why").querySelectorAll("input")) box.checked = reasons.includes(box.value);
+  $("comment").value = own ? own.comment : "";
+  $("comment").disabled = !own;
+  $("comment").placeholder = own ? "comment" : "rate first";
+  $("said").replaceChildren(...ratingLines(scan));
+}
+
+function rate(scan, change) {
+  countTime();
+  const time = review.spent.get(scan);
+  ratings.set(scan, "rating" in change && time !== undefined ? { ...change, time_sec: time.toFixed(1) } : change);
+  redrawRating(scan);
+  if (reviewing()) drawReview();
+}
+
+const goTo = (at) => {
+  if (at >= 0 && at < review.order.length) location.replace(`#${encodeURIComponent(rows[review.order[at]][0])}`);
+};
+const RATE_KEYS = { 1: "pass", 2: "warn", 3: "fail" };
+
+function reviewKey(key) {
+  if (RATE_KEYS[key]) rate(scanShown(), { rating: RATE_KEYS[key] });
+  else if (key === "j") goTo(review.at + 1);
+  else if (key === "k") goTo(review.at - 1);
+  else if (key === "c") $("comment").focus();
+  else if (key === "Escape") location.hash = "";
+  else if ([" ", "b", "v"].includes(key)) review.frames.get(scanShown()).contentWindow.postMessage({ n4flow: key }, "*");
+  else return false;
+  return true;
+}
+
+function tableKey(key) {
+  const row = rows[state.kept[state.selected]];
+  if (!row) return false;
+  if (RATE_KEYS[key]) rate(row[0], { rating: RATE_KEYS[key] });
+  else if (key === "j") select(state.selected + 1);
+  else if (key === "k") select(state.selected - 1);
+  else if (key === "Enter" || key === "c") location.hash = encodeURIComponent(row[0]) + (key === "c" ? "/c" : "");
+  else if (key === "b" || key === " ") {
+    if (state.view !== "pictures") return false;
+    const swap = key === "b" ? "bias field" : "original";
+    showPanel($("panel").value === swap ? "corrected" : swap);
+  } else return false;
+  return true;
+}
+
+let swapped = -Infinity;
+function showPanel(panel) {
+  if (performance.now() - swapped < 170) return; // never above 3 Hz
+  swapped = performance.now();
+  $("panel").value = panel;
+  draw();
+}
+
+document.addEventListener("keydown", (event) => {
+  if (event.ctrlKey || event.metaKey || event.altKey) return;
+  const inField = event.target.closest("input:not([type=checkbox], [type=radio]), select");
+  if (inField && ["Escape", "Enter"].includes(event.key) && inField.id === "comment") {
+    inField.blur();
+    focusPage();
+    event.preventDefault();
+    return;
+  }
+  if (inField || ([" ", "Enter"].includes(event.key) && event.target.closest("button, a, summary, canvas, input"))) return;
+  if (event.repeat && event.key !== "j" && event.key !== "k") return;
+  if ((reviewing() ? reviewKey : tableKey)(event.key)) event.preventDefault();
+});
+window.addEventListener("message", (event) => {
+  // from the page on show alone
+  if (!reviewing() || event.source !== review.frames.get(scanShown()).contentWindow) return;
+  if (typeof event.data?.n4flow === "string") reviewKey(event.data.n4flow);
+});
+window.addEventListener("hashchange", route);
+window.addEventListener("storage", (event) => {
+  if (event.key !== ratings.key) return;
+  ratings.read();
+  draw();
+  if (reviewing()) drawReview();
+});
+
+// ---------------------------------------------------------------- controls
+
 for (const [text, key] of headings) {
-  const heading = cell(table.tHead.rows[0], "th");
-  Object.assign(heading.dataset, { key, text });
-  if (key === 2) heading.className = "why";
-  cell(heading, "button", text).addEventListener("click", () => {
+  const button = made("button", {}, text);
+  button.addEventListener("click", () => {
     // numbers start with the largest, names with A
     if (state.key === key) state.down = !state.down;
-    else Object.assign(state, { key, down: key !== 0 });
-    state.page = 0;
+    else Object.assign(state, { key, down: key !== "name" });
+    choose();
+  });
+  const heading = made("th", { scope: "col", className: key === "flags" || key === "rating" ? "words" : "" }, button);
+  Object.assign(heading.dataset, { key, text });
+  $("scans").tHead.rows[0].append(heading);
+}
+for (const reason of REASONS) {
+  const box = made("input", { type: "checkbox", value: reason });
+  box.addEventListener("change", () => {
+    const reasons = [...$("why").querySelectorAll(":checked")].map((checked) => checked.value).join("; ");
+    rate(scanShown(), { reasons });
+  });
+  $("why").append(made("label", {}, box, reason));
+}
+const panelNames = [...new Set(data.panels.flat())];
+$("panel").append(...panelNames.map((panel) => made("option", { value: panel }, panel)));
+$("panel").value = panelNames.includes("corrected") ? "corrected" : panelNames[0];
+const plots = columns
+  .map(([heading, digits, worse], n) => ({ heading, digits, worse, values: rows.map((row) => row[FIRST_NUMBER + n]) }))
+  .filter(({ worse, values }) => worse && values.some((value) => value !== null))
+  .map(({ heading, digits, values }) => stripPlot(heading, values, digits, {
+    flagged: (n) => rows[n][2].length > 0,
+    name: (n) => rows[n][0],
+    open: (n) => { location.hash = encodeURIComponent(rows[n][0]); },
+  }));
+$("plots").append(...plots.map((plot) => plot.figure));
+const drawPlots = () => {
+  if (!$("distributions").open) return;
+  const shown = new Set(state.kept);
+  for (const plot of plots) plot.show(shown, null);
+};
+$("distributions").hidden = rows.length < 2;
+$("distributions").addEventListener("toggle", drawPlots);
+window.addEventListener("resize", drawPlots);
+
+const chooseAndPlot = () => {
+  choose();
+  drawPlots();
+};
+$("filter").addEventListener("input", chooseAndPlot);
+$("only").addEventListener("change", chooseAndPlot);
+$("panel").addEventListener("change", draw);
+for (const radio of document.getElementsByName("view")) {
+  radio.addEventListener("change", () => {
+    state.view = radio.value;
+    $("which-panel").hidden = state.view !== "pictures";
+    state.page = Math.floor(state.selected / ROWS_A_PAGE[state.view]);
     draw();
   });
 }
-filter.addEventListener("input", () => { state.page = 0; draw(); });
-only.addEventListener("change", () => { state.page = 0; draw(); });
-document.getElementById("back").addEventListener("click", () => { state.page -= 1; draw(); });
-document.getElementById("next").addEventListener("click", () => { state.page += 1; draw(); });
-draw();
+for (const [id, step] of [["back", -1], ["next", 1]]) {
+  $(id).addEventListener("click", () => {
+    state.page += step;
+    state.selected = state.page * ROWS_A_PAGE[state.view];
+    draw();
+  });
+}
+$("rater").value = ratings.rater;
+$("rater").addEventListener("change", () => {
+  ratings.rename($("rater").value);
+  draw();
+});
+$("start").addEventListener("click", () => {
+  const next = state.kept.find((n) => only.unrated(rows[n])) ?? state.kept[0];
+  if (next !== undefined) location.hash = encodeURIComponent(rows[next][0]);
+});
+$("export").addEventListener("click", () => {
+  if (!ratings.rater && [...ratings.entries.values()].some((entry) => !entry.rater)) {
+    $("told").textContent = "Give your name first, so that your ratings can be told from others'.";
+    $("rater").focus();
+    return;
+  }
+  const url = URL.createObjectURL(new Blob([ratings.toTsv()], { type: "text/tab-separated-values" }));
+  made("a", { href: url, download: "ratings.tsv" }).click();
+  setTimeout(() => URL.revokeObjectURL(url), 1000);
+  $("told").textContent = "ratings.tsv is in your downloads. Name it in the config (qc.ratings), and the workflow takes it back.";
+});
+$("import").addEventListener("change", async () => {
+  const told = [];
+  for (const file of $("import").files) told.push(`${file.name}: ${ratings.fromTsv(await file.text())}`);
+  $("import").value = "";
+  $("told").textContent = told.join(" ");
+  draw();
+});
+$("previous").addEventListener("click", () => reviewKey("k"));
+$("following").addEventListener("click", () => reviewKey("j"));
+$("close").addEventListener("click", () => reviewKey("Escape"));
+for (const button of document.querySelectorAll("[data-rate]")) {
+  button.addEventListener("click", (event) => {
+    rate(scanShown(), { rating: button.dataset.rate });
+    if (event.detail) focusPage(); // a mouse leaves the keys to the page
+  });
+}
+$("comment").addEventListener("change", () => rate(scanShown(), { comment: cellText($("comment").value) }));
+
+choose();
+drawPlots();
+route();
