@@ -1,0 +1,80 @@
+"""Real browsers: Debian's Chromium and Firefox, headless, without WebGL, over file://."""
+
+import shutil
+
+import pytest
+
+NAMES = {"chromium": ("chromium", "chromium-browser", "google-chrome"), "firefox": ("firefox-esr", "firefox")}
+
+
+@pytest.fixture(scope="session")
+def playwright():
+    api = pytest.importorskip("playwright.sync_api", reason="no Playwright: install envs/requirements-test.txt")
+    with api.sync_playwright() as started:
+        yield started
+
+
+@pytest.fixture(scope="session")
+def downloads(tmp_path_factory):
+    """Where Firefox puts what is downloaded, under its own name."""
+    return tmp_path_factory.mktemp("downloads")
+
+
+@pytest.fixture(scope="session", params=list(NAMES))
+def browser(request, playwright, downloads):
+    found = next(filter(None, map(shutil.which, NAMES[request.param])), None)
+    if not found:
+        package = NAMES[request.param][0]
+        pytest.skip(f"there is no {request.param} on this machine: apt-get install {package}, and run again")
+    if request.param == "chromium":
+        arguments = ["--no-sandbox", "--disable-gpu", "--disable-3d-apis"]
+        started = playwright.chromium.launch(executable_path=found, args=arguments)
+    else:
+        # Playwright lets all files of a folder share one storage; as people have it, they do not
+        preferences = {"security.fileuri.strict_origin_policy": True, "webgl.disabled": True}
+        started = playwright.firefox.launch(
+            channel="moz-firefox", executable_path=found, firefox_user_prefs=preferences, downloads_path=downloads
+        )
+    yield started
+    started.close()
+
+
+class Visit:
+    """A page in a profile of its own, what it asked for, and what went wrong on it."""
+
+    def __init__(self, browser, **options):
+        self.context = browser.new_context(**{"viewport": {"width": 1280, "height": 900}, **options})
+        self.requests, self.errors = [], []
+        self.context.on("request", lambda request: self.requests.append(request.url))
+        self.context.on("weberror", lambda error: self.errors.append(str(error.error)))
+        self.page = self.open()
+
+    def open(self, path=None):
+        page = self.context.new_page()
+        page.set_default_timeout(15_000)
+        page.on("dialog", lambda dialog: self.errors.append(f"dialog {dialog.message}"))
+        if path:
+            page.goto(path.as_uri())
+        return page
+
+    def check(self):
+        assert self.errors == []
+        outside = [url for url in self.requests if not url.startswith(("file:", "data:", "blob:", "about:"))]
+        assert outside == []
+
+
+@pytest.fixture
+def visit(browser):
+    """Makes visits; at the end none may have asked for anything outside, or raised an error."""
+    visits = []
+
+    def make(path=None, **options):
+        visits.append(Visit(browser, **options))
+        if path:
+            visits[-1].page.goto(path.as_uri())
+        return visits[-1]
+
+    yield make
+    for made in visits:
+        made.check()
+        made.context.close()

@@ -1,0 +1,547 @@
+"""The report as people use it: keys, ratings, viewer, thousands of scans."""
+
+import csv
+import json
+import shutil
+import time
+
+import nibabel as nib
+import numpy as np
+import pytest
+
+from n4flow.field import BiasField, Mesh
+from n4flow.qc.dataset import make_index
+from n4flow.qc.pages import make_subject
+from n4flow.ratings import Rating, read_ratings
+from tests.unit.test_qc import HOSTILE, make_files, write_metrics
+
+SCANS = ("sub-01_T1w", "sub-02_ses-a_run-1_T1w", "sub-03_T1w")
+
+
+@pytest.fixture(scope="session")
+def qc(tmp_path_factory):
+    """A report over three scans and one whose name is hostile."""
+    folder = tmp_path_factory.mktemp("a report#1")
+    made = []
+    for number, name in enumerate((*SCANS, HOSTILE)):
+        place = folder / f"scan{number}"
+        place.mkdir(parents=True)
+        stem = "hostile & <b>" if name == HOSTILE else name
+        qc = folder / "qc"
+        (qc / "data").mkdir(parents=True, exist_ok=True)
+        files = make_files(place, strength=0.1 + 0.1 * number) | {
+            "page": qc / f"{stem}.html",
+            "metrics": qc / "data" / f"{stem}.json",
+            "pictures": qc / "data" / f"{stem}.webp",
+            "viewer": qc / "data" / f"{stem}.js",
+            "viewer_mb": 1,
+        }
+        make_subject(name=name, **files)
+        made.append(files["metrics"])
+    make_index(made, folder / "qc" / "index.html", folder / "qc" / "metrics.tsv", [(HOSTILE, "<i>broken</i>")])
+    return folder / "qc"
+
+
+def rating_of(page, scan):
+    return page.locator("#scans tbody tr", has=page.get_by_text(scan, exact=True)).locator(".rating").inner_text()
+
+
+def order_of(page):
+    return page.locator("#scans tbody th").all_inner_texts()
+
+
+def shown_page(page):
+    return page.frame_locator("#frames iframe:not(.away)")
+
+
+def give_name(page, name):
+    page.click("#rater")
+    page.keyboard.type(name)
+    page.keyboard.press("Tab")
+
+
+@pytest.fixture
+def export(downloads):
+    """Presses the button and takes the file from the downloads."""
+
+    def save(page, path):
+        if page.context.browser.browser_type.name == "chromium":
+            with page.expect_download() as download:
+                page.click("#export")
+            assert download.value.suggested_filename == "ratings.tsv"
+            download.value.save_as(path)
+            return path
+        # Playwright hears nothing of Firefox's downloads from a blob
+        page.click("#export")
+        there = downloads / "ratings.tsv"
+        for _ in range(100):
+            if there.is_file() and there.stat().st_size:
+                break
+            page.wait_for_timeout(50)
+        there.replace(path)
+        return path
+
+    return save
+
+
+def test_keys_on_the_table_rate_the_selected_scan(qc, visit):
+    page = visit(qc / "index.html").page
+    first, second, *_ = order_of(page)
+    page.keyboard.press("3")
+    page.keyboard.press("j")
+    page.keyboard.press("1")
+    assert (rating_of(page, first), rating_of(page, second)) == ("✕ fail", "● pass")
+    assert "2 of 4 rated by you: ● 1 pass, ▲ 0 warn, ✕ 1 fail" in page.inner_text("#rated")
+
+
+def test_keys_in_the_review_reach_the_table_and_reload_keeps_them(qc, visit):
+    page = visit(qc / "index.html").page
+    names = order_of(page)
+    page.keyboard.press("Enter")
+    shown_page(page).locator("h1", has_text=names[0]).wait_for()
+    page.keyboard.press("2")  # the frame has the focus
+    page.locator("#said", has_text="▲ warn").wait_for()
+    page.get_by_label("mask wrong").check()
+    page.keyboard.press("c")
+    page.keyboard.type("ring at the\tneck 1 2 3 jk")  # keys in a field are text
+    page.keyboard.press("Enter")
+    page.keyboard.press("j")
+    page.locator("#position", has_text="2 of 4").wait_for()
+    shown_page(page).locator("h1", has_text=names[1]).wait_for()
+    page.keyboard.press("3")
+    page.locator("#said", has_text="✕ fail").wait_for()
+    page.keyboard.press("k")
+    page.locator("#position", has_text="1 of 4").wait_for()
+    assert page.input_value("#comment").startswith("ring at the")
+    page.keyboard.press("Escape")
+    page.locator("#review").wait_for(state="hidden")
+    for _ in range(2):
+        assert (rating_of(page, names[0]), rating_of(page, names[1])) == ("▲ warn", "✕ fail")
+        page.reload()
+
+
+def test_a_key_on_a_page_of_its_own_reaches_the_table(qc, visit):
+    page = visit(qc / f"{SCANS[0]}.html").page
+    page.keyboard.press("3")
+    page.wait_for_url("**/index.html#*")
+    page.locator("#said", has_text="✕ fail").wait_for()
+    page.goto((qc / "index.html").as_uri())
+    assert rating_of(page, SCANS[0]) == "✕ fail"
+
+
+def test_space_swaps_and_b_shows_the_field_there(qc, visit):
+    page = visit(qc / f"{SCANS[0]}.html").page
+
+    def shown():
+        return [
+            label for label in ("original", "corrected", "field")
+            if page.evaluate(f"getComputedStyle(document.querySelector('.is-{label}')).visibility") == "visible"
+        ]  # fmt: skip
+
+    seen = [shown()]
+    for key in (" ", "b", " ", " ", "b", "b"):
+        page.keyboard.press(key)
+        seen.append(shown())
+        page.wait_for_timeout(200)
+    assert seen == [["corrected"], ["original"], ["field"], ["original"], ["corrected"], ["field"], ["corrected"]]
+    page.keyboard.press(" ")
+    page.keyboard.press(" ")  # too fast: above 3 Hz
+    assert shown() == ["original"]
+
+
+def test_the_review_hands_keys_to_the_page(qc, visit):
+    page = visit(qc / "index.html").page
+    page.goto(f"{page.url}#{SCANS[0]}")
+    frame = shown_page(page)
+    frame.locator("h1").wait_for()
+    page.locator("#position").click()  # the bar has the focus now
+    page.keyboard.press("b")
+    frame.locator("#show-field:checked").wait_for(state="attached")
+    assert frame.locator("nav.alone").is_hidden()
+
+
+def test_export_and_import_round_trip(qc, visit, export, tmp_path):
+    page = visit(qc / "index.html").page
+    names = order_of(page)
+    page.keyboard.press("1")
+    page.click("#export")
+    assert "Give your name first" in page.inner_text("#told")
+    give_name(page, "Ann B")
+    page.locator("#rated", has_text="1 of 4 rated by Ann B").wait_for()
+    page.goto(f"{page.url.partition('#')[0]}#{SCANS[1]}")
+    shown_page(page).locator("h1").wait_for()
+    page.keyboard.press("2")
+    page.get_by_label("shading left").check()
+    page.get_by_label("image itself").check()
+    page.click("#comment")
+    page.keyboard.type('say "no" to <script>alert(1)</script>')
+    page.keyboard.press("Enter")
+    page.keyboard.press("Escape")
+    page.locator("#review").wait_for(state="hidden")
+    first = export(page, tmp_path / "first.tsv")
+    assert list(table(first)[0]) == list(Rating._fields)
+    ratings = [Rating(**row) for row in table(first)]
+    rows = {rating.scan: rating for rating in ratings}
+    assert rows[SCANS[1]].participant_id == "sub-02"
+    assert (rows[SCANS[1]].session, rows[SCANS[1]].modality) == ("ses-a", "run-1_T1w")
+    assert (rows[SCANS[1]].rater, rows[SCANS[1]].rating) == ("Ann B", "warn")
+    assert rows[SCANS[1]].reasons == "shading left; image itself"
+    assert rows[SCANS[1]].comment == 'say "no" to <script>alert(1)</script>'
+    assert 0 < float(rows[SCANS[1]].time_sec) < 60
+    metrics = json.loads((qc / "data" / f"{SCANS[1]}.json").read_text())
+    assert rows[SCANS[1]].report_hash == metrics["report_hash"]
+
+    other = visit(qc / "index.html").page
+    assert rating_of(other, names[0]) == "○ not rated"
+    other.set_input_files("#import", first)
+    other.locator("#told", has_text="2 ratings by Ann B: 2 taken over").wait_for()
+    assert rating_of(other, SCANS[1]) == "Ann B: ▲ warn"
+    give_name(other, "Ann B")
+    assert rating_of(other, SCANS[1]) == "▲ warn"
+    assert export(other, tmp_path / "second.tsv").read_bytes() == first.read_bytes()
+
+
+def table(path):
+    with open(path, encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
+
+
+def write_ratings(path, *rows):
+    blank = dict.fromkeys(Rating._fields, "n/a")
+    lines = ["\t".join(Rating._fields), *("\t".join((blank | row).values()) for row in rows)]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
+
+
+ONE = {"participant_id": "sub-01", "modality": "T1w"}
+
+
+def test_two_raters_are_merged_and_their_disagreement_is_shown(qc, visit, tmp_path):
+    page = visit(qc / "index.html").page
+    ann = ONE | {"rater": "ann", "rating": "pass", "timestamp": "2026-01-01T00:00:00Z"}
+    bo = ONE | {"rater": "bo", "rating": "fail", "timestamp": "2026-01-02T00:00:00Z"}
+    unknown = bo | {"participant_id": "sub-99"}
+    both = [write_ratings(tmp_path / "ann.tsv", ann), write_ratings(tmp_path / "bo.tsv", bo, unknown)]
+    page.set_input_files("#import", both)
+    page.locator("#told", has_text="Left out 1: line 3: sub-99_T1w is not in this dataset").wait_for()
+    assert rating_of(page, SCANS[0]).split("\n") == ["ann: ● pass", "bo: ✕ fail", "≠ raters disagree"]
+    page.select_option("#only", "disagree")
+    assert order_of(page) == [SCANS[0]]
+    # the newer of one rater's counts, whichever comes first
+    page.set_input_files("#import", write_ratings(tmp_path / "old.tsv", bo | ann | {"rater": "bo"}))
+    page.locator("#told", has_text="1 were here as new or newer").wait_for()
+    assert "bo: ✕ fail" in rating_of(page, SCANS[0])
+
+
+def test_stored_ratings_are_shown_and_stale_ones_are_marked(qc, visit, export, tmp_path):
+    folder = tmp_path / "qc"
+    shutil.copytree(qc, folder)
+    now = json.loads((folder / "data" / f"{SCANS[2]}.json").read_text())["report_hash"]
+    stored = write_ratings(
+        tmp_path / "r.tsv",
+        ONE | {"rater": "ann", "rating": "pass", "report_hash": "0" * 12},
+        ONE | {"participant_id": "sub-03", "rater": "ann", "rating": "warn", "report_hash": now},
+    )
+    paths = [folder / "data" / f"{scan}.json" for scan in SCANS]
+    make_index(paths, folder / "index.html", folder / "metrics.tsv", ratings=stored)
+    page = visit(folder / "index.html").page
+    assert rating_of(page, SCANS[0]) == "ann: ● pass (stale)"
+    assert rating_of(page, SCANS[2]) == "ann: ▲ warn"
+    give_name(page, "ann")
+    page.locator("#rated", has_text="1 of 3 rated by ann: ● 0 pass, ▲ 1 warn, ✕ 0 fail; 1 stale").wait_for()
+    page.click("#start")  # goes to what is not rated, or stale
+    page.locator("#position").wait_for()
+    assert page.inner_text("#scan") != SCANS[2]
+    # rated again, it is fresh; what comes out, the workflow takes
+    page.goto(f"{page.url.partition('#')[0]}#{SCANS[0]}")
+    shown_page(page).locator("h1", has_text=SCANS[0]).wait_for()
+    page.keyboard.press("1")
+    page.locator("#said", has_text="● pass").wait_for()
+    page.keyboard.press("Escape")
+    assert rating_of(page, SCANS[0]) == "● pass"
+    ratings = read_ratings(export(page, tmp_path / "out.tsv"), known=SCANS.__contains__)
+    assert [(r.scan, r.rating) for r in ratings] == [(SCANS[0], "pass"), (SCANS[2], "warn")]
+
+
+def test_a_hostile_name_stays_a_name(qc, visit):
+    page = visit(qc / "index.html").page
+    assert HOSTILE in order_of(page)
+    assert page.locator(".failed").inner_text().count(HOSTILE) == 1
+    page.get_by_role("link", name=HOSTILE).click()
+    shown_page(page).locator("h1").wait_for()
+    assert (page.inner_text("#scan"), shown_page(page).locator("h1").inner_text()) == (HOSTILE, HOSTILE)
+    page.keyboard.press("1")
+    page.locator("#said", has_text="● pass").wait_for()
+    page.keyboard.press("v")
+    shown_page(page).locator("#viewer canvas").first.wait_for()
+    page.keyboard.press("Escape")
+    page.goto((qc / "index.html").as_uri())
+    assert rating_of(page, HOSTILE) == "● pass"
+    page.get_by_label("pictures").check(force=True)
+    assert page.locator("#pictures figure").count() == 4
+    page.wait_for_function("[...document.querySelectorAll('#pictures img')].every((i) => i.naturalWidth > 0)")
+
+
+def test_the_grid_shows_one_panel_of_every_scan(qc, visit):
+    page = visit(qc / "index.html").page
+    page.get_by_label("pictures").check(force=True)
+    assert (
+        page.locator("#pictures img")
+        .first.get_attribute("alt")
+        .startswith(page.locator("#pictures a").first.inner_text() or "sub")
+    )
+    page.select_option("#panel", "bias field")
+    places = page.evaluate("[...document.querySelectorAll('#pictures img')].map((i) => i.style.top)")
+    assert places == ["-200%"] * 4
+    page.keyboard.press("Tab")
+    page.locator("#count").click()
+    page.keyboard.press("j")
+    page.keyboard.press("3")
+    assert "✕ fail" in page.locator("#pictures figure").nth(1).inner_text()
+
+
+# ---------------------------------------------------------------- the viewer
+
+
+def open_viewer(page):
+    page.keyboard.press("v")
+    page.locator("#viewer canvas").first.wait_for()
+    page.wait_for_function("view !== null")
+
+
+def test_the_viewer_evaluates_the_field_as_python_does(qc, visit):
+    page = visit(qc / f"{SCANS[1]}.html").page
+    open_viewer(page)
+    field = BiasField.load(qc.parent / "scan1" / "field.json").log_tile((slice(None),) * 3)
+    for at in ((0, 0, 0), (23, 27, 19), (5, 20, 11)):
+        found = page.evaluate(f"logField(scan.fields[0], {list(at)})")
+        assert found == pytest.approx(field[at], abs=1e-12)
+    for plane in page.evaluate("scan.planes.map(({ normal, across, up }) => [normal, across, up])"):
+        normal, across, up = plane
+        page.evaluate("view.at = [5, 20, 11]")
+        found = page.evaluate(
+            f"Array.from(fieldSlice(scan.fields[0], {{ normal: {normal}, across: {across}, up: {up} }}))"
+        )
+        expected = np.take(field, (5, 20, 11)[normal], axis=normal)
+        expected = expected if across < up else expected.T  # [across, up]
+        assert np.reshape(found, expected.T.shape) == pytest.approx(expected.T, abs=1e-12)
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_the_viewer_stands_upright(visit, tmp_path, turned):
+    """One bright corner, at right, anterior, superior; where it is drawn, whatever the order of the axes."""
+    shape, affine = ((16, 20, 12), np.diag([2.0, 2, 3, 1]))
+    if turned:  # axes to inferior, left and posterior
+        shape, affine = (12, 16, 20), np.array([[0, -2.0, 0, 30], [0, 0, -2, 38], [-3, 0, 0, 33], [0, 0, 0, 1]])
+    files = make_files(tmp_path, shape=shape, size_mm=(2, 2, 3), affine=affine)
+    original = np.full(shape, 10, np.float32)
+    corner = np.argwhere(np.ones(shape, bool)) @ affine[:3, :3].T
+    corner = corner - corner.mean(axis=0)
+    original[(corner > 0).all(axis=1).reshape(shape)] = 60
+    for role in ("image", "corrected"):
+        nib.save(nib.Nifti1Image(original, affine), tmp_path / f"{role}.nii")
+        files[role] = tmp_path / f"{role}.nii"
+    mesh = Mesh.of_grid(shape, (1, 1, 1))
+    files["field"].write_text(json.dumps(BiasField(np.zeros((4, 4, 4)), mesh, shape, affine).to_mapping()))
+    make_subject(name="sub-01_T1w", **files, viewer=tmp_path / "v.js", viewer_mb=1)
+    page = visit(files["page"]).page
+    open_viewer(page)
+    high = [2, 3, 4] if turned else [12, 15, 9]  # inside the corner
+    bright = page.evaluate(
+        """(at) => {
+          view.at = at;
+          drawPlanes();
+          return scan.planes.map(({ canvas, labels }) => {
+            const pen = canvas.getContext("2d");
+            const lit = ([x, y]) => pen.getImageData(x * canvas.width, y * canvas.height, 1, 1).data[0] > 128;
+            return [labels.join(""), [[0.1, 0.1], [0.9, 0.1], [0.1, 0.9], [0.9, 0.9]].map(lit)];
+          });
+        }""",
+        high,
+    )
+    upper_right = [False, True, False, False]
+    assert bright == [["LRPA", upper_right], ["LRIS", upper_right], ["PAIS", upper_right]]
+    sizes = page.evaluate("scan.planes.map(({ canvas }) => canvas.clientWidth / canvas.clientHeight)")
+    assert sizes == pytest.approx([32 / 40, 32 / 36, 40 / 36], rel=0.02)
+
+
+def test_the_viewer_has_crosshair_window_overlay_and_swap(qc, visit):
+    page = visit(qc / f"{SCANS[2]}.html").page
+    open_viewer(page)
+
+    def state(key):
+        return page.evaluate(f"view.{key}")
+
+    canvas = page.locator("#viewer canvas").first  # axial: i across, j up
+    box = canvas.bounding_box()
+    canvas.click(position={"x": box["width"] * 0.27, "y": box["height"] * 0.27})
+    assert state("at") == [6, 20, 10]
+    assert page.locator("#viewer output").inner_text().startswith("i 6, j 20, k 10 · original ")
+    for key, at in (("ArrowRight", [7, 20, 10]), ("ArrowUp", [7, 21, 10]), ("PageUp", [7, 21, 11])):
+        page.keyboard.press(key)
+        assert state("at") == at
+    page.mouse.move(box["x"] + 100, box["y"] + 100)
+    page.mouse.down(button="right")
+    page.mouse.move(box["x"] + 60, box["y"] + 60)
+    page.mouse.up(button="right")
+    assert (state("low"), state("high")) == (0, pytest.approx(215))
+    place = f"{0.3 * box['width']}, {0.5 * box['height']}"
+    pixel = f"Array.from(scan.planes[0].canvas.getContext('2d').getImageData({place}, 1, 1).data)"
+    red, green, blue, _ = page.evaluate(pixel)
+    assert red == green == blue
+    page.keyboard.press("b")
+    red, _, blue, _ = page.evaluate(pixel)
+    assert blue > red + 10  # the field is below 1 on the left
+    page.wait_for_timeout(200)
+    page.keyboard.press(" ")
+    assert state("image") == "original"
+    page.keyboard.press("Escape")
+    page.locator("#viewer").wait_for(state="hidden")
+
+
+def test_without_its_data_the_viewer_says_so(qc, visit, tmp_path):
+    shutil.copy(qc / f"{SCANS[0]}.html", tmp_path)
+    page = visit(tmp_path / f"{SCANS[0]}.html").page
+    page.keyboard.press("v")
+    page.locator("#viewer", has_text="are not beside this page").wait_for()
+
+
+# ---------------------------------------------------------------- how it looks and how fast it is
+
+
+CONTRASTS = """() => {
+  const parse = (text) => (text.match(/[\\d.]+/g) || []).map(Number);
+  const linear = (c) => (c / 255 <= 0.04045 ? c / 255 / 12.92 : ((c / 255 + 0.055) / 1.055) ** 2.4);
+  const luminance = ([r, g, b]) => 0.2126 * linear(r) + 0.7152 * linear(g) + 0.0722 * linear(b);
+  const found = [];
+  for (const element of document.querySelectorAll("body *")) {
+    if (!element.checkVisibility({ visibilityProperty: true }) || element.closest(":disabled")) continue;
+    if (![...element.childNodes].some((node) => node.nodeType === 3 && node.textContent.trim())) continue;
+    let behind = element;
+    let back = parse(getComputedStyle(behind).backgroundColor);
+    while (back.length === 4 && back[3] === 0) {
+      behind = behind.parentElement;
+      back = behind ? parse(getComputedStyle(behind).backgroundColor) : [255, 255, 255];
+    }
+    const [a, b] = [luminance(parse(getComputedStyle(element).color)), luminance(back)].sort((x, y) => y - x);
+    const ratio = (a + 0.05) / (b + 0.05);
+    if (ratio < 4.5) found.push([element.tagName, element.className, element.textContent.slice(0, 30), ratio]);
+  }
+  return found;
+}"""
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_text_has_the_contrast_of_aa(qc, visit, scheme):
+    made = visit(color_scheme=scheme)
+    for name in ("index.html", f"{SCANS[0]}.html"):
+        made.page.goto((qc / name).as_uri())
+        if name == "index.html":
+            made.page.keyboard.press("2")
+        else:
+            made.page.locator("summary").click()
+        assert made.page.evaluate(CONTRASTS) == []
+
+
+def test_everything_has_a_name_and_nothing_moves(qc, visit):
+    page = visit(qc / "index.html", reduced_motion="reduce").page
+    for target in (qc / "index.html", qc / f"{SCANS[0]}.html"):
+        page.goto(target.as_uri())
+        nameless = page.evaluate(
+            """[...document.querySelectorAll("button, a, input, select, canvas, iframe, img:not(dialog img)")]
+            .filter((e) => e.checkVisibility())
+            .filter((e) => !(e.getAttribute("aria-label") || e.textContent.trim() || e.title || e.alt))
+            .filter((e) => !e.labels?.length)
+            .map((e) => e.outerHTML.slice(0, 80))"""
+        )
+        assert nameless == []
+        assert page.evaluate("document.getAnimations().length") == 0
+
+
+def test_the_keyboard_alone_goes_everywhere(qc, visit):
+    page = visit(qc / "index.html").page
+    reached = set()
+    for _ in range(60):
+        page.keyboard.press("Tab")
+        reached.add(page.evaluate("document.activeElement.id || document.activeElement.tagName"))
+    assert {"start", "rater", "export", "import", "filter", "only", "CANVAS", "A", "BUTTON"} <= reached
+    plot = page.locator("canvas").first
+    plot.focus()
+    page.keyboard.press("ArrowRight")
+    name = page.locator("figcaption").first.inner_text()
+    page.keyboard.press("Enter")
+    shown_page(page).locator("h1").wait_for()
+    assert page.inner_text("#scan") in name
+
+
+THOUSANDS = 5000
+
+
+@pytest.fixture(scope="session")
+def thousands(qc, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("thousands")
+    rng = np.random.default_rng(0)
+    shutil.copy(qc / f"{SCANS[0]}.html", folder / "0.html")
+    (folder / "data").mkdir()
+    shutil.copy(qc / "data" / f"{SCANS[0]}.webp", folder / "data" / "0.webp")
+    values = json.loads((qc / "data" / f"{SCANS[0]}.json").read_text())
+    numbers = [key for key, value in values.items() if isinstance(value, float)]
+    scans = [
+        values
+        | {key: values[key] * float(rng.lognormal(0, 0.1)) for key in numbers}
+        | {"name": f"sub-{n:04d}_T1w", "page": "../0.html", "pictures": "0.webp"}
+        | {"flags": ["cjv_worse: CJV rose from 0.4 to 0.5"] if n % 20 == 0 else []}
+        for n in range(THOUSANDS)
+    ]
+    make_index(write_metrics(folder, scans), folder / "index.html", folder / "metrics.tsv")
+    return folder
+
+
+FIRST_PAINT = "performance.getEntriesByName('first-contentful-paint')[0]?.startTime"
+ACTIONS = {
+    "sort by number": "document.querySelectorAll('#scans thead button')[4].click()",
+    "sort by name": "document.querySelector('#scans thead button').click()",
+    "filter": "const f = $('filter'); f.value = f.value ? '' : '12'; f.dispatchEvent(new Event('input'))",
+    "show": "const o = $('only'); o.value = 'unrated'; o.dispatchEvent(new Event('change'))",
+    "rate": "rate(rows[state.kept[0]][0], { rating: 'pass' })",
+    "pictures and table": "document.querySelector('[name=view]:not(:checked)').click()",
+}
+
+
+def test_thousands_of_scans_stay_fluid(thousands, visit):
+    page = visit(thousands / "index.html").page
+    assert page.locator("#scans tbody tr").count() == 200
+    assert page.inner_text("#where") == f"page 1 of {THOUSANDS // 200}"
+    seconds = {}
+    # the best of three: the machine may be busy with something else
+    for _ in range(3):
+        page.reload()
+        page.wait_for_function(FIRST_PAINT)
+        took = {"first paint": page.evaluate(FIRST_PAINT) / 1000}
+        for what, code in ACTIONS.items():
+            layout = "document.body.offsetHeight"
+            timed = f"() => {{ const t = performance.now(); {code}; {layout}; return performance.now() - t; }}"
+            took[what] = page.evaluate(timed) / 1000
+        seconds = {what: min(value, seconds.get(what, value)) for what, value in took.items()}
+    print({what: round(value, 3) for what, value in seconds.items()})
+    assert seconds.pop("first paint") <= 1
+    assert {what: value for what, value in seconds.items() if value > 0.2} == {}
+
+
+def test_pages_of_fifty_pictures(thousands, visit):
+    page = visit(thousands / "index.html").page
+    page.get_by_label("pictures").check(force=True)
+    assert page.locator("#pictures figure").count() == 50
+    page.click("#next")
+    assert page.inner_text("#where") == f"page 2 of {THOUSANDS // 50}"
+    assert page.locator("[aria-current]").count() == 1
+    box = page.locator("#pictures .crop").first.bounding_box()
+    assert box["width"] / box["height"] == pytest.approx(3, rel=0.02)
+
+
+def test_the_index_over_thousands_is_made_from_the_metrics_in_time(thousands):
+    metrics = sorted((thousands / "data").glob("*.json"))
+    start = time.process_time()
+    make_index(metrics, thousands / "again.html", thousands / "again.tsv")
+    assert time.process_time() - start < 20
+    assert (thousands / "again.html").stat().st_size < 2_500_000
