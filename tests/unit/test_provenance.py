@@ -21,8 +21,10 @@ NOT_USED = {
     "bids": {"volume", "estimate", "mask", "qc.pages"},
     "qc.pages": {"estimate", "reference", "phantom", "mask"},
     "qc.dataset": {"qc.panels", "qc.guide", "qc.tune", "estimate", "volume"},
+    "qc.figures": {"qc.pages", "estimate", "mask"},
     "qc.guide": {"qc.tune", "inputs"},
     "qc.tune": {"phantom", "reference", "qc.dataset", "qc.guide"},
+    "ratings": {"qc.rendering", "volume", "estimate"},
 }
 
 

@@ -20,7 +20,7 @@ from PIL import Image
 
 from n4flow.errors import InputError
 from n4flow.field import BiasField, Mesh
-from n4flow.qc import panels, viewer
+from n4flow.qc import figures, panels, viewer
 from n4flow.qc.dataset import COLUMNS, make_index
 from n4flow.qc.definitions import DEFINITIONS
 from n4flow.qc.pages import PAGE_BYTES, make_subject
@@ -750,3 +750,27 @@ def test_a_large_dataset_stays_lean(tmp_path):
     ]
     make_index(write_metrics(tmp_path, subjects), tmp_path / "index.html", tmp_path / "metrics.tsv")
     assert (tmp_path / "index.html").stat().st_size < 200_000
+
+
+def test_figures_over_all_scans(subject, tmp_path):
+    values = json.loads(subject["metrics"].read_text())
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "a.webp").write_bytes(subject["pictures"].read_bytes())
+    scans = [
+        values | {"name": f"sub-{n}", "cjv_after": 0.5, "pictures": "a.webp", "field_from": "sub-0"} for n in range(15)
+    ]
+    del scans[3]["pictures"], scans[3]["cjv_after"]
+    paths = write_metrics(tmp_path, scans)
+    figures.make_figures(paths, tmp_path / "d.png", tmp_path / "w.png")
+    with Image.open(tmp_path / "w.png") as picture:
+        sheet = np.asarray(picture.convert("L"))
+    rows = sheet.reshape(figures.WORST, -1, sheet.shape[1])
+    assert rows.shape[1:] == (panels.THUMBNAIL_PIXELS + 22, 9 * panels.THUMBNAIL_PIXELS)
+    assert (rows[:, 30:].min(axis=(1, 2)) == 255).sum() <= 1  # one has no pictures
+    with Image.open(tmp_path / "d.png") as distributions:
+        assert distributions.width == 1200
+    figures.make_figures([], tmp_path / "d.png", tmp_path / "w.png")
+
+
+def test_a_scan_takes_half_a_megabyte_without_the_viewer(subject):
+    assert sum(subject[role].stat().st_size for role in ("page", "metrics", "pictures")) <= 500_000

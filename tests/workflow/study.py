@@ -132,6 +132,8 @@ def results_of(scan, results="results"):
         "reference lattice": f"{stem}_desc-N4sitk{suffix}_biasfield.json",
         "page": f"{results}/qc/{scan.name}.html",
         "metrics": f"{results}/qc/data/{scan.name}.json",
+        "pictures": f"{results}/qc/data/{scan.name}.webp",
+        "viewer": f"{results}/qc/data/{scan.name}.js",
     }
 
 

@@ -153,13 +153,14 @@ def test_fraction_chose_some_of_the_scans():
 
 def test_results_hold_nothing_else_and_no_partial_file(folder):
     expected = {path for scan in SCANS.values() for path in roles_of(scan).values()}
-    expected |= {f"results/{n}" for n in ("dataset_description.json", ".bidsignore", "qc/metrics_mqc.tsv")}
-    expected |= {f"results/qc/{n}" for n in ("index.html", "guide.html", "metrics.tsv")}
+    qc = ("index.html", "guide.html", "metrics.tsv", "metrics_mqc.tsv", "distributions.png", "worst.png")
+    expected |= {f"results/{n}" for n in ("dataset_description.json", ".bidsignore", *(f"qc/{n}" for n in qc))}
     found = {p.relative_to(folder).as_posix() for p in (folder / "results").rglob("*") if p.is_file()}
     bundle = {path for path in found if path.startswith("results/qc/bundle/")}
     assert found - bundle == expected
-    pages = {Path(path).name for path in expected if path.startswith("results/qc/") and not path.endswith(".json")}
-    assert {Path(path).name for path in bundle} - {".snakemake_timestamp"} == pages - {"metrics_mqc.tsv"}
+    packed = {path.replace("/bundle", "") for path in bundle} - {"results/qc/.snakemake_timestamp"}
+    wanted = (".html", "/metrics.tsv", ".webp")  # not what only the viewer, the index and MultiQC need
+    assert packed == {path for path in expected if path.startswith("results/qc/") and path.endswith(wanted)}
     assert partial_files(folder) == []
 
 
@@ -388,8 +389,12 @@ def test_report_zip_holds_the_pages(folder):
         index = next(name for name in report.namelist() if name.endswith("/index.html"))
         place = index.removesuffix("index.html")
         # side by side, as in the folder: so the links between them lead somewhere
-        for path in [*PAGES, "results/qc/metrics.tsv"]:
-            assert report.read(place + Path(path).name) == (folder / path).read_bytes()
+        for path in [*PAGES, "results/qc/metrics.tsv", results_of(SCANS["plain"])["pictures"]]:
+            inside = Path(path).relative_to("results/qc").as_posix()
+            assert report.read(place + inside) == (folder / path).read_bytes()
+        listed = report.read(next(name for name in report.namelist() if name.endswith("/report.html"))).decode()
+        shown = ("distributions of the metrics", "the worst scans", "the report, with a page per scan")
+        assert [what for what in shown if what not in listed] == []
 
 
 def test_config_of_the_repository_names_its_own_sheet():

@@ -56,6 +56,7 @@ def lean(raw, tmp_path_factory):
         {
             "reference": {"fraction": 0},
             "output": {"bias_field": False, "keep_dtype": True},
+            "qc": {"viewer_mb": 0},
             "pathvars": {"results": "out/n4"},
         },
     )
@@ -65,7 +66,8 @@ def lean(raw, tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    ("limit", "rules"), [("cjv_worse: 1.5", ["guide", "index", "qc", "qc", "qc"]), ("outlier_z: 4", ["index"])]
+    ("limit", "rules"),
+    [("cjv_worse: 1.5", ["guide", "index", "figures", "qc", "qc", "qc"]), ("outlier_z: 4", ["index", "figures"])],
 )
 def test_a_changed_limit_of_a_flag_makes_again_what_shows_it_alone(lean, tmp_path, limit, rules):
     changed = tmp_path / "changed.yaml"
@@ -85,7 +87,7 @@ def files(name):
 @each_integer
 def test_files_that_were_not_asked_for_are_not_written(lean, name):
     there = {role for role, path in files(name).items() if (lean / path).is_file()}
-    assert there == {"mask", "mask sidecar", "corrected", "sidecar", "lattice", "page", "metrics"}
+    assert there == {"mask", "mask sidecar", "corrected", "sidecar", "lattice", "page", "metrics", "pictures"}
     assert list(lean.rglob("*sitk*")) == []
     assert not (lean / "results").exists()
 

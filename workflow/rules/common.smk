@@ -42,6 +42,7 @@ PACKAGE_FILES = [
     "qc/assets/viewer.js",
     "qc/dataset.py",
     "qc/definitions.py",
+    "qc/figures.py",
     "qc/guide.py",
     "qc/multiqc.py",
     "qc/pages.py",

@@ -36,9 +36,20 @@ rule index:
         ratings=RATINGS_FILE,
     output:
         page="<results>/qc/index.html",
-        table="<results>/qc/metrics.tsv",
+        table=report(
+            "<results>/qc/metrics.tsv",
+            caption="../report/metrics.rst",
+            category="All scans",
+            labels={"what": "metrics", "kind": "table"},
+        ),
         multiqc="<results>/qc/metrics_mqc.tsv",
-        bundle=report(directory(BUNDLE), htmlindex="index.html", caption="../report/index.rst", category="Scans"),
+        bundle=report(
+            directory(BUNDLE),
+            htmlindex="index.html",
+            caption="../report/index.rst",
+            category="All scans",
+            labels={"what": "the report, with a page per scan", "kind": "pages"},
+        ),
     log:
         "<logs>/index.log",
     benchmark:
@@ -54,6 +65,39 @@ rule index:
         "../scripts/index.py"
 
 
+rule figures:
+    """Draw the distributions of the metrics and the worst scans."""
+    input:
+        metrics=[metrics_path(scan) for scan in SCANS],
+        pictures=[products(scan)["pictures"] for scan in SCANS],
+    output:
+        distributions=report(
+            "<results>/qc/distributions.png",
+            caption="../report/distributions.rst",
+            category="All scans",
+            labels={"what": "distributions of the metrics", "kind": "figure"},
+        ),
+        worst=report(
+            "<results>/qc/worst.png",
+            caption="../report/worst.rst",
+            category="All scans",
+            labels={"what": "the worst scans", "kind": "figure"},
+        ),
+    log:
+        "<logs>/figures.log",
+    benchmark:
+        "<benchmarks>/figures.tsv"
+    conda:
+        "../../envs/qc.yaml"
+    resources:
+        mem_mb=500,
+    params:
+        outlier_z=config["qc"]["flags"]["outlier_z"],
+        package=package_digest("qc.figures"),
+    script:
+        "../scripts/figures.py"
+
+
 if RATINGS_FILE:
 
     rule exclude:
@@ -62,7 +106,12 @@ if RATINGS_FILE:
             ratings=RATINGS_FILE,
             metrics=[metrics_path(scan) for scan in SCANS],
         output:
-            table="<results>/qc/exclude.tsv",
+            table=report(
+                "<results>/qc/exclude.tsv",
+                caption="../report/exclude.rst",
+                category="All scans",
+                labels={"what": "scans that a reviewer failed", "kind": "table"},
+            ),
         log:
             "<logs>/exclude.log",
         benchmark:
@@ -72,7 +121,7 @@ if RATINGS_FILE:
         resources:
             mem_mb=300,
         params:
-            package=package_digest("ratings", "qc.rendering"),
+            package=package_digest("ratings"),
         script:
             "../scripts/exclude.py"
 

@@ -1,14 +1,14 @@
 """Rule exclude: the scans that a reviewer failed."""
 
+import json
 from pathlib import Path
 
 from n4flow.console import reporting
-from n4flow.qc.rendering import read_json
 from n4flow.ratings import write_exclusions
 
 
 def main(snakemake):
-    metrics = [read_json(Path(path)) for path in snakemake.input.metrics]
+    metrics = [json.loads(Path(path).read_text(encoding="utf-8")) for path in snakemake.input.metrics]
     hashes = {values["name"]: values.get("report_hash") for values in metrics}
     write_exclusions(Path(snakemake.input.ratings), hashes, Path(snakemake.output.table))
 

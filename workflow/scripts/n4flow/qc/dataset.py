@@ -88,21 +88,12 @@ def make_index(
     outlier_z : float
         Robust z beyond which a scan is flagged as an outlier.
     """
-    subjects = []
+    subjects = load_ranked(metrics_files, outlier_z)
     folder = Path(output_page).resolve().parent
-    for path in metrics_files:
-        values = read_json(path)
-        place = Path(path).resolve().parent
+    for values in subjects:
         for key in ("page", "pictures"):
             if values.get(key):
-                values[f"{key}_href"] = quote(os.path.relpath(place / str(values[key]), folder))
-        subjects.append(values)
-    worst = _worst_z(subjects, outlier_z)
-    for values, (z, reason) in zip(subjects, worst, strict=True):
-        values["worst_z"] = z
-        values["flags"] = list(values.get("flags") or []) + ([reason] if reason else [])
-    # without enough subjects every z is None, and the flags decide
-    subjects.sort(key=lambda v: (-(v["worst_z"] or 0.0), -len(v["flags"]), str(v.get("name"))))
+                values[f"{key}_href"] = quote(os.path.relpath(values["folder"] / str(values[key]), folder))
     _write_table(subjects, output_table)
     write_multiqc(subjects, [column[:3] for column in COLUMNS], multiqc_path(output_table))
 
@@ -141,6 +132,18 @@ def make_index(
     )
     with atomic_text(output_page) as file:
         file.write(html)
+
+
+def load_ranked(metrics_files: Iterable[str | Path], outlier_z: float = OUTLIER_Z) -> list[dict[str, Any]]:
+    """Metrics of all scans, worst first, with their ``folder``, their ``worst_z`` and the flag that it raises."""
+    subjects = [read_json(path) | {"folder": Path(path).resolve().parent} for path in metrics_files]
+    worst = _worst_z(subjects, outlier_z)
+    for values, (z, reason) in zip(subjects, worst, strict=True):
+        values["worst_z"] = z
+        values["flags"] = list(values.get("flags") or []) + ([reason] if reason else [])
+    # without enough subjects every z is None, and the flags decide
+    subjects.sort(key=lambda v: (-(v["worst_z"] or 0.0), -len(v["flags"]), str(v.get("name"))))
+    return subjects
 
 
 def _round(value: Any, digits: int) -> Any:

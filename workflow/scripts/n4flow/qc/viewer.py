@@ -48,7 +48,7 @@ def steps_within(shape: Sequence[int], voxel_size_mm: Sequence[float], limit_byt
 
 
 def shrink(values: np.ndarray, steps: Sequence[int]) -> np.ndarray:
-    """Means over blocks of voxels; the last block of an axis may be smaller.
+    """Means over blocks of voxels, 0 where one is not finite; the last block of an axis may be smaller.
 
     Parameters
     ----------
@@ -59,14 +59,14 @@ def shrink(values: np.ndarray, steps: Sequence[int]) -> np.ndarray:
     -------
     (ceil(n0 / step0), …) float32 array
     """
-    result = np.nan_to_num(values.astype(np.float32, copy=False), posinf=0, neginf=0)
+    result = values.astype(np.float32, copy=False)
     for axis, step in enumerate(steps):
         if step > 1:
             starts = np.arange(0, result.shape[axis], step)
             counts = np.diff([*starts, result.shape[axis]])
             result = np.add.reduceat(result, starts, axis=axis)
             result /= counts.reshape([-1 if a == axis else 1 for a in range(3)])
-    return result
+    return np.nan_to_num(result, posinf=0, neginf=0)
 
 
 def _text(values: np.ndarray) -> str:

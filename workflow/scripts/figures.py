@@ -1,0 +1,16 @@
+"""Rule figures: what Snakemake's report shows of all scans at a glance."""
+
+from pathlib import Path
+
+from n4flow.console import reporting
+from n4flow.qc.figures import make_figures
+
+
+def main(snakemake):
+    metrics = [Path(path) for path in snakemake.input.metrics]
+    make_figures(metrics, **snakemake.output, outlier_z=snakemake.params.outlier_z)
+
+
+if __name__ == "__main__":
+    with reporting(snakemake.log[0]):  # noqa: F821
+        main(snakemake)  # noqa: F821

@@ -1,0 +1,89 @@
+"""Two figures over all scans for Snakemake's report and for papers, from the metrics and the small pictures."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from PIL import Image, ImageDraw, ImageFont
+
+from n4flow.qc.dataset import COLUMNS, OUTLIER_Z, load_ranked
+from n4flow.qc.panels import AFTER, BEFORE, FAINT, INK, THUMBNAIL_PIXELS
+
+#: Scans in the figure of the worst, and panels of each.
+WORST, PANELS = 12, ("original", "corrected", "bias field")
+
+
+def make_figures(
+    metrics_files: Iterable[str | Path],
+    distributions: str | Path,
+    worst: str | Path,
+    outlier_z: float = OUTLIER_Z,
+) -> None:
+    """Write the distributions of the metrics, and the pictures of the worst scans, as PNG.
+
+    Parameters
+    ----------
+    metrics_files : paths
+        As `make_subject` wrote them.
+    distributions, worst : path-like
+    outlier_z : float
+        Robust z beyond which a scan is flagged as an outlier.
+    """
+    scans = load_ranked(metrics_files, outlier_z)
+    _distributions(scans).savefig(distributions)
+    _worst(scans[:WORST]).save(worst)
+
+
+def _distributions(scans: list[dict[str, Any]]) -> Figure:
+    """A row of dots for each metric that can be bad; flagged scans are triangles."""
+    flagged = np.array([bool(scan["flags"]) for scan in scans], dtype=bool)
+    rows = []
+    for key, heading, _, worse in COLUMNS:
+        values = np.array([math.nan if not worse or scan.get(key) is None else float(scan[key]) for scan in scans])
+        if np.isfinite(values).any():
+            rows.append((heading, values))
+    count = max(1, len(rows))
+    figure = Figure(figsize=(8, 0.4 + 0.62 * count), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    every = np.atleast_1d(figure.subplots(count))
+    for axes, (heading, values) in zip(every, rows, strict=False):
+        # neighbours in rank lie on different heights, the same on every run
+        heights = np.empty(len(values))
+        heights[np.argsort(values)] = np.arange(len(values)) % 7 / 6 if len(values) > 3 else 0.5
+        for part, marker, colour in ((~flagged, "o", AFTER), (flagged, "^", BEFORE)):
+            axes.scatter(values[part], heights[part], s=9 if marker == "o" else 18, marker=marker, color=colour)
+        axes.axvline(np.nanmedian(values), color=INK, linewidth=0.8)
+        axes.set(ylim=(-0.4, 1.4), yticks=[])
+        axes.set_ylabel(heading, rotation=0, ha="right", va="center", fontsize=8)
+        axes.tick_params(labelsize=7, length=2)
+        axes.ticklabel_format(useOffset=False, style="plain")
+        axes.locator_params(axis="x", nbins=6)
+        axes.spines[["top", "right", "left"]].set_visible(False)
+        axes.spines["bottom"].set_color(FAINT)
+    return figure
+
+
+def _worst(scans: list[dict[str, Any]]) -> Image.Image:
+    """A row of panels for each scan, under its name and flags."""
+    side, line = THUMBNAIL_PIXELS, 22
+    sheet = Image.new("RGB", (len(PANELS) * 3 * side, max(1, len(scans)) * (side + line)), "white")
+    pen = ImageDraw.Draw(sheet)
+    font = ImageFont.load_default(14)
+    for number, scan in enumerate(scans):
+        top = number * (side + line)
+        words = "; ".join(scan["flags"]).replace("_", " ") or "no flag"
+        pen.text((6, top + 2), f"{scan.get('name')}: {words}", fill="black", font=font)
+        if not scan.get("pictures"):
+            continue
+        with Image.open(scan["folder"] / scan["pictures"]) as pictures:
+            for column, panel in enumerate(PANELS):
+                place = list(scan["panels"]).index(panel)
+                crop = pictures.crop((0, place * side, 3 * side, (place + 1) * side))
+                sheet.paste(crop, (column * 3 * side, top + line))
+    return sheet
