@@ -1,11 +1,14 @@
 """The built-in dataset: a reader's first command, checked against the truth that lies beside the images."""
 
+import json
 import shutil
 
 import nibabel as nib
 import numpy as np
 import pytest
-from study import ROOT, load, partial_files, snakemake
+from study import ROOT, load, partial_files, snakemake, write_config
+
+HEADER = "participant_id\tmodality\trater\trating\treasons\treport_hash\n"
 
 
 @pytest.fixture(scope="module")
@@ -77,3 +80,31 @@ def test_dataset_is_simulated_the_same_each_time(demo, tmp_path):
     done = snakemake(tmp_path, image, "--cores", 1)
     assert done.returncode == 0, done.stdout
     assert np.array_equal(load(tmp_path / image), load(demo / image))
+
+
+def test_ratings_go_back_into_the_workflow(demo, tmp_path):
+    folder = tmp_path / "rated"
+    shutil.copytree(demo, folder)
+    ratings = folder / "config" / "ratings.tsv"
+    write_config(folder, {"qc": {"ratings": "config/ratings.tsv"}})
+    ratings.write_text(HEADER + "sub-09\tT1w\tann\tfail\tn/a\tn/a\nsub-01\tT1w\tann\tgood\tn/a\tn/a\n")
+    done = snakemake(folder, "--cores", 1)
+    assert done.returncode == 1
+    lines = [line.strip() for line in done.stdout.splitlines()]
+    where = "config/ratings.tsv, line"
+    assert f"{where} 2: sub-09_T1w is not in the sample sheet; remove the line, or add the scan" in lines
+    assert f"{where} 3: rating 'good' is not valid; use one of pass warn fail" in lines
+
+    now = json.loads((folder / "results/qc/data/sub-01_T1w.json").read_text())["report_hash"]
+    rows = [("sub-01", "fail", "mask wrong", now), ("sub-02", "fail", "n/a", "0" * 12), ("sub-03", "pass", "n/a", now)]
+    ratings.write_text(HEADER + "".join("\t".join((s, "T1w", "ann", r, why, h)) + "\n" for s, r, why, h in rows))
+    pages = {path: path.stat().st_mtime for path in folder.glob("results/qc/sub-*.html")}
+    done = snakemake(folder, "--cores", 1)
+    assert done.returncode == 0, done.stdout
+    assert (folder / "results/qc/exclude.tsv").read_text().splitlines() == [
+        "participant_id\tsession\tmodality\treason",
+        "sub-01\tn/a\tT1w\tann: fail, mask wrong",
+        "sub-02\tn/a\tT1w\tann: fail (stale: the scan has changed since, look again)",
+    ]
+    assert '"rater":"ann"' in (folder / "results/qc/index.html").read_text(encoding="utf-8")
+    assert {path: path.stat().st_mtime for path in pages} == pages, "pages do not hang on ratings"

@@ -277,8 +277,10 @@ function drawReview() {
     button.setAttribute("aria-pressed", String(button.dataset.rate !== "" && button.dataset.rate === given));
   }
   const reasons = own ? own.reasons.split("; ") : [];
-  $("why").hidden = !own || own.rating === "pass";
-  for (const box of $("why").querySelectorAll("input")) box.checked = reasons.includes(box.value);
+  for (const box of $("why").querySelectorAll("input")) {
+    box.checked = reasons.includes(box.value);
+    box.disabled = !own || own.rating === "pass";
+  }
   $("comment").value = own ? own.comment : "";
   $("comment").disabled = !own;
   $("comment").placeholder = own ? "comment" : "rate first";

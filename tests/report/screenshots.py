@@ -1,0 +1,43 @@
+"""Pictures of README.md, after a run of the demo: python tests/report/screenshots.py results/qc workflow/report."""
+
+import io
+import shutil
+import sys
+from pathlib import Path
+
+from PIL import Image
+from playwright.sync_api import sync_playwright
+
+
+def main(qc, output):
+    with sync_playwright() as playwright:
+        executable = shutil.which("chromium")
+        browser = playwright.chromium.launch(executable_path=executable, args=["--no-sandbox", "--disable-gpu"])
+        page = browser.new_page()
+
+        def save(name, height):
+            page.set_viewport_size({"width": 1280, "height": height})
+            page.wait_for_timeout(500)
+            with Image.open(io.BytesIO(page.screenshot())) as picture:
+                picture.save(output / name, quality=70, method=6)
+
+        page.goto((qc / "index.html").resolve().as_uri())
+        page.click("#rater")
+        page.keyboard.type("ann")
+        page.keyboard.press("Tab")
+        page.click("h1")
+        for key in "1jj1j2kkk":
+            page.keyboard.press(key)
+        save("index.webp", 640)
+        page.goto(f"{page.url}#sub-04_T1w")
+        page.frame_locator("#frames iframe:not(.away)").locator("h1").wait_for()
+        save("example.webp", 900)
+        page.keyboard.press("v")
+        page.frame_locator("#frames iframe:not(.away)").locator("#viewer canvas").first.wait_for()
+        page.keyboard.press("b")
+        save("viewer.webp", 680)
+        browser.close()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]))
