@@ -120,6 +120,29 @@ def test_keys_in_the_review_reach_the_table_and_reload_keeps_them(qc, visit):
         page.reload()
 
 
+def test_ratings_belong_to_their_folder(qc, visit, tmp_path):
+    """Chromium has one storage for all files."""
+    shutil.copytree(qc, tmp_path / "copy")
+    page = visit(qc / "index.html").page
+    first = order_of(page)[0]
+    page.keyboard.press("1")
+    assert rating_of(page, first) == "● pass"
+    page.goto((tmp_path / "copy" / "index.html").as_uri())
+    assert rating_of(page, first) == "○ not rated"
+
+
+def test_a_scan_can_be_rated_from_its_viewer(qc, visit):
+    page = visit(qc / "index.html").page
+    page.keyboard.press("Enter")
+    shown_page(page).locator("h1").wait_for()
+    page.keyboard.press("v")
+    shown_page(page).locator("#viewer canvas").first.wait_for()
+    page.keyboard.press("3")
+    page.locator("#said", has_text="✕ fail").wait_for()
+    page.keyboard.press("j")
+    page.locator("#position", has_text="2 of 4").wait_for()
+
+
 def test_a_key_on_a_page_of_its_own_reaches_the_table(qc, visit):
     page = visit(qc / f"{SCANS[0]}.html").page
     page.keyboard.press("3")
@@ -395,6 +418,7 @@ def test_the_viewer_has_crosshair_window_overlay_and_swap(qc, visit):
     page.wait_for_timeout(200)
     page.keyboard.press(" ")
     assert state("image") == "original"
+    assert page.locator("#show-corrected").is_checked()  # behind the viewer nothing is swapped
     page.keyboard.press("Escape")
     page.locator("#viewer").wait_for(state="hidden")
 

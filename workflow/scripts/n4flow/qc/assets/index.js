@@ -397,7 +397,7 @@ $("plots").append(...plots.map((plot) => plot.figure));
 const drawPlots = () => {
   if (!$("distributions").open) return;
   const shown = new Set(state.kept);
-  for (const plot of plots) plot.show(shown, null);
+  for (const plot of plots) plot.show(shown);
 };
 $("distributions").hidden = rows.length < 2;
 $("distributions").addEventListener("toggle", drawPlots);

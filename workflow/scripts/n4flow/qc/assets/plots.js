@@ -1,10 +1,15 @@
 "use strict";
-// Strip plots: a dot per scan, dots open their scan. Flagged scans are triangles, the selected one is ringed.
+// Strip plots: a dot per scan, dots open their scan. Flagged scans are triangles, the one that is pointed at is ringed.
 function stripPlot(heading, values, digits, { flagged, name, open }) {
   // values: a number or null per row. The dots of a column of pixels are piled up by their order, not at random.
   const known = values.map((value, row) => ({ value, row })).filter((dot) => dot.value !== null);
   known.sort((a, b) => a.value - b.value);
-  const at = (share) => known[Math.min(known.length - 1, Math.round(share * (known.length - 1)))];
+  const [lowest, highest] = [known[0], known[known.length - 1]];
+  const quantile = (share) => {
+    const place = share * (known.length - 1);
+    const [below, above] = [known[Math.floor(place)].value, known[Math.ceil(place)].value];
+    return below + (place % 1) * (above - below);
+  };
   const text = (value) => shownNumber(value, digits);
   const figure = document.createElement("figure");
   figure.className = "strip";
@@ -13,19 +18,21 @@ function stripPlot(heading, values, digits, { flagged, name, open }) {
   caption.append(Object.assign(document.createElement("b"), { textContent: heading }), " ", told);
   const canvas = Object.assign(document.createElement("canvas"), { tabIndex: 0 });
   canvas.setAttribute("role", "img");
-  const spread = `median ${text(at(0.5).value)}; ${text(at(0).value)} (${name(at(0).row)}) to ${text(at(1).value)} (${name(at(1).row)})`;
+  const ends = [lowest, highest].map((dot) => `${text(dot.value)} (${name(dot.row)})`).join(" to ");
+  const spread = `median ${text(quantile(0.5))}; ${ends}`;
   canvas.setAttribute("aria-label", `${heading} of ${known.length} scans: ${spread}. Arrow keys go from scan to scan, Enter opens.`);
   figure.append(caption, canvas);
   let shown = new Set(known.map((dot) => dot.row));
   let current = -1;
-  let selected = null;
+  let xOf = null;
 
   function place() {
     const width = canvas.clientWidth || 400;
-    const [low, high] = [at(0).value, at(1).value];
+    const [low, high] = [lowest.value, highest.value];
     const piles = new Map();
+    xOf = (value) => 8 + (high > low ? (value - low) / (high - low) : 0.5) * (width - 16);
     for (const dot of known) {
-      dot.x = 8 + (high > low ? (dot.value - low) / (high - low) : 0.5) * (width - 16);
+      dot.x = xOf(dot.value);
       const column = Math.round(dot.x / 4);
       const n = piles.get(column) || 0;
       piles.set(column, n + 1);
@@ -42,11 +49,12 @@ function stripPlot(heading, values, digits, { flagged, name, open }) {
     pen.scale(ratio, ratio);
     place();
     pen.strokeStyle = colour("--line");
-    pen.strokeRect(at(0.25).x, 2.5, Math.max(1, at(0.75).x - at(0.25).x), 43);
+    const [left, middle, right] = [0.25, 0.5, 0.75].map((share) => xOf(quantile(share)));
+    pen.strokeRect(left, 2.5, Math.max(1, right - left), 43);
     pen.strokeStyle = colour("--soft");
     pen.beginPath();
-    pen.moveTo(at(0.5).x, 2);
-    pen.lineTo(at(0.5).x, 46);
+    pen.moveTo(middle, 2);
+    pen.lineTo(middle, 46);
     pen.stroke();
     for (const pass of [false, true]) {
       // flagged ones on top
@@ -67,9 +75,9 @@ function stripPlot(heading, values, digits, { flagged, name, open }) {
     }
     pen.strokeStyle = colour("--ink");
     pen.lineWidth = 2;
-    for (const dot of known.filter((d, n) => n === current || d.row === selected)) {
+    if (current >= 0) {
       pen.beginPath();
-      pen.arc(dot.x, dot.y, 7, 0, 7);
+      pen.arc(known[current].x, known[current].y, 7, 0, 7);
       pen.stroke();
     }
     told.textContent = current < 0 ? spread : `${name(known[current].row)}: ${text(known[current].value)}`;
@@ -109,10 +117,8 @@ function stripPlot(heading, values, digits, { flagged, name, open }) {
   });
   return {
     figure,
-    draw,
-    show(rows, picked) {
+    show(rows) {
       shown = rows;
-      selected = picked;
       draw();
     },
   };

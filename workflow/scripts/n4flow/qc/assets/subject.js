@@ -20,7 +20,8 @@ function swap(key) {
 }
 const zoom = document.querySelector("dialog#zoom");
 function act(key) {
-  if (document.querySelector("dialog[open]")) return key === "Escape";
+  if (zoom.open) return false;
+  if (document.querySelector("#viewer[open]") && [" ", "b", "v"].includes(key)) return viewerKey(key);
   if (key === " " || key === "b") swap(key);
   else if (key === "v") window.openViewer?.();
   else if (["1", "2", "3", "j", "k", "c", "Escape"].includes(key)) {
@@ -31,8 +32,8 @@ function act(key) {
 }
 document.addEventListener("keydown", (event) => {
   if (event.ctrlKey || event.metaKey || event.altKey) return;
-  if ([" ", "Enter"].includes(event.key) && event.target.closest("summary, a, button")) return;
-  if (event.target.closest("input[type=range]") || (event.repeat && !["j", "k"].includes(event.key))) return;
+  if ([" ", "Enter"].includes(event.key) && event.target.closest("summary, a, button, select")) return;
+  if (event.repeat && !["j", "k"].includes(event.key)) return;
   if (event.key === "Escape" && document.querySelector("dialog[open]")) return;
   if (act(event.key)) event.preventDefault();
 });

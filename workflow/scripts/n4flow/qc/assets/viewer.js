@@ -27,7 +27,7 @@ async function bytes(text) {
 }
 
 // Called by the script. Axis 0 runs fastest in the volumes.
-async function showVolumes(content) { // eslint-disable-line no-unused-vars
+async function showVolumes(content) {
   try {
     const [mask, original, corrected] = await Promise.all([content.mask, content.original, content.corrected].map(bytes));
     scan = { ...content, mask, original, corrected };
@@ -264,13 +264,12 @@ function swapViewed(key) {
   else view.image = view.image === "original" ? "corrected" : "original";
   drawPlanes();
 }
-viewer.addEventListener("keydown", (event) => {
-  if (!scan || event.repeat || event.ctrlKey || event.metaKey || event.altKey) return;
-  if (event.key === "b" || (event.key === " " && !event.target.closest("button, select"))) {
-    event.preventDefault();
-    swapViewed(event.key);
-  } else if (event.key === "v") viewer.close();
-});
+// Of the page's keys, those that mean something else while the viewer is open.
+function viewerKey(key) {
+  if (key === "v") viewer.close();
+  else if (scan) swapViewed(key);
+  return true;
+}
 part("swap").addEventListener("click", () => scan && swapViewed(" "));
 part("overlay").addEventListener("click", () => scan && swapViewed("b"));
 part("close").addEventListener("click", () => viewer.close());
