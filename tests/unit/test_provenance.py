@@ -22,7 +22,7 @@ NOT_USED = {
     "qc.pages": {"estimate", "reference", "phantom", "mask"},
     "qc.dataset": {"qc.panels", "qc.guide", "qc.tune", "estimate", "volume"},
     "qc.figures": {"qc.pages", "estimate", "mask"},
-    "qc.guide": {"qc.tune", "inputs"},
+    "qc.guide": {"qc.tune", "qc.dataset", "ratings", "inputs"},
     "qc.tune": {"phantom", "reference", "qc.dataset", "qc.guide"},
     "ratings": {"qc.rendering", "volume", "estimate"},
 }

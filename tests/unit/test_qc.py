@@ -21,8 +21,8 @@ from PIL import Image
 from n4flow.errors import InputError
 from n4flow.field import BiasField, Mesh
 from n4flow.qc import figures, panels, viewer
-from n4flow.qc.dataset import COLUMNS, make_index
-from n4flow.qc.definitions import DEFINITIONS
+from n4flow.qc.dataset import make_index
+from n4flow.qc.definitions import COLUMNS, DEFINITIONS
 from n4flow.qc.pages import PAGE_BYTES, make_subject
 from n4flow.volume import Volume
 

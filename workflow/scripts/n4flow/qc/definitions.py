@@ -1,4 +1,4 @@
-"""What each metric of the tables is, for people: the guide shows it, and MultiQC beside its columns."""
+"""The columns of the tables and what each metric is, for people: for the guide and for MultiQC."""
 
 from __future__ import annotations
 
@@ -146,3 +146,45 @@ DEFINITIONS: tuple[Definition, ...] = (
     ),
     Definition(("wall_time_s",), "time", "seconds from reading to writing", "As usual for the size of the scan."),
 )
+
+#: Columns of metrics.tsv and of the dataset table: key, heading, digits, the direction that is worse.
+COLUMNS: tuple[tuple[str, str, int, int], ...] = (
+    ("cjv_before", "CJV before", 3, 0),
+    ("cjv_after", "CJV after", 3, 1),
+    ("cv_bright_before", "CV bright before", 3, 0),
+    ("cv_bright_after", "CV bright after", 3, 0),
+    ("foreground_cv_before", "foreground CV before", 3, 0),
+    ("foreground_cv_after", "foreground CV after", 3, 1),
+    ("section_spread_before", "section spread before", 3, 0),
+    ("section_spread_after", "section spread after", 3, 1),
+    ("seam_ratio_before", "seam ratio before", 2, 0),
+    ("seam_ratio_after", "seam ratio after", 2, 1),
+    ("saturated_fraction", "saturated", 4, 1),
+    ("mask_dark_fraction", "dark in mask", 4, 1),
+    ("log_entropy_before_bits", "log entropy before (bits)", 2, 0),
+    ("log_entropy_after_bits", "log entropy after (bits)", 2, 0),
+    ("inu_range", "inu_range", 3, 1),
+    ("inu_med", "inu_med", 3, 0),
+    ("field_min", "field min (ratio)", 3, -1),
+    ("field_max", "field max (ratio)", 3, 1),
+    ("field_steepness", "field steepness", 2, 1),
+    ("reference_r", "r to reference", 4, -1),
+    ("reference_slope", "slope to reference", 3, 0),
+    ("reference_rms_log", "rms |Δlog|", 4, 1),
+    ("reference_p99_log", "p99 |Δlog|", 4, 1),
+    ("iterations_used", "iterations", 0, 0),
+    ("iterations_max", "iterations max", 0, 0),
+    ("mask_volume_ml", "mask (ml)", 0, 0),
+    ("dropped_voxels", "dropped voxels", 0, 0),
+    ("self_check_max", "self-check", 9, 0),
+    ("mean_ratio", "mean after / before", 4, 0),
+    ("wall_time_s", "time (s)", 1, 0),
+    ("field_from", "field from", 0, 0),
+)
+
+#: What the dataset table shows; metrics.tsv has every column.
+SHOWN = (
+    "cjv_before", "cjv_after", "foreground_cv_before", "foreground_cv_after", "section_spread_after",
+    "seam_ratio_after", "saturated_fraction", "inu_range", "field_min", "field_max", "reference_r", "reference_rms_log",
+    "iterations_used", "mask_volume_ml", "field_from",
+)  # fmt: skip

@@ -12,7 +12,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
 
-from n4flow.qc.dataset import COLUMNS, OUTLIER_Z, load_ranked
+from n4flow.qc.dataset import OUTLIER_Z, load_ranked
+from n4flow.qc.definitions import COLUMNS
 from n4flow.qc.panels import AFTER, BEFORE, FAINT, INK, THUMBNAIL_PIXELS
 
 #: Scans in the figure of the worst, and panels of each.

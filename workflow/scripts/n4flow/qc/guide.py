@@ -21,8 +21,7 @@ from n4flow.metrics import FLAG_LIMITS, FLAGS
 from n4flow.parameters import N4Parameters
 from n4flow.phantom import make_phantom
 from n4flow.qc import panels
-from n4flow.qc.dataset import COLUMNS
-from n4flow.qc.definitions import DEFINITIONS
+from n4flow.qc.definitions import COLUMNS, DEFINITIONS
 from n4flow.qc.pages import Subject, data_uri, measure_subject
 from n4flow.qc.rendering import number, render
 from n4flow.reference import reference_scan
@@ -77,8 +76,8 @@ class _Bench:
         return self.files(name)
 
     def divide(self, name: str, field: BiasField) -> _Made:
-        files, inputs = self.files(name), {"mask": self.mask}
-        write_derivatives(self.image, inputs, files, field, {}, (), time.perf_counter(), keep_dtype=False, xp=np)
+        files, image, inputs = self.files(name), Volume(self.image), {"mask": self.mask}
+        write_derivatives(image, inputs, files, field, {}, (), time.perf_counter(), keep_dtype=False, xp=np)
         return _Made(self.image, self.mask, files)
 
     def good_field(self) -> BiasField:
