@@ -18,9 +18,8 @@ function stripPlot(heading, values, digits, { flagged, name, open }) {
   caption.append(Object.assign(document.createElement("b"), { textContent: heading }), " ", told);
   const canvas = Object.assign(document.createElement("canvas"), { tabIndex: 0 });
   canvas.setAttribute("role", "img");
-  const ends = [lowest, highest].map((dot) => `${text(dot.value)} (${name(dot.row)})`).join(" to ");
-  const spread = `median ${text(quantile(0.5))}; ${ends}`;
-  canvas.setAttribute("aria-label", `${heading} of ${known.length} scans: ${spread}. Arrow keys go from scan to scan, Enter opens.`);
+  const spread = `median ${text(quantile(0.5))}; ${text(lowest.value)} to ${text(highest.value)}`;
+  canvas.setAttribute("aria-label", `${heading} of ${known.length} scans: ${spread} (${name(lowest.row)} to ${name(highest.row)}). Arrow keys go from scan to scan, Enter opens.`);
   figure.append(caption, canvas);
   let shown = new Set(known.map((dot) => dot.row));
   let current = -1;
