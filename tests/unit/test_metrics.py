@@ -439,7 +439,7 @@ def test_a_limit_that_is_moved_away_silences_its_flag_and_no_other(flag):
     bad = FINE | {
         "field_min": 0.1, "inu_range": 0.001, "field_steepness": 5.0, "cjv_after": 0.7, "log_entropy_after_bits": 4.2,
         "mean_ratio": 0.9, "mask_dark_fraction": 0.3, "dropped_fraction": 0.1, "reference_r": 0.5,
-        "saturated_fraction": 0.03, "seam_ratio_after": 1.5, "self_check_max": 0.1,
+        "saturated_fraction": 0.03, "seam_ratio_after": 1.5, "self_check_max": 0.1, "outside_fraction": 0.9,
     }  # fmt: skip
     away = -1 if flag in ("field_flat", "reference_r") else 1e3
     names = [found.split(":")[0] for found in find_flags(bad)]

@@ -144,6 +144,12 @@ DEFINITIONS: tuple[Definition, ...] = (
         "name of the scan that the field was estimated on",
         "Only where the sheet says so. The field is applied as it is: the mean may change, and no reference is made.",
     ),
+    Definition(
+        ("outside_fraction",),
+        "image outside of the field's",
+        "voxels beyond the image that the field was estimated on / voxels",
+        "Only with field_from. There the field is extrapolated: look for shading at those ends.",
+    ),
     Definition(("wall_time_s",), "time", "seconds from reading to writing", "As usual for the size of the scan."),
 )
 
@@ -180,6 +186,7 @@ COLUMNS: tuple[tuple[str, str, int, int], ...] = (
     ("mean_ratio", "mean after / before", 4, 0),
     ("wall_time_s", "time (s)", 1, 0),
     ("field_from", "field from", 0, 0),
+    ("outside_fraction", "outside of the field's image", 3, 0),
 )
 
 #: What the dataset table shows; metrics.tsv has every column.

@@ -264,8 +264,8 @@ def _set_up(folder: Path, tissues: Path) -> _Bench:
     bench = _Bench(folder, phantom.image, template.affine)
     bench.save(bench.image.name, phantom.image)
     mask_scan(bench.image, None, bench.mask, folder / "mask.json", method="otsu", percentile=50)
-    bench.correct("good", bench.image, bench.mask)
-    reference_scan(bench.image, bench.mask, bench.files("reference"), parameters=N4Parameters())
+    good = bench.correct("good", bench.image, bench.mask)
+    reference_scan(bench.image, bench.mask, good.sidecar, bench.files("reference"), parameters=N4Parameters())
     return bench
 
 
