@@ -28,7 +28,7 @@ def main(qc, output):
         page.click("h1")
         for key in "1jj1j2kkk":
             page.keyboard.press(key)
-        save("index.webp", 640)
+        save("index.webp", 710)
         page.goto(f"{page.url}#sub-04_T1w")
         page.frame_locator("#frames iframe:not(.away)").locator("h1").wait_for()
         save("example.webp", 900)
@@ -36,6 +36,8 @@ def main(qc, output):
         page.frame_locator("#frames iframe:not(.away)").locator("#viewer canvas").first.wait_for()
         page.keyboard.press("b")
         save("viewer.webp", 680)
+        page.goto((qc / "guide.html").resolve().as_uri() + "#fine")
+        save("guide.webp", 720)
         browser.close()
 
 
