@@ -385,7 +385,7 @@ def test_an_image_beyond_float32_takes_no_field_of_another_one(head, head_file, 
     path = tmp_path / "a.nii"
     nib.save(nib.Nifti1Image(head.image.astype(np.float64) * 1e45, np.diag([2.0, 2, 2, 1])), path)
     with (
-        pytest.raises(InputError, match="a.nii: holds intensities beyond what float32 holds"),
+        pytest.raises(InputError, match=r"a\.nii: holds intensities beyond what float32 holds"),
         np.errstate(over="ignore"),
     ):
         write_corrected(Volume(path), field, tmp_path / "b.nii", tmp_path / "c.nii")
