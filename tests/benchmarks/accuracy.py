@@ -46,9 +46,9 @@ STRENGTHS = (0, 20, 40, 100)
 ADDED = [(kind, inu_percent) for inu_percent in (20, 40) for kind in FIELDS]
 
 
-def without_correction(*_):
+def without_correction(samples, *_):
     """No field at all."""
-    return 0.0, 0
+    return np.zeros(samples.log_image.shape), 0
 
 
 def with_n4flow(parameters, samples, *_):
