@@ -17,7 +17,6 @@ import argparse
 import multiprocessing
 import os
 import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -84,21 +83,25 @@ correct_scan(image, mask, files, parameters=N4Parameters(), device="cpu")
 """
 
 LARGE_SCRIPT = """
-import resource, sys, time
+import sys, time
 from pathlib import Path
 sys.path.insert(0, sys.argv[3])
 from n4flow import N4Parameters
 from n4flow.derivatives import CorrectionFiles, correct_scan
 from n4flow.mask import mask_scan
 image, folder = Path(sys.argv[1]), Path(sys.argv[2])
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+def held(key):
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(key)) / 1024
+Path("/proc/self/clear_refs").write_text("5")
+before = held("VmRSS")
 start = time.perf_counter(), time.process_time()
 mask = folder / "mask.nii"
 mask_scan(image, None, mask, folder / "mask.json", method="otsu", percentile=50)
 files = CorrectionFiles(*(folder / name for name in ("c.nii", "c.json", "f.json", "f.nii")))
 correct_scan(image, mask, files, parameters=N4Parameters(spline_distance_mm=float(sys.argv[4])), device="cpu")
 print(time.perf_counter() - start[0], time.process_time() - start[1])
-print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+print(held("VmHWM") - before)
 """
 
 
@@ -167,20 +170,27 @@ METHODS = {
 }
 
 
-def memory_mb():
-    """The most that this process has held so far."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+def memory_mb(key):
+    """What this process holds (VmRSS), or the most it has held (VmHWM) since `forget_peak`; Linux alone tells."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(key)) / 1024
+
+
+def forget_peak():
+    """Let VmHWM begin anew: it is otherwise that of the imports, or even of the process that started this one."""
+    Path("/proc/self/clear_refs").write_text("5")
 
 
 def serve(connection, method, image, mask):
     """Run a method whenever asked; send seconds, field and memory."""
     small = np.random.default_rng(0).uniform(50, 100, (20, 20, 20)).astype(np.float32)
     method(small, small > 0)  # imports, and compiles
-    before = memory_mb()
     while connection.recv():
+        forget_peak()
+        before = memory_mb("VmRSS")
         start = time.perf_counter()
         field = method(image, mask)
-        connection.send((time.perf_counter() - start, field.astype(np.float32), memory_mb() - before))
+        connection.send((time.perf_counter() - start, field.astype(np.float32), memory_mb("VmHWM") - before))
 
 
 class Runner:

@@ -398,6 +398,9 @@ def test_arrays_that_cannot_be_meant_are_refused_and_nan_in_a_mask_is_outside(he
     buffer = np.empty((*head.image.shape[:2], head.image.shape[2] + 1), dtype=np.float32)
     with pytest.raises(ValueError, match="must be two arrays"):
         correct(head.image, voxel_size_mm=(2, 2, 2), out=buffer[:, :, 1:], bias_out=buffer[:, :, :-1])
+    image = head.image.copy()
+    with pytest.raises(ValueError, match="out overlaps the volume without being it"):
+        correct(image, voxel_size_mm=(2, 2, 2), out=image[:, :, ::-1])
     with_nan = np.where(mask_of_head, 1, np.nan)
     expected = correct(head.image, mask_of_head, voxel_size_mm=(2, 2, 2), device="cpu")
     result = correct(head.image, with_nan, voxel_size_mm=(2, 2, 2), device="cpu")

@@ -116,6 +116,17 @@ def test_a_level_on_values_that_are_all_the_same_is_over_at_once(field, name):
     assert not lattice.any()
 
 
+def test_a_histogram_of_more_voxels_than_an_entry_holds(monkeypatch):
+    """An entry has 24 bits for the count and 40 for the shares: it is emptied in time."""
+    values = np.full((8, 1100, 1000), 5.0)  # 8.8 million in one bin
+    values[0, 0, 0], values[0, 0, 1] = 4.0, 6.003
+    made = SETS["compiled"](values, np.ones(values.shape, dtype=bool))
+    expected = linear_histogram(values.ravel(), 4.0, 6.003, 50)
+    assert_allclose(made.histogram(50), expected, rtol=1e-4, atol=1e-3)
+    monkeypatch.setattr(compiled, "CHUNK_VOXELS", 2**30)
+    assert_array_equal(SETS["compiled"](values, np.ones(values.shape, dtype=bool)).histogram(50), made.histogram(50))
+
+
 @pytest.mark.parametrize("strength", [1e-3, 0.3, 3, 12])
 def test_the_change_of_an_update_of_any_size_is_exact(strength):
     """Its exponential is a series, of an argument halved as often as it takes."""
@@ -184,7 +195,8 @@ def test_small_scans_do_not_wait_for_the_compiler(pytestconfig):
 
 def test_many_processes_may_compile_at_once_and_where_nothing_can_be_cached(pytestconfig, tmp_path):
     first = [in_a_process(pytestconfig, 0, {"NUMBA_CACHE_DIR": str(tmp_path)}) for _ in range(3)]
-    nowhere = in_a_process(pytestconfig, 0, {"NUMBA_CACHE_DIR": "/dev/null/nowhere"})
+    only_there = {"NUMBA_CACHE_DIR": "/dev/null/nowhere", "NUMBA_CACHE_LOCATOR_CLASSES": "UserProvidedCacheLocator"}
+    nowhere = in_a_process(pytestconfig, 0, only_there)
     outputs = [process.communicate() for process in (*first, nowhere)]
     assert list(tmp_path.rglob("*.nbc"))
     assert len({out for out, _ in outputs}) == 1, outputs

@@ -350,6 +350,9 @@ def correct(
     home = array_module(volume)
     if out is not None and bias_out is not None and home.shares_memory(out, bias_out):
         raise ValueError("out and bias_out must be two arrays")
+    for name, buffer in (("out", out), ("bias_out", bias_out)):
+        if buffer is not None and home.may_share_memory(buffer, volume) and not _same_view(buffer, volume):
+            raise ValueError(f"{name} overlaps the volume without being it")
     # kept to the end, since it holds the claim to a GPU; arrays on a GPU are worked on where they are
     claim = select_device(device) if home is np or device == "cpu" else None
     xp = claim.xp if claim else home
@@ -392,6 +395,15 @@ def correct(
         for tile, results in zip(tiles, _divided(field, parts(), xp), strict=True):
             corrected[tile], bias[tile] = (to_module(result, home) for result in results)
     return Correction(out, bias_out, field, history)
+
+
+def _same_view(first: Any, second: Any) -> bool:
+    """Whether two arrays are the same elements in the same places."""
+    places = [
+        array.__array_interface__["data"][0] if isinstance(array, np.ndarray) else array.data.ptr
+        for array in (first, second)
+    ]
+    return places[0] == places[1] and first.strides == second.strides and first.dtype == second.dtype
 
 
 def _take_samples(

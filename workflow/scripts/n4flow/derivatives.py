@@ -72,7 +72,7 @@ def correct_scan(
     estimate = estimate_field(samples, parameters, xp=chosen.xp, threads=threads)
     field = keep_mean_intensity(estimate.field, volume, inside, chosen.xp)
     facts = {**estimate_facts(estimate, samples, parameters), "Device": chosen.name, "DeviceReason": chosen.reason}
-    packages = ("cupy",) if chosen.kind == "gpu" else ()
+    packages = ("cupy",) if chosen.kind == "gpu" else ("numba",)
     write_derivatives(volume, {"mask": mask}, files, field, facts, packages, start, keep_dtype=keep_dtype, xp=chosen.xp)
 
 

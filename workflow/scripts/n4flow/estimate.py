@@ -90,7 +90,7 @@ def estimate_field(
             "x".join(map(str, mesh.spans)),
             len(cvs),
             most_iterations,
-            history[-1].cv,
+            cvs[-1] if cvs else 0,
         )
     return Estimate(BiasField(lattice, mesh, samples.image_shape, samples.affine), history)
 

@@ -9,12 +9,16 @@ added in order, on the threads.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
+from pathlib import Path
 from typing import Any, NamedTuple
 
+import numba
 import numpy as np
+from llvmlite.binding import get_host_cpu_name  # type: ignore[import-untyped]
 from numba import njit
 
 from n4flow.bspline import divide_where_seen, fit_matrices
@@ -27,13 +31,20 @@ LANES = 16
 #: Planes form chunks of so many voxels, which threads share; more than so many chunks would only cost memory.
 CHUNK_VOXELS, CHUNKS = 2**17, 64
 
-#: A histogram entry holds the count of a chunk from this bit on, and below it the shares of the upper bins: up to
-#: 2**23 voxels fit.
+#: A histogram entry holds the count from this bit on, and below it the shares of the upper bins. 2**23 voxels fit;
+#: after half as many, and a row, it is added to the totals.
 COUNT_BIT = 40
 SHARE_UNIT = 2**16
+ENTRY_VOXELS = 2**22
 
 #: A Taylor series of exp serves up to here; larger arguments are halved, and the result squared.
 SERIES_LIMIT = 0.25
+
+# a folder for each kind of CPU, since machines may share a home, and outside of the package, which may be read-only
+if not numba.config.CACHE_DIR:  # type: ignore[attr-defined]
+    caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    folder = caches / "n4flow" / f"numba-{numba.__version__}-{get_host_cpu_name()}"
+    numba.config.CACHE_DIR = str(folder)  # type: ignore[attr-defined]
 
 
 def compiled(function: Callable[..., None]) -> Callable[..., None]:
@@ -106,10 +117,10 @@ class CompiledKernels(HostKernels):
         self.omega = self._contract(np.zeros((2, 0), np.float32), [taps_of(matrix) for matrix in omega_matrices])
 
     def histogram(self, bins: int) -> np.ndarray:
-        found = np.zeros((len(self.rows.chunks) - 1, bins), dtype=np.int64)
-        self._share_out(_histogram, self.rows, *self._bin_scale(bins), bins, self.length, found)
-        entries = found.sum(axis=0)
-        counts, shares = entries >> COUNT_BIT, (entries & (2**COUNT_BIT - 1)) / SHARE_UNIT
+        found = np.zeros((len(self.rows.chunks) - 1, 2, bins), dtype=np.int64)
+        self._share_out(_histogram, self.rows, *self._bin_scale(bins), bins, self.length, ENTRY_VOXELS, found)
+        counts, shares = found.sum(axis=0)
+        shares = shares / SHARE_UNIT
         total = counts - shares
         total[1:] += shares[:-1]
         return total
@@ -154,7 +165,7 @@ class CompiledKernels(HostKernels):
             at = first.column[start] if planes else 0
             total[at : at + planes] += part[:planes]
         result = np.zeros((m0, m1, m2 + 3))
-        _contract_rows(total[:m0, :m1], third, result)
+        _contract_rows(np.ascontiguousarray(total[:m0, :m1]), third, result)
         return result[:, :, :m2]
 
     def _bin_scale(self, bins: int) -> tuple[np.float32, np.float32]:
@@ -287,21 +298,31 @@ def _expand_plane(along: np.ndarray, column: int, weight: np.ndarray, plane: np.
 
 @compiled
 def _histogram(
-    thread: int, threads: int, rows: Rows, low: np.float32, scale: np.float32, bins: int, length: int, found: np.ndarray
+    thread: int,
+    threads: int,
+    rows: Rows,
+    low: np.float32,
+    scale: np.float32,
+    bins: int,
+    length: int,
+    entry_voxels: int,
+    found: np.ndarray,
 ) -> None:
     """Count and share of each bin in one number; four histograms in turn, so that none waits for its memory."""
     index, share = np.empty(length, np.int32), np.empty(length, np.int32)
     parts = np.empty((4, bins + 1), np.int64)
-    zero, top, last = np.float32(0), np.float32(bins - 1), np.int32(bins - 2)
+    zero, top, first, last = np.float32(0), np.float32(bins - 1), np.int32(0), np.int32(bins - 2)
     unit, half, one = np.float32(SHARE_UNIT), np.float32(0.5), np.int64(1) << COUNT_BIT
     for chunk in range(thread, len(rows.chunks) - 1, threads):
         parts[:] = 0
-        for row in range(rows.plane[rows.chunks[chunk]], rows.plane[rows.chunks[chunk + 1]]):
+        held = 0
+        end_row = rows.plane[rows.chunks[chunk + 1]]
+        for row in range(rows.plane[rows.chunks[chunk]], end_row):
             at, end = rows.offset[row], rows.offset[row + 1]
             values, weights = rows.values[at:end], rows.weights[at:end]
             for k in range(end - at):
                 position = min(max((values[k] - low) * scale, zero), top)
-                bin_ = min(np.int32(position), last)
+                bin_ = max(min(np.int32(position), last), first)
                 share[k] = np.int32((position - np.float32(bin_)) * unit + half)
                 index[k] = bin_ if weights[k] > zero else np.int32(bins)
             for k in range(0, end - at, 4):
@@ -309,8 +330,14 @@ def _histogram(
                 parts[1, np.uint32(index[k + 1])] += one + share[k + 1]
                 parts[2, np.uint32(index[k + 2])] += one + share[k + 2]
                 parts[3, np.uint32(index[k + 3])] += one + share[k + 3]
-        for b in range(bins):
-            found[chunk, b] = parts[0, b] + parts[1, b] + parts[2, b] + parts[3, b]
+            held += end - at
+            if held > entry_voxels or row == end_row - 1:
+                for part in range(4):
+                    for b in range(bins):
+                        found[chunk, 0, b] += parts[part, b] >> COUNT_BIT
+                        found[chunk, 1, b] += parts[part, b] & (one - 1)
+                parts[:] = 0
+                held = 0
 
 
 @compiled
@@ -341,7 +368,7 @@ def _contract(
                 values, weights = rows.values[at:end], rows.weights[at:end]
                 if len(slope):
                     for k in range(n):
-                        index[k] = np.int32(min(max((values[k] - low) * scale, zero), last))
+                        index[k] = max(np.int32(min(max((values[k] - low) * scale, zero), last)), np.int32(0))
                     for k in range(n):
                         line = np.uint32(index[k])
                         residual[k] = (offset[line] + values[k] * slope[line]) * weights[k]

@@ -176,7 +176,10 @@ class CudaKernels:
         self.start = lattice
         self.lattice = cupy.asarray(np.ascontiguousarray(lattice.transpose(self.axes)))
         self.update = cupy.zeros(self.lattice.shape, dtype=np.float64)
+        low, high, _ = self.range.get().tolist()
         self.counters[:] = 0
+        if low == high:
+            self.counters[:1] = 1
         self.enqueued = 0
         m0, m1, m2 = self.lattice.shape
         self.padded_j = max(m1, 4)
@@ -227,14 +230,16 @@ class CudaKernels:
         return self.enqueued % LOOK_EVERY == 0 and bool(self.done.get()[0])
 
     def end_level(self) -> tuple[np.ndarray, list[float]]:
+        import cupy
+
         done, iterations = self.counters.get().tolist()
         cvs = self.cvs.get()[:iterations].tolist()
-        if done and iterations == 1:
-            changes = self.changes.get()
+        changes = self.changes.get()
+        if done and iterations == 1 and cvs[0] <= self.parameters.threshold_after(changes.tolist()):
             self.counters[:] = 0
             self.update *= -1
             _run(self.to_subtract)
-            self.changes.set(changes)
+            self.changes[:] = cupy.asarray(changes)
             return self.start, cvs
         return np.ascontiguousarray(self.lattice.get().transpose(np.argsort(self.axes))), cvs
 
@@ -278,7 +283,7 @@ class CudaKernels:
             "finish",
             THREADS,
             *(self.counters, self.range, self.extremes, self.sums, self.subtract_blocks, np.int64(self.count)),
-            *(self.bins, float(given.convergence_threshold), given.strong_field_log or np.inf, self.changes),
+            *(self.bins, float(given.convergence_threshold), float(given.strong_field_log or np.inf), self.changes),
             *(update, update.size, self.lattice, self.cvs),
             shared_bytes=shared_bytes,
         )

@@ -92,7 +92,7 @@ class HostKernels(ABC):
 
     def end_level(self) -> tuple[np.ndarray, list[float]]:
         cvs = self.cvs[self.first :]
-        if len(cvs) == 1 and self.converged():
+        if len(cvs) == 1 and cvs[0] <= self.parameters.threshold_after(self.cvs):
             self.low, self.high, _ = self.subtract_update(-self.update)
             self.lattice = self.start
         return self.lattice, cvs
