@@ -380,7 +380,7 @@ def main():
     text = f"""# Results
 
 {date.today()}, {available_cores()} cores of {_processor()}, Python {platform.python_version()}, {versions}.
-`python tests/benchmarks/speed.py`, {given.runs} runs in turns after one to warm up.
+`python tests/benchmarks/speed.py`, {given.runs} in turns after one to warm up.
 
 ## The same work
 
