@@ -95,7 +95,7 @@ def test_huge_and_tiny_voxels(strong, scale, caplog):
         with pytest.raises(InputError, match=r"spans along axis 0, which has .* raise n4\.spline_distance_mm"):
             correct(image, mask, voxel_size_mm=size, device="cpu")
     else:
-        assert not caplog.records
+        assert "times as long" not in caplog.text
         flat = correct(image, mask, voxel_size_mm=size, device="cpu")
         assert np.ptp(np.log(flat.bias)) < 1e-3
         assert "a span of the mesh is 2564 times as long as the image" in caplog.text

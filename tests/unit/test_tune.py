@@ -13,7 +13,7 @@ from n4flow.derivatives import CorrectionFiles, correct_scan
 from n4flow.parameters import N4Parameters
 from n4flow.qc.tune import TunedScan, make_comparison
 
-GRID = [{"spline_distance_mm": 200.0}, {"spline_distance_mm": 12.0}]
+GRID = [{"spline_distance_mm": 80.0}, {"spline_distance_mm": 12.0}]
 HOSTILE = "sub-<script>alert(1)</script>_T1w"
 
 
@@ -54,7 +54,7 @@ def rows_of(page):
 def test_each_setting_has_a_row_and_a_card_with_its_numbers(corrected, tmp_path):
     page = compare(corrected, tmp_path / "index.html")
     rows = rows_of(page)
-    assert list(rows) == ["spline_distance_mm 200.0", "spline_distance_mm 12.0"]
+    assert list(rows) == ["spline_distance_mm 80.0", "spline_distance_mm 12.0"]
     coarse, fine = rows.values()
     # the first is its own reference
     assert (coarse["r to reference"], coarse["rms |Δlog|"]) == ("1.0000", "0.0000")
