@@ -7,11 +7,11 @@ from typing import Any
 import numpy as np
 
 from n4flow.kernels.plain import PlainKernels
-from n4flow.kernels.protocol import HostKernels, Kernels, Statistics
+from n4flow.kernels.protocol import Kernels
 from n4flow.parameters import N4Parameters
 from n4flow.samples import Samples
 
-__all__ = ["HostKernels", "Kernels", "PlainKernels", "Statistics", "choose_kernels"]
+__all__ = ["Kernels", "PlainKernels", "choose_kernels"]
 
 #: From so many voxels of the mask on, compiled code has made good on the CPU what it takes to load it.
 COMPILED_VOXELS = 2**18

@@ -22,7 +22,7 @@ from llvmlite.binding import get_host_cpu_name  # type: ignore[import-untyped]
 from numba import njit
 
 from n4flow.bspline import divide_where_seen, fit_matrices
-from n4flow.kernels.protocol import HostKernels, Statistics
+from n4flow.kernels.protocol import HostKernels, Oriented, Statistics
 from n4flow.parameters import N4Parameters
 
 #: Rows begin and end at multiples of this, the widest vector of float32.
@@ -95,18 +95,15 @@ class CompiledKernels(HostKernels):
     """
 
     def __init__(self, log_image: np.ndarray, weights: np.ndarray, parameters: N4Parameters, threads: int) -> None:
-        self.axes = tuple(np.argsort(log_image.shape, kind="stable"))
-        log_image, weights = log_image.transpose(self.axes), weights.transpose(self.axes)
-        inside = weights > 0
-        low, high = log_image.min(where=inside, initial=np.inf), log_image.max(where=inside, initial=-np.inf)
-        #: Around 0, float32 has digits to spare.
-        self.centre = float((low + high) / 2)
-        self.rows = _rows(log_image, weights, inside, self.centre)
-        self.count = int(inside.sum())
-        self.pool = ThreadPoolExecutor(threads)
-        self.length = -(-log_image.shape[2] // LANES) * LANES
+        samples = Oriented.of(log_image, weights)
+        self.axes, self.centre = samples.axes, samples.centre
+        self.rows = _rows(samples)
+        self.count = int(samples.inside.sum())
+        self.threads, self.pool = threads, ThreadPoolExecutor(threads)
+        self.length = -(-samples.log_image.shape[2] // LANES) * LANES
         # the extremes as they are in float32
-        super().__init__(parameters, *(float(np.float32(v - self.centre)) + self.centre for v in (low, high)))
+        extremes = (float(np.float32(v - self.centre)) + self.centre for v in (samples.low, samples.high))
+        super().__init__(parameters, *extremes)
 
     def set_mesh(self, bases: Sequence[np.ndarray]) -> None:
         bases = [bases[axis] for axis in self.axes]
@@ -175,12 +172,12 @@ class CompiledKernels(HostKernels):
 
     def _share_out(self, kernel: Callable[..., None], *arguments: Any) -> None:
         """Run a pass over all chunks; each thread takes every n-th."""
-        threads = self.pool._max_workers
-        list(self.pool.map(lambda thread: kernel(thread, threads, *arguments), range(threads)))
+        list(self.pool.map(lambda thread: kernel(thread, self.threads, *arguments), range(self.threads)))
 
 
-def _rows(log_image: np.ndarray, weights: np.ndarray, inside: np.ndarray, centre: float) -> Rows:
-    n0, _, n2 = log_image.shape
+def _rows(samples: Oriented) -> Rows:
+    inside = samples.inside
+    n0, _, n2 = inside.shape
     seen = np.asarray(inside.any(axis=2))
     start = inside.argmax(axis=2) // LANES * LANES
     end = -(-(n2 - inside[:, :, ::-1].argmax(axis=2)) // LANES) * LANES
@@ -194,8 +191,8 @@ def _rows(log_image: np.ndarray, weights: np.ndarray, inside: np.ndarray, centre
     for i in range(n0):
         taken = slice(offset[row_of_plane[i]], offset[row_of_plane[i + 1]])
         kept = seen[i, :, None] & (along >= start[i, :, None]) & (along < end[i, :, None])
-        values[taken] = np.pad(np.where(inside[i], log_image[i] - centre, 0), padding)[kept]
-        confidence[taken] = np.pad(np.where(inside[i], weights[i], 0), padding)[kept]
+        values[taken] = np.pad(np.where(inside[i], samples.log_image[i] - samples.centre, 0), padding)[kept]
+        confidence[taken] = np.pad(np.where(inside[i], samples.weights[i], 0), padding)[kept]
     shares = np.linspace(0, offset[-1], min(CHUNKS, max(1, offset[-1] // CHUNK_VOXELS)) + 1)
     chunks = np.unique([0, *np.searchsorted(offset[row_of_plane], shares[1:-1]), n0])
     return Rows(values, confidence, row_of_plane, index, first, offset, chunks)

@@ -15,6 +15,7 @@ import numpy as np
 
 from n4flow.bspline import fit_matrices
 from n4flow.field import BiasField
+from n4flow.kernels.protocol import Oriented
 from n4flow.parameters import N4Parameters
 
 #: Threads in a block.
@@ -134,20 +135,16 @@ class CudaKernels:
         import cupy
 
         self.parameters = parameters
-        self.axes = tuple(np.argsort(log_image.shape, kind="stable"))
-        log_image, weights = log_image.transpose(self.axes), weights.transpose(self.axes)
-        inside = weights > 0
-        extremes = log_image.min(where=inside, initial=np.inf), log_image.max(where=inside, initial=-np.inf)
-        #: Around 0, float32 has digits to spare.
-        self.centre = float(sum(extremes) / 2)
-        self.count = int(inside.sum())
-        self.planes, self.rows_a_plane, self.length = log_image.shape
+        samples = Oriented.of(log_image, weights)
+        self.axes, self.centre = samples.axes, samples.centre
+        self.count = int(samples.inside.sum())
+        self.planes, self.rows_a_plane, self.length = samples.log_image.shape
         self.width = -(-self.length // WARP) * WARP
-        self.rows = _rows(log_image, weights, inside, self.centre)
+        self.rows = _rows(samples)
         self.weighted = int(self.rows.weights is not self.rows.values)
 
         bins = self.bins = parameters.histogram_bins
-        low, high = (np.float32(value - self.centre) for value in extremes)
+        low, high = (np.float32(value - self.centre) for value in (samples.low, samples.high))
         per_unit = (bins - 1) / (float(high) - float(low)) if high > low else 0.0
         self.range = cupy.asarray(np.array([low, high, per_unit], dtype=np.float32))
         self.counters = cupy.zeros(2, dtype=np.int32)  # done, iterations
@@ -314,19 +311,20 @@ class CudaKernels:
         return [self.plane_sums, m0, m1 * m2, taps.columns, self.reach[0], taps.weights]
 
 
-def _rows(log_image: np.ndarray, weights: np.ndarray, inside: np.ndarray, centre: float) -> _Rows:
+def _rows(samples: Oriented) -> _Rows:
     import cupy
 
-    n0, n1, n2 = log_image.shape
+    inside = samples.inside
+    n0, n1, n2 = inside.shape
     seen = inside.any(axis=2)
     start = np.where(seen, inside.argmax(axis=2) // LANES * LANES, 0)
     end = np.where(seen, -(-(n2 - inside[:, :, ::-1].argmax(axis=2)) // LANES) * LANES, 0)
     offset = np.concatenate([[0], np.cumsum(end - start)])
     place = np.arange(-(-n2 // LANES) * LANES)
     padding = ((0, 0), (0, len(place) - n2))
-    arrays = [(log_image, centre, np.empty(offset[-1], dtype=np.float32))]
-    if weights.dtype != bool:
-        arrays.append((weights, 0.0, np.empty(offset[-1], dtype=np.float32)))
+    arrays = [(samples.log_image, samples.centre, np.empty(offset[-1], dtype=np.float32))]
+    if samples.weights.dtype != bool:
+        arrays.append((samples.weights, 0.0, np.empty(offset[-1], dtype=np.float32)))
     for i in range(n0):
         taken = slice(offset[i * n1], offset[(i + 1) * n1])
         kept = (place >= start[i, :, None]) & (place < end[i, :, None])

@@ -47,6 +47,31 @@ class Kernels(Protocol):
         """
 
 
+class Oriented(NamedTuple):
+    """Samples with their longest axis last, along which kernels in float32 keep their voxels in rows."""
+
+    axes: tuple[int, ...]  # of the samples, in this order
+    log_image: np.ndarray
+    weights: np.ndarray
+    inside: np.ndarray  # bool: where the weight is above 0
+    low: float  # smallest log intensity inside
+    high: float  # largest
+
+    @classmethod
+    def of(cls, log_image: np.ndarray, weights: np.ndarray) -> Oriented:
+        axes = tuple(np.argsort(log_image.shape, kind="stable"))
+        log_image, weights = log_image.transpose(axes), weights.transpose(axes)
+        inside = weights > 0
+        low = log_image.min(where=inside, initial=np.inf)
+        high = log_image.max(where=inside, initial=-np.inf)
+        return cls(axes, log_image, weights, inside, float(low), float(high))
+
+    @property
+    def centre(self) -> float:
+        """What voxels are stored relative to: around 0, float32 has digits to spare."""
+        return (self.low + self.high) / 2
+
+
 class Statistics(NamedTuple):
     """What subtracting an update finds inside the mask."""
 
