@@ -369,7 +369,7 @@ def test_the_reference_is_shown_in_the_window_of_the_field(tmp_path):
     assert reference_alt == ours_alt.replace("Bias field", "Reference field")
     assert coloured(ours) > 0.1
     # the same field looks the same, and so do the ticks of its colour bar; WebP may move a pixel by little
-    assert np.abs(reference - ours).max() < 20
+    assert np.abs(reference - ours).max() < 40
 
 
 @pytest.mark.parametrize("log_offset", [0.3, -0.3])

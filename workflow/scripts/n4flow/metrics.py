@@ -311,14 +311,17 @@ def field_agreement(log_field: np.ndarray, log_reference: np.ndarray) -> FieldAg
     rms_log, p99_log : float
         Root mean square and 99th percentile of ``|ours - reference|``, natural log (0.01 is 1 %).
     """
-    ours = np.asarray(log_field) - np.mean(log_field, dtype=np.float64)
-    reference = np.asarray(log_reference) - np.mean(log_reference, dtype=np.float64)
-    product, own, other = (float(np.mean(a * b)) for a, b in ((ours, reference), (ours, ours), (reference, reference)))
+    ours, reference = (
+        v - v.dtype.type(np.mean(v, dtype=np.float64)) for v in (np.asarray(log_field), np.asarray(log_reference))
+    )
+    product, own, other = (
+        float(np.mean(a * b, dtype=np.float64)) for a, b in ((ours, reference), (ours, ours), (reference, reference))
+    )
     difference = np.abs(ours - reference)
     return FieldAgreement(
         product / math.sqrt(own * other) if own * other > 0 else math.nan,
         product / other if other > 0 else math.nan,
-        math.sqrt(float(np.mean(difference**2))),
+        math.sqrt(float(np.mean(np.square(difference), dtype=np.float64))),
         float(np.percentile(difference, 99)),
     )
 

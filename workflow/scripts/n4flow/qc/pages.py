@@ -344,9 +344,9 @@ def make_subject(
 
 def _report_hash(mask: np.ndarray, before: np.ndarray, after: np.ndarray) -> str:
     """What a rating belongs to: the mask, and original and corrected in it. Shortened SHA-256."""
-    digest = hashlib.sha256(np.packbits(mask).tobytes())
+    digest = hashlib.sha256(np.packbits(mask.T).data)  # in the order of the file, as the values
     for values in (before, after):
-        digest.update(values.tobytes())
+        digest.update(np.ascontiguousarray(values).data)
     return digest.hexdigest()[:12]
 
 

@@ -21,6 +21,7 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.path import Path as Outline
 from matplotlib.patheffects import withStroke
+from matplotlib.ticker import LogFormatter
 from PIL import Image, ImageDraw
 
 WORLD = (("L", "R"), ("P", "A"), ("I", "S"))
@@ -434,7 +435,7 @@ def webp(picture: Image.Image, quality: int | None = None) -> bytes:
     if quality is None:
         picture.save(stream, "WEBP", lossless=True, quality=40, method=2)
     else:
-        picture.save(stream, "WEBP", quality=quality, method=4)
+        picture.save(stream, "WEBP", quality=quality, method=2)  # twice as fast as 4, a twelfth larger
     return stream.getvalue()
 
 
@@ -501,6 +502,13 @@ def profile_plot(profile: Profile) -> Image.Image:
     return _render(figure)
 
 
+class _PlainNumbers(LogFormatter):
+    """0.002 for 2 x 10^-3: the grammar of mathematical text takes 0.2 s to build."""
+
+    def __call__(self, x: float, pos: int | None = None) -> str:
+        return f"{x:g}" if super().__call__(x, pos) else ""
+
+
 def convergence_plot(
     history: Sequence[dict[str, Any]], threshold: float | None, reference: Sequence[dict[str, Any]] = ()
 ) -> Image.Image:
@@ -522,7 +530,9 @@ def convergence_plot(
         axes.axhline(threshold, color=INK, linewidth=0.9, linestyle="--", label=f"threshold {threshold:g}")
     if any(i["CV"] > 0 for i in history):
         axes.set_yscale("log")
-    axes.set_position((0.24, 0.17, 0.73, 0.8))  # its tick labels are wide
+        axes.yaxis.set_major_formatter(_PlainNumbers())
+        axes.yaxis.set_minor_formatter(_PlainNumbers())
+    axes.set_position((0.22, 0.17, 0.75, 0.8))  # its tick labels are wide
     axes.set(xlabel="iteration", ylabel="CV")
     axes.legend(fontsize=7, edgecolor="none", framealpha=0.8)
     return _render(figure)

@@ -62,9 +62,14 @@ def shrink(values: np.ndarray, steps: Sequence[int]) -> np.ndarray:
     result = values.astype(np.float32, copy=False)
     for axis, step in enumerate(steps):
         if step > 1:
-            starts = np.arange(0, result.shape[axis], step)
-            counts = np.diff([*starts, result.shape[axis]])
-            result = np.add.reduceat(result, starts, axis=axis)
+            length = result.shape[axis]
+            every = (slice(None),) * axis
+            total = result[*every, ::step].copy(order="K")
+            for offset in range(1, step):
+                part = result[*every, offset::step]
+                total[*every, : part.shape[axis]] += part
+            counts = np.minimum(step, length - np.arange(0, length, step)).astype(np.float32)
+            result = total
             result /= counts.reshape([-1 if a == axis else 1 for a in range(3)])
     return np.nan_to_num(result, posinf=0, neginf=0)
 
