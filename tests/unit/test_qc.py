@@ -376,7 +376,7 @@ def test_the_reference_is_shown_in_the_window_of_the_field(tmp_path):
 def test_a_constant_between_ours_and_the_reference_is_no_difference(tmp_path, log_offset):
     (_, ours), (_, reference), (alt, difference) = page_with_reference(tmp_path, log_offset)
     assert np.abs(reference - ours).max() > 100
-    assert "×1.00 to ×1.00 in the mask; window ×0.90 to ×1.11; nothing exceeds it" in alt
+    assert "×1.0000 to ×1.0000 in the mask; window ×0.90 to ×1.11; nothing exceeds it" in alt
     assert coloured(difference) == 0
 
 
@@ -643,9 +643,16 @@ def write_metrics(folder, subjects):
     return paths
 
 
+def index_data(path):
+    return json.loads(re.search(r'id="data">(.*?)</script>', path.read_text(encoding="utf-8"), re.S)[1])
+
+
 def index_rows(path):
-    text = path.read_text(encoding="utf-8")
-    return json.loads(re.search(r'id="data">(.*?)</script>', text, re.S)[1])["rows"]
+    return index_data(path)["rows"]
+
+
+def index_headings(path):
+    return [heading for heading, *_ in index_data(path)["columns"]]
 
 
 def test_links_lead_to_the_pages(tmp_path):
@@ -703,6 +710,21 @@ def test_multiqc_gets_the_same_numbers_under_a_header_that_yaml_reads(tmp_path):
     cells = [[row[key] for key in ("cjv_after", "n_flags", "flags")] for row in rows]
     assert cells == [["0.5", "2", "x z"], ["", "0", ""]]
     assert "P95(b)" in header["headers"]["inu_range"]["description"]
+
+
+def test_what_is_the_same_in_all_scans_is_said_once(tmp_path):
+    same = {"saturated_fraction": 0.0, "inu_range": 0.1, "field_from": "sub-01_T1w"}
+    subjects = [same | {"name": f"sub-{n}", "cjv_after": 0.5 + n / 10} for n in range(3)]
+    subjects[1]["inu_range"] = 0.1004  # reads 0.100, too
+    subjects[2]["reference_r"] = 0.99  # the others have none
+    paths = write_metrics(tmp_path, subjects)
+    make_index(paths, tmp_path / "index.html", tmp_path / "metrics.tsv")
+    assert index_headings(tmp_path / "index.html") == ["CJV after", "r to reference"]
+    said = "The same in all scans: saturated 0.0000, inu_range 0.100, field from sub-01_T1w."
+    assert said in Elements(tmp_path / "index.html").text
+    assert "saturated_fraction" in (tmp_path / "metrics.tsv").read_text()
+    make_index(paths[:1], tmp_path / "index.html", tmp_path / "metrics.tsv")  # nothing to be the same as
+    assert "saturated" in index_headings(tmp_path / "index.html")
 
 
 def test_flags_come_first_among_few_subjects(tmp_path):

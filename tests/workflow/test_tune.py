@@ -43,7 +43,7 @@ def test_every_combination_is_corrected_with_its_own_settings(folder):
 def test_the_page_compares_them_all_with_the_reference(folder):
     page = (folder / "results/tune/index.html").read_text(encoding="utf-8")
     assert re.findall(r"<h2>(.*?)</h2>", page) == ["sub-02_T1w"]
-    assert len(re.findall(r'<th scope="row">convergence_threshold [\d.]+ · spline_distance_mm \d+</th>', page)) == 4
+    assert len(re.findall(r'<th scope="row">convergence_threshold\s[\d.]+ · spline_distance_mm\s\d+</th>', page)) == 4
     assert "r to reference" in page
 
 

@@ -56,7 +56,9 @@ def make_index(
     _write_table(subjects, output_table)
     write_multiqc(subjects, [column[:3] for column in COLUMNS], multiqc_path(output_table))
 
-    shown = [column for column in COLUMNS if column[0] in SHOWN and any(v.get(column[0]) is not None for v in subjects)]
+    known = [column for column in COLUMNS if column[0] in SHOWN and any(v.get(column[0]) is not None for v in subjects)]
+    same = [column for column in known if same_in_all(subjects, column[0], column[2])]
+    shown = [column for column in known if column not in same]
     panels = list(dict.fromkeys(tuple(v.get("panels") or ()) for v in subjects))
     rows = [
         [
@@ -87,6 +89,8 @@ def make_index(
         flagged=sum(bool(v["flags"]) for v in subjects),
         failed=list(failed),
         ranked=len(subjects) >= OUTLIER_SUBJECTS,
+        known={key for key, *_ in known},
+        same=[f"{heading} {_printed(subjects[0][key], digits)}" for key, heading, digits, _ in same],
         table_href=quote(os.path.relpath(Path(output_table).resolve(), folder)),
     )
     with atomic_text(output_page) as file:
@@ -103,6 +107,15 @@ def load_ranked(metrics_files: Iterable[str | Path], outlier_z: float = OUTLIER_
     # without enough subjects every z is None, and the flags decide
     subjects.sort(key=lambda v: (-(v["worst_z"] or 0.0), -len(v["flags"]), str(v.get("name"))))
     return subjects
+
+
+def same_in_all(subjects: Sequence[Mapping[str, Any]], key: str, digits: int) -> bool:
+    """Whether a metric reads the same in all of several scans, so that neither a column nor a plot of it says more."""
+    return len(subjects) > 1 and len({_printed(v.get(key), digits) for v in subjects}) == 1
+
+
+def _printed(value: Any, digits: int) -> str:
+    return value if isinstance(value, str) else number(value, digits)
 
 
 def _round(value: Any, digits: int) -> Any:

@@ -176,7 +176,7 @@ COLUMNS: tuple[tuple[str, str, int, int], ...] = (
     ("field_steepness", "field steepness", 2, 1),
     ("reference_r", "r to reference", 4, -1),
     ("reference_slope", "slope to reference", 3, 0),
-    ("reference_rms_log", "rms |Δlog|", 4, 1),
+    ("reference_rms_log", "rms Δlog", 4, 1),
     ("reference_p99_log", "p99 |Δlog|", 4, 1),
     ("iterations_used", "iterations", 0, 0),
     ("iterations_max", "iterations max", 0, 0),

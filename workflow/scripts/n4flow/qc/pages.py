@@ -445,8 +445,9 @@ def _image_panels(
     ]
 
 
-def _span(log_values: np.ndarray) -> str:
-    return f"×{math.exp(float(log_values.min())):.2f} to ×{math.exp(float(log_values.max())):.2f} in the mask"
+def _span(log_values: np.ndarray, digits: int = 2) -> str:
+    low, high = (math.exp(float(value)) for value in (log_values.min(), log_values.max()))
+    return f"×{low:.{digits}f} to ×{high:.{digits}f} in the mask"
 
 
 def _beyond(log_values: np.ndarray, window: float) -> str:
@@ -469,7 +470,7 @@ def _field_panels(
     small = {}
 
     def panel(title: str, pictures: Any, log_values: np.ndarray, scale: Any, limit: float, good: str, bad: str) -> Any:
-        numbers = f"{_span(log_values)}; {_beyond(log_values, limit)}"
+        numbers = f"{_span(log_values, 2 if limit == window else 4)}; {_beyond(log_values, limit)}"
         small[title.lower()] = panels.thumbnail(pictures, view.slices, scale, view.outlines)
         picture = panels.mosaic(
             [row[part] for row in pictures],
@@ -526,7 +527,7 @@ def _field_panels(
                 difference,
                 panels.difference_scale(narrow),
                 narrow,
-                f"pale; ours over the reference, each less its mean, rms {100 * values['reference_rms_log']:.1f} %.",
+                f"pale; ours over the reference, each less its mean, rms {100 * values['reference_rms_log']:.2f} %.",
                 "strong colour across tissue.",
             ),
         ]
@@ -597,7 +598,7 @@ def _plots(
         add(
             "Convergence",
             panels.convergence_plot(run["History"], threshold, (reference.get("N4") or {}).get("History") or ()),
-            f"{used}; last CV {values['convergence_cv']:.1e}, threshold {number(threshold, 4)}",
+            f"{used}; last CV {values['convergence_cv']:.2g}, threshold {number(threshold, 4)}",
             "each level falls to the threshold; in a strong field, below it.",
             "a level stops above it, or rises.",
         )

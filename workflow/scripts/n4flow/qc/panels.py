@@ -294,14 +294,14 @@ def mosaic(
     clip : bool
         Show nothing outside the outlines, instead of drawing them on the picture.
     """
-    gap, bar = 6, 56
+    gap, row_gap, bar = 6, 14, 56
     rows, y = [], bar
     most = TALLEST / len(slices)
     for row in reversed(slices):
         aspects = [_aspect(s) for s in row]
         height = min((width - gap * (len(row) + 1)) / sum(aspects), most)
         rows.append((y, height, aspects))
-        y += round(height) + gap
+        y += round(height) + row_gap
     total = y + 34
     dark = not clip
     figure = Figure(figsize=(width / 100, total / 100), dpi=100, facecolor="black" if dark else OUTSIDE)

@@ -19,7 +19,9 @@ QUALITY = 75
 
 #: Columns of the comparison: key, heading, digits.
 COLUMNS = (
+    ("cjv_before", "CJV before", 3),
     ("cjv_after", "CJV after", 3),
+    ("foreground_cv_before", "foreground CV before", 3),
     ("foreground_cv_after", "foreground CV after", 3),
     ("log_entropy_after_bits", "log entropy after (bits)", 2),
     ("field_min", "field min (ratio)", 3),
@@ -27,7 +29,7 @@ COLUMNS = (
     ("inu_range", "inu_range", 3),
     ("field_steepness", "field steepness", 2),
     ("reference_r", "r to reference", 4),
-    ("reference_rms_log", "rms |Δlog|", 4),
+    ("reference_rms_log", "rms Δlog", 4),
     ("iterations_used", "iterations", 0),
     ("wall_time_s", "time (s)", 1),
 )
@@ -77,7 +79,7 @@ def make_comparison(
     sections = []
     for scan in scans:
         rows, cards, window = [], [], 0.0
-        original: dict[str, Any] = {}
+        given: list[dict[str, Any]] = []  # what is the same for all combinations
         for name, files in zip(names, scan.made, strict=True):
             subject = measure_subject(
                 name=scan.name,
@@ -90,16 +92,18 @@ def make_comparison(
                 field_window_log=field_window_log,
                 flags=flags,
             )
-            if not original:
+            field, *others = subject.field_panels()[0]
+            if not given:
                 window = subject.values["display_max"]
                 original = _image_panel(subject, "before", "original", window)
+                given = [original | {"alt": f"Original; window 0 to {window:.4g}."}, *others[:1]]
             rows.append((name, subject.values))
-            cards.append(_card(name, subject, window))
+            cards.append(_card(name, subject, field, window))
         columns = [column for column in COLUMNS if any(values.get(column[0]) is not None for _, values in rows)]
         sections.append(
             {
                 "name": scan.name,
-                "original": original,
+                "given": given,
                 "window": window,
                 "headings": [heading for _, heading, _ in columns],
                 "rows": [
@@ -126,7 +130,7 @@ def make_comparison(
 
 
 def _worded(settings: Mapping[str, Any]) -> str:
-    return " · ".join(f"{key} {value}" for key, value in settings.items())
+    return " · ".join(f"{key}\u00a0{value}" for key, value in settings.items())  # a line ends between settings
 
 
 def _image_panel(subject: Subject, which: str, title: str, window: float) -> dict[str, Any]:
@@ -142,9 +146,8 @@ def _image_panel(subject: Subject, which: str, title: str, window: float) -> dic
     return {"title": title, "source": data_uri(panels.webp(picture, QUALITY))}
 
 
-def _card(name: str, subject: Subject, window: float) -> dict[str, Any]:
+def _card(name: str, subject: Subject, field: dict[str, Any], window: float) -> dict[str, Any]:
     values = subject.values
-    (field, *_), _ = subject.field_panels()
     image = _image_panel(subject, "after", "corrected", window)
     measure, key = ("foreground CV", "foreground_cv") if values["datatype"] == "micr" else ("CJV", "cjv")
     numbers = f"{measure} {number(values[f'{key}_after'])}"

@@ -14,7 +14,7 @@ function openViewer() {
   script.src = document.body.dataset.viewer;
   script.onerror = () => {
     script.remove(); // so that it can be tried again
-    part("told").textContent = `The viewer's data (${decodeURIComponent(document.body.dataset.viewer)}) are not beside this page: an archive leaves them out.`;
+    part("told").textContent = `The viewer's data (${decodeURIComponent(document.body.dataset.viewer)}) are not beside this page: an archive leaves them out`;
   };
   document.head.append(script);
   return undefined;
@@ -32,7 +32,7 @@ async function showVolumes(content) {
     const [mask, original, corrected] = await Promise.all([content.mask, content.original, content.corrected].map(bytes));
     scan = { ...content, mask, original, corrected };
   } catch (error) {
-    part("told").textContent = `This browser cannot unpack the viewer's data (${error.message}).`;
+    part("told").textContent = `This browser cannot unpack the viewer's data (${error.message})`;
     return;
   }
   const [n0, n1] = scan.shape;
