@@ -1,4 +1,7 @@
-"""Pictures of README.md, after a run of the demo: python tests/report/screenshots.py results/qc workflow/report."""
+"""Pictures of README.md, after a run of the demo: python tests/report/screenshots.py results workflow/report.
+
+And after `snakemake tune` of subject 04 with spline_distance_mm 40 and 80, convergence_threshold 0.0005 and 0.0015.
+"""
 
 import io
 import shutil
@@ -9,7 +12,8 @@ from PIL import Image
 from playwright.sync_api import sync_playwright
 
 
-def main(qc, output):
+def main(results, output):
+    qc = results / "qc"
     with sync_playwright() as playwright:
         executable = shutil.which("chromium")
         browser = playwright.chromium.launch(executable_path=executable, args=["--no-sandbox", "--disable-gpu"])
@@ -38,6 +42,9 @@ def main(qc, output):
         save("viewer.webp", 680)
         page.goto((qc / "guide.html").resolve().as_uri() + "#fine")
         save("guide.webp", 720)
+        page.goto((results / "tune" / "index.html").resolve().as_uri())
+        page.evaluate("scrollTo(0, document.querySelector('h2').offsetTop - 12)")
+        save("tune.webp", 860)
         browser.close()
 
 

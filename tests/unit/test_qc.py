@@ -291,6 +291,8 @@ def test_metrics_are_plain_json_and_right(subject):
     assert metrics["reference_slope"] == pytest.approx(1 / 0.9, rel=1e-5)
     assert (metrics["iterations_used"], metrics["iterations_max"], metrics["dropped_voxels"]) == (5, 50, 3)
     assert metrics["field_beyond_window_fraction"] == 0
+    # twice the strength of 0.3, from the first to the last of 24 voxels of 4 mm; a cube as large as the mask
+    assert metrics["field_steepness"] == pytest.approx(0.6 / (23 * 4) * (mask.sum() * 64) ** (1 / 3), rel=1e-6)
 
 
 def test_the_same_input_gives_the_same_page(subject, tmp_path):
