@@ -498,6 +498,24 @@ def test_the_keyboard_alone_goes_everywhere(qc, visit):
     assert page.inner_text("#scan") in name
 
 
+def test_a_metric_of_one_value_gets_no_plot_and_pictures_say_what_their_scan_has(visit, tmp_path):
+    scans = [{"name": f"sub-{n}_T1w", "cjv_before": 0.7, "cjv_after": 0.5 + n / 10} for n in range(2)]
+    scans.append({"name": "sub-2_SPIM", "foreground_cv_before": 0.3, "foreground_cv_after": 0.2})
+    make_index(write_metrics(tmp_path, scans), tmp_path / "index.html", tmp_path / "metrics.tsv")
+    page = visit(tmp_path / "index.html").page
+    assert page.locator("#plots figcaption b").all_inner_texts() == ["CJV after"]
+    page.get_by_label("pictures").check(force=True)
+    said = dict(
+        zip(
+            page.locator("#pictures a[href]:not(.crop)").all_inner_texts(),
+            page.locator("#pictures .hint").all_inner_texts(),
+            strict=True,
+        )
+    )
+    assert said["sub-1_T1w"] == "CJV before 0.700, CJV after 0.600"
+    assert said["sub-2_SPIM"] == "foreground CV before 0.300, foreground CV after 0.200"
+
+
 THOUSANDS = 5000
 
 

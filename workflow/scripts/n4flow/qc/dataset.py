@@ -57,7 +57,7 @@ def make_index(
     write_multiqc(subjects, [column[:3] for column in COLUMNS], multiqc_path(output_table))
 
     known = [column for column in COLUMNS if column[0] in SHOWN and any(v.get(column[0]) is not None for v in subjects)]
-    same = [column for column in known if same_in_all(subjects, column[0], column[2])]
+    same = [column for column in known if _same_in_all(subjects, column[0], column[2])]
     shown = [column for column in known if column not in same]
     panels = list(dict.fromkeys(tuple(v.get("panels") or ()) for v in subjects))
     rows = [
@@ -109,7 +109,7 @@ def load_ranked(metrics_files: Iterable[str | Path], outlier_z: float = OUTLIER_
     return subjects
 
 
-def same_in_all(subjects: Sequence[Mapping[str, Any]], key: str, digits: int) -> bool:
+def _same_in_all(subjects: Sequence[Mapping[str, Any]], key: str, digits: int) -> bool:
     """Whether a metric reads the same in all of several scans, so that neither a column nor a plot of it says more."""
     return len(subjects) > 1 and len({_printed(v.get(key), digits) for v in subjects}) == 1
 

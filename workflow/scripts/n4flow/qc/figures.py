@@ -12,7 +12,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
 
-from n4flow.qc.dataset import OUTLIER_Z, load_ranked, same_in_all
+from n4flow.qc.dataset import OUTLIER_Z, load_ranked
 from n4flow.qc.definitions import COLUMNS
 from n4flow.qc.panels import AFTER, BEFORE, FAINT, INK, THUMBNAIL_PIXELS
 
@@ -45,9 +45,9 @@ def _distributions(scans: list[dict[str, Any]]) -> Figure:
     """A row of dots for each metric that can be bad; flagged scans are triangles."""
     flagged = np.array([bool(scan["flags"]) for scan in scans], dtype=bool)
     rows = []
-    for key, heading, digits, worse in COLUMNS:
+    for key, heading, _, worse in COLUMNS:
         values = np.array([math.nan if not worse or scan.get(key) is None else float(scan[key]) for scan in scans])
-        if np.isfinite(values).any() and not same_in_all(scans, key, digits):
+        if len(set(values[np.isfinite(values)].tolist())) > (len(scans) > 1):  # one value of many scans says nothing
             rows.append((heading, values))
     count = max(1, len(rows))
     figure = Figure(figsize=(8, 0.4 + 0.62 * count), dpi=150, layout="constrained")

@@ -21,7 +21,7 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.path import Path as Outline
 from matplotlib.patheffects import withStroke
-from matplotlib.ticker import LogFormatter
+from matplotlib.ticker import LogFormatter, MaxNLocator
 from PIL import Image, ImageDraw
 
 WORLD = (("L", "R"), ("P", "A"), ("I", "S"))
@@ -533,7 +533,8 @@ def convergence_plot(
         axes.yaxis.set_major_formatter(_PlainNumbers())
         axes.yaxis.set_minor_formatter(_PlainNumbers())
     axes.set_position((0.22, 0.17, 0.75, 0.8))  # its tick labels are wide
-    axes.set(xlabel="iteration", ylabel="CV")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set(xlabel="iteration", ylabel="CV", xlim=(0.5, max(len(history), len(reference)) + 0.5))
     axes.legend(fontsize=7, edgecolor="none", framealpha=0.8)
     return _render(figure)
 

@@ -106,7 +106,8 @@ function card(row) {
   const panel = $("panel").value;
   const panels = data.panels[row[6]] || [];
   const place = panels.indexOf(panel);
-  const numbers = columns.slice(0, 2).map(([heading, digits], n) => `${heading} ${shownNumber(row[FIRST_NUMBER + n], digits)}`);
+  const known = columns.map((_, n) => n).filter((n) => row[FIRST_NUMBER + n] !== null); // MRI and microscopy differ
+  const numbers = known.slice(0, 2).map((n) => `${columns[n][0]} ${shownNumber(row[FIRST_NUMBER + n], columns[n][1])}`);
   const figure = made("figure", { className: "thumbnail" });
   const link = made("a", { href: `#${encodeURIComponent(row[0])}`, className: "crop" });
   if (place < 0 || !row[5]) link.append(made("span", { className: "soft" }, `no ${panel}`));
@@ -387,7 +388,7 @@ $("panel").append(...panelNames.map((panel) => made("option", { value: panel }, 
 $("panel").value = panelNames.includes("corrected") ? "corrected" : panelNames[0];
 const plots = columns
   .map(([heading, digits, worse], n) => ({ heading, digits, worse, values: rows.map((row) => row[FIRST_NUMBER + n]) }))
-  .filter(({ worse, values }) => worse && values.some((value) => value !== null))
+  .filter(({ worse, values }) => worse && new Set(values.filter((value) => value !== null)).size > 1)
   .map(({ heading, digits, values }) => stripPlot(heading, values, digits, {
     flagged: (n) => rows[n][2].length > 0,
     name: (n) => rows[n][0],
