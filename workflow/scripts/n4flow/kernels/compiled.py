@@ -1,10 +1,10 @@
 """The three passes compiled for the CPU, in float32, bit-identical for any number of threads.
 
-Voxels lie in rows along the longest axis: each row of the grid from its first voxel in the mask to
-its last, one row behind the other. Every inner loop runs along a row and adds element by element to
-arrays of the row's length, so that it is vectorised without any sum changing its order: the bits
-hang neither on the width of the CPU's vectors nor, since planes form fixed chunks whose sums are
-added in order, on the threads.
+Voxels lie in rows along the longest axis: the pieces of each line of the grid that hold voxels of the
+mask, one behind the other. Every inner loop runs along a row and adds element by element to arrays of
+the line's length, so that it is vectorised without any sum changing its order: the bits hang neither
+on the width of the CPU's vectors nor, since planes form fixed chunks whose sums are added in order, on
+the threads.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from n4flow.parameters import N4Parameters
 LANES = 16
 
 #: Planes form chunks of so many voxels, which threads share; more than so many chunks would only cost memory.
-CHUNK_VOXELS, CHUNKS = 2**17, 64
+CHUNK_VOXELS, CHUNKS = 2**14, 64
 
 #: A histogram entry holds the count from this bit on, and below it the shares of the upper bins. 2**23 voxels fit;
 #: after half as many, and a row, it is added to the totals.
@@ -56,13 +56,13 @@ def compiled(function: Callable[..., None]) -> Callable[..., None]:
 
 
 class Rows(NamedTuple):
-    """Voxels of the mask, with those between them along a row."""
+    """Voxels of the mask, with those between them along a row; a line of the grid may hold several rows."""
 
     values: np.ndarray  # (voxels,) float32: u - B, less a constant
     weights: np.ndarray  # (voxels,) float32: 0 outside the mask
     plane: np.ndarray  # (planes + 1,): first row of each plane
-    place: np.ndarray  # (rows,): its index in the plane
-    start: np.ndarray  # (rows,): index of its first voxel along the row axis
+    place: np.ndarray  # (rows,): index of its line in the plane
+    start: np.ndarray  # (rows,): index of its first voxel along the line
     offset: np.ndarray  # (rows + 1,): its first voxel in `values`
     chunks: np.ndarray  # (chunks + 1,): first plane of each chunk
 
@@ -99,7 +99,7 @@ class CompiledKernels(HostKernels):
         self.axes, self.centre = samples.axes, samples.centre
         self.rows = _rows(samples)
         self.count = int(samples.inside.sum())
-        self.threads, self.pool = threads, ThreadPoolExecutor(threads)
+        self.threads, self.pool = threads, ThreadPoolExecutor(max(1, threads - 1))
         self.length = -(-samples.log_image.shape[2] // LANES) * LANES
         # the extremes as they are in float32
         extremes = (float(np.float32(v - self.centre)) + self.centre for v in (samples.low, samples.high))
@@ -111,6 +111,9 @@ class CompiledKernels(HostKernels):
         omega_matrices, delta_matrices = fit_matrices(bases)
         self.taps = [taps_of(basis) for basis in bases]
         self.delta_taps = [taps_of(matrix) for matrix in delta_matrices]
+        chunks, column = self.rows.chunks, self.taps[0].column
+        reach = max(column[end - 1] - column[start] for start, end in pairwise(chunks)) + 4
+        self.parts = np.empty((len(chunks) - 1, reach, self.lattice_shape[1] + 3, self.length), np.float32)
         self.omega = self._contract(np.zeros((2, 0), np.float32), [taps_of(matrix) for matrix in omega_matrices])
 
     def histogram(self, bins: int) -> np.ndarray:
@@ -150,19 +153,12 @@ class CompiledKernels(HostKernels):
         """Contraction of the residual onto the lattice; of the weights, if it has no lines."""
         first, second, third = taps
         m0, m1, m2 = self.lattice_shape
-        chunks = self.rows.chunks
-        reach = [
-            int(first.column[end - 1] - first.column[start]) + 4 if end > start else 0
-            for start, end in pairwise(chunks)
-        ]
-        parts = np.zeros((len(reach), max(reach), m1 + 3, self.length))
-        self._share_out(_contract, self.rows, *self._bin_scale(lines.shape[1] + 1), lines, first, second, parts)
-        total = np.zeros((m0 + 3, m1 + 3, self.length))
-        for part, start, planes in zip(parts, chunks, reach, strict=False):
-            at = first.column[start] if planes else 0
-            total[at : at + planes] += part[:planes]
+        scale = self._bin_scale(lines.shape[1] + 1)
+        self._share_out(_contract, self.rows, *scale, lines, first, second, self.parts)
+        planes = np.zeros((m0 + 3, m1 + 3, self.length))
+        _gather(self.parts, self.rows.chunks, first.column, planes)
         result = np.zeros((m0, m1, m2 + 3))
-        _contract_rows(np.ascontiguousarray(total[:m0, :m1]), third, result)
+        _contract_rows(planes, third, result)
         return result[:, :, :m2]
 
     def _bin_scale(self, bins: int) -> tuple[np.float32, np.float32]:
@@ -171,31 +167,31 @@ class CompiledKernels(HostKernels):
         return low, np.float32((bins - 1) / (float(high) - float(low)) if high > low else 0)
 
     def _share_out(self, kernel: Callable[..., None], *arguments: Any) -> None:
-        """Run a pass over all chunks; each thread takes every n-th."""
-        list(self.pool.map(lambda thread: kernel(thread, self.threads, *arguments), range(self.threads)))
+        """Run a pass over all chunks; each thread, this one too, takes every n-th."""
+        others = [self.pool.submit(kernel, thread, self.threads, *arguments) for thread in range(1, self.threads)]
+        kernel(0, self.threads, *arguments)
+        for other in others:
+            other.result()
 
 
 def _rows(samples: Oriented) -> Rows:
-    inside = samples.inside
-    n0, _, n2 = inside.shape
-    seen = np.asarray(inside.any(axis=2))
-    start = inside.argmax(axis=2) // LANES * LANES
-    end = -(-(n2 - inside[:, :, ::-1].argmax(axis=2)) // LANES) * LANES
-    plane, index = np.nonzero(seen)
-    first, length = start[seen], (end - start)[seen]
-    offset = np.concatenate([[0], np.cumsum(length)])
-    values, confidence = (np.zeros(offset[-1], dtype=np.float32) for _ in range(2))
+    n0, n1, n2 = samples.inside.shape
+    pieces = -(-n2 // LANES)
+    grid = np.zeros((n0, n1, pieces * LANES), dtype=np.float32)
+    lanes = grid.reshape(n0, n1, pieces, LANES)
+    grid[:, :, :n2] = samples.weights
+    held = lanes.any(axis=3)
+    weights = lanes[held].ravel()
+    np.subtract(samples.log_image, samples.centre, out=grid[:, :, :n2], casting="same_kind")
+    values = lanes[held].ravel()
+    values[weights == 0] = 0
+    edges = np.diff(held.astype(np.int8), axis=2, prepend=0, append=0)
+    (plane, line, start), end = np.nonzero(edges == 1), np.nonzero(edges == -1)[2]
+    offset = np.concatenate([[0], np.cumsum((end - start) * LANES)])
     row_of_plane = np.searchsorted(plane, np.arange(n0 + 1))
-    along = np.arange(-(-n2 // LANES) * LANES)
-    padding = ((0, 0), (0, len(along) - n2))
-    for i in range(n0):
-        taken = slice(offset[row_of_plane[i]], offset[row_of_plane[i + 1]])
-        kept = seen[i, :, None] & (along >= start[i, :, None]) & (along < end[i, :, None])
-        values[taken] = np.pad(np.where(inside[i], samples.log_image[i] - samples.centre, 0), padding)[kept]
-        confidence[taken] = np.pad(np.where(inside[i], samples.weights[i], 0), padding)[kept]
     shares = np.linspace(0, offset[-1], min(CHUNKS, max(1, offset[-1] // CHUNK_VOXELS)) + 1)
     chunks = np.unique([0, *np.searchsorted(offset[row_of_plane], shares[1:-1]), n0])
-    return Rows(values, confidence, row_of_plane, index, first, offset, chunks)
+    return Rows(values, weights, row_of_plane, line, start * LANES, offset, chunks)
 
 
 @compiled
@@ -210,6 +206,18 @@ def _expand_rows(lattice: np.ndarray, taps: Taps, along: np.ndarray) -> None:
                     if c < lattice.shape[2]:
                         value += lattice[a, b, c] * taps.weight[k, q]
                 along[a, b, k] = value
+
+
+@compiled
+def _gather(parts: np.ndarray, chunks: np.ndarray, column: np.ndarray, planes: np.ndarray) -> None:
+    """Add what the chunks found, in their order."""
+    for chunk in range(len(parts)):
+        first = column[chunks[chunk]]
+        for a in range(column[chunks[chunk + 1] - 1] - first + 4):
+            for b in range(planes.shape[1]):
+                part, total = parts[chunk, a, b], planes[first + a, b]
+                for k in range(len(total)):
+                    total[k] += part[k]
 
 
 @compiled
@@ -357,6 +365,7 @@ def _contract(
     zero, last = np.float32(0), np.float32(len(slope) - 1)
     for chunk in range(thread, len(rows.chunks) - 1, threads):
         start = rows.chunks[chunk]
+        parts[chunk] = zero
         for i in range(start, rows.chunks[chunk + 1]):
             plane[:] = zero
             for row in range(rows.plane[i], rows.plane[i + 1]):
@@ -386,7 +395,7 @@ def _contract(
                     p2[k] += w2 * residual[k]
                     p3[k] += w3 * residual[k]
             for q in range(4):
-                weight = np.float64(first.weight[i, q])
+                weight = first.weight[i, q]
                 for b in range(plane.shape[0]):
                     total = parts[chunk, first.column[i] - first.column[start] + q, b]
                     line = plane[b]

@@ -60,11 +60,10 @@ class Oriented(NamedTuple):
     @classmethod
     def of(cls, log_image: np.ndarray, weights: np.ndarray) -> Oriented:
         axes = tuple(np.argsort(log_image.shape, kind="stable"))
-        log_image, weights = log_image.transpose(axes), weights.transpose(axes)
         inside = weights > 0
-        low = log_image.min(where=inside, initial=np.inf)
-        high = log_image.max(where=inside, initial=-np.inf)
-        return cls(axes, log_image, weights, inside, float(low), float(high))
+        used = log_image[inside]
+        log_image, weights, inside = log_image.transpose(axes), weights.transpose(axes), inside.transpose(axes)
+        return cls(axes, log_image, weights, inside, float(used.min()), float(used.max()))
 
     @property
     def centre(self) -> float:
