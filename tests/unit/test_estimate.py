@@ -83,7 +83,7 @@ def test_a_strong_field_is_followed_further(tissues):
         for strong_field_log in (None, 0.1):
             parameters = N4Parameters(strong_field_log=strong_field_log)
             cvs = [line.cv for line in estimate_field(samples, parameters).history]
-            limits = [1.5e-3 * min(1, (strong_field_log or np.inf) / sum(cvs[: i + 1])) for i in range(len(cvs))]
+            limits = [1e-3 * min(1, (strong_field_log or np.inf) / sum(cvs[: i + 1])) for i in range(len(cvs))]
             assert [cv <= limit for cv, limit in zip(cvs, limits, strict=True)] == [False] * (len(cvs) - 1) + [True]
             counts[inu_percent, strong_field_log] = len(cvs)
     assert counts[100, 0.1] > counts[100, None]

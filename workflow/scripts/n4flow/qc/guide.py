@@ -134,7 +134,7 @@ CASES = (
     Case(
         "fine",
         "Too fine a mesh",
-        f"Corrected with a mesh of {FINE_MM:g} mm instead of 60 mm, on the same mask.",
+        f"Corrected with a mesh of {FINE_MM:g} mm instead of {N4Parameters().spline_distance_mm:g} mm, on one mask.",
         "The field follows ventricles, skull and scalp, and takes their contrast out of the image: in the histogram "
         "the tissues move together. The CJV before is of no use here: its classes are those of the flattened image.",
         _too_fine,
