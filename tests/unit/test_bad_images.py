@@ -116,7 +116,7 @@ def analyze(path):
 
 
 BAD = {
-    "absent": ("x.nii", lambda path: None, "there is no such file"),
+    "absent": ("x.nii", lambda path: None, "is not there"),
     "folder": ("x.nii", lambda path: path.mkdir(), "folder"),
     "broken link": ("x.nii", link, "is a link to a file that is not there"),
     "empty": ("x.nii", write(b""), "is no NIfTI image"),

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from n4flow import __version__
 from n4flow.errors import InputError
-from n4flow.files import write_json
+from n4flow.files import missing_file, write_json
 
 log = logging.getLogger(__name__)
 
@@ -31,6 +31,9 @@ BIDS_VERSION = "1.10.0"
 
 #: Files that BIDS has no name for yet.
 BIDSIGNORE = "*_biasfield.*\n**/perf/*_mask.*\n**/micr/*_mask.*\nqc\ntune\n"
+
+#: File systems hold names of 255 characters: what the outputs add must fit, too.
+LONGEST_NAME = 200
 
 LABEL = re.compile(r"[A-Za-z0-9]+")
 ENTITY = re.compile(r"[a-z0-9]+-[A-Za-z0-9+]+")
@@ -99,6 +102,11 @@ class Scan:
             for what, label in (("subject", self.subject), ("session", self.session))
             if not LABEL.fullmatch(label) and (label or what == "subject")
         ]
+        if not found and len(self.name) > LONGEST_NAME:
+            found.append(
+                f"subject, session and modality make a name of {len(self.name)} characters, more than {LONGEST_NAME}, "
+                "shorten them"
+            )
         *entities, suffix = self.modality.split("_")
         if suffix not in DATATYPE_OF:
             found.append(
@@ -176,10 +184,13 @@ def _images(place: Path) -> list[Path]:
     with os.scandir(place) as entries:
         names = [entry.name for entry in entries if entry.name.endswith((".nii", ".nii.gz"))]
     found = [place / name for name in names if not name.startswith(".")]
+    there = []
     for path in found:
-        if not path.is_file():
-            log.warning("%s: left out, a link to a file that is not there; fetch it", path)
-    return [path for path in found if path.is_file()]
+        if missing := missing_file(path):
+            log.warning("%s: left out, %s; %s", path, *missing)
+        else:
+            there.append(path)
+    return there
 
 
 def dataset_root(path: str | Path) -> Path | None:

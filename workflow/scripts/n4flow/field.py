@@ -27,6 +27,12 @@ STRAY_SPANS = 1e-5
 #: Points evaluated at a time on a grid that is oblique to the mesh.
 BLOCK_POINTS = 2**14
 
+#: No voxel, mesh or image is larger, in mm or voxels, and none smaller than its inverse.
+LARGEST_LENGTH = 1e9
+
+#: Axes of an affine that are closer to each other than this lets them be are one: it cannot be inverted.
+LARGEST_CONDITION = 1e12
+
 FORMAT = "n4flow log bias field, version 1"
 
 
@@ -408,8 +414,10 @@ class BiasField:
             if not isinstance(content["HasWorld"], bool):
                 raise ValueError("HasWorld is neither true nor false")
             start, span_voxels = (_numbers(content, name, (3,)) for name in ("MeshStartVoxel", "SpanVoxels"))
-            if (span_voxels <= 0).any():
+            if (span_voxels < 1 / LARGEST_LENGTH).any():
                 raise ValueError("SpanVoxels are not all above 0")
+            if max(np.abs(start).max(), span_voxels.max()) > LARGEST_LENGTH:
+                raise ValueError("MeshStartVoxel or SpanVoxels are beyond any image")
             mesh = Mesh(_counts(content, "Spans", 0), tuple(start.tolist()), tuple(span_voxels.tolist()))
             return cls(
                 _numbers(content, "Lattice", mesh.lattice_shape),
@@ -444,7 +452,10 @@ def _matrix(content: Mapping[str, Any], name: str) -> np.ndarray:
     matrix = _numbers(content, name, (4, 4))
     if (matrix[3] != [0, 0, 0, 1]).any():
         raise ValueError(f"{name} is no affine matrix")
-    if np.linalg.det(matrix) == 0:
+    sizes = np.abs(matrix[:3]).max(axis=0)
+    if sizes.max() > LARGEST_LENGTH:
+        raise ValueError(f"{name} is beyond any image")
+    if sizes[:3].min() < 1 / LARGEST_LENGTH or np.linalg.cond(matrix[:3, :3]) > LARGEST_CONDITION:
         raise ValueError(f"{name} cannot be inverted")
     return matrix
 

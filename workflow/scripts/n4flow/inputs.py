@@ -12,6 +12,7 @@ from typing import Any
 
 from n4flow.bids import Scan
 from n4flow.errors import InputError
+from n4flow.files import missing_file, shortened
 from n4flow.parameters import N4Parameters
 
 #: One page shows so many corrections: more, nobody compares by eye.
@@ -92,7 +93,7 @@ def config_problems(config: Mapping[str, Any], schema: Mapping[str, Any]) -> lis
         else:
             # the same problem of several combinations is told once
             found += dict.fromkeys(_grid_problems(config, schema))
-    return [f"config: {problem}" for problem in found]
+    return [" ".join(f"config: {problem}".split()) for problem in found]
 
 
 def grid_combinations(grid: Mapping[str, Sequence[Any]]) -> dict[str, dict[str, Any]]:
@@ -286,14 +287,10 @@ def _read_row(row: dict[Any, Any], schema: Mapping[str, Any], made: Collection[s
     for role in ("image", "mask"):
         path = getattr(scan, role)
         if bad := sorted(set(path) & set("{}<>")):
-            found.append(f"{role} {path} holds {' '.join(bad)}, which Snakemake takes for wildcards; rename it")
+            found.append(f"{role} {shortened(path)} holds {' '.join(bad)}, which Snakemake takes for wildcards; rename it")
             continue
-        if not path or path in made or Path(path).is_file():
-            continue
-        if Path(path).is_symlink():
-            found.append(f"{role} {path} is a link to a file that is not there; fetch it")
-        else:
-            found.append(f"{role} {path} is not there; check the path (it is taken from the working directory)")
+        if path and path not in made and (missing := missing_file(path)):
+            found.append(f"{role} {shortened(path)} {'; '.join(missing)}")
     return found, scan
 
 

@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import contextlib
 import io
+import math
 import os
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self, cast
+from typing import Any, Self
 
 import nibabel as nib
 import numpy as np
 from isal import igzip
+from nibabel.arrayproxy import ArrayProxy
 from nibabel.filebasedimages import ImageFileError
-from nibabel.fileholders import FileHolder
 from nibabel.spatialimages import HeaderDataError
 from nibabel.wrapstruct import WrapStructError
 
 from n4flow.errors import InputError
+from n4flow.files import missing_file
 
 #: Voxels in a slab: what reading, evaluating and writing hold in memory at a time, per array. So few lie in a core's
 #: cache, which takes a fifth off the time of a correction (2**20 to 2**18).
@@ -32,6 +34,15 @@ KEPT_BYTES = 2**26
 GZIP_LEVEL = 2
 
 WRITE_BYTES = 2**20
+
+#: Axes of an affine that are closer to each other than this lets them be are one: it cannot be inverted.
+LARGEST_CONDITION = 1e12
+
+#: The most that a byte of a compressed file can stand for.
+DEFLATE_RATIO = 1032
+
+#: The most voxels of what is held as a whole: a plane, or the mean of a series.
+HELD_VOXELS = 2**28
 
 GZIP_MAGIC = b"\x1f\x8b"
 
@@ -81,19 +92,15 @@ class Volume:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        if self.path.is_dir():
-            raise InputError(path, "is a folder", "give a .nii or .nii.gz file")
-        if self.path.is_symlink() and not self.path.is_file():
-            raise InputError(path, "is a link to a file that is not there", "fetch the data it points to")
-        if not self.path.is_file():
-            raise InputError(path, "there is no such file", "check the path in the sample sheet")
+        if missing := missing_file(path):
+            raise InputError(path, *missing)
         self._kept = b""
-        with self._opened() as image:
-            self.header = image.header
-            self.affine = image.affine
-            self.dtype = image.get_data_dtype()
-            self._check(image)
-            shape = image.shape
+        with self._opened() as (header, data):
+            self.header = header
+            self.affine = header.get_best_affine()
+            self.dtype = header.get_data_dtype()
+            self._check(data)
+            shape = data.shape
         n0, n1, n2, self.frames = (*shape, 1, 1)[:4]
         self.shape = (n0, n1, n2)
         scale = MM_PER_UNIT.get(self._unit(), 1.0)
@@ -105,8 +112,11 @@ class Volume:
         self.frame_time_s = float(self.header.get_zooms()[3]) * scale if self.frames > 1 else 0.0
 
     @contextlib.contextmanager
-    def _opened(self) -> Iterator[nib.Nifti1Image]:
-        """The image, whose data can be read as long as the context lasts."""
+    def _opened(self) -> Iterator[tuple[nib.Nifti1Header, ArrayProxy]]:
+        """Header and data, which can be read as long as the context lasts.
+
+        Header extensions are passed over: their sizes are claims of the file, and nothing here needs them.
+        """
         opener: Any = igzip.open if self.path.suffix == ".gz" else open
         with self._errors(), open(self.path, "rb") as file:
             start = file.read(4)
@@ -119,11 +129,12 @@ class Volume:
             stream.seek(0)
             if start not in HEADER_SIZES[348] | HEADER_SIZES[540]:
                 raise ImageFileError("it does not start with a NIfTI header")
-            kind = nib.Nifti2Image if start in HEADER_SIZES[540] else nib.Nifti1Image
+            kind = nib.Nifti2Header if start in HEADER_SIZES[540] else nib.Nifti1Header
+            content = stream.read(kind.sizeof_hdr)
             # as it stands in the file: nibabel makes a voxel size of 0 to 1
-            self._check_voxel_size(kind.header_class.from_fileobj(stream, check=False))
-            stream.seek(0)
-            yield kind.from_file_map({"image": FileHolder(fileobj=stream)})
+            self._check_voxel_size(kind(content, check=False))
+            header = kind(content)
+            yield header, ArrayProxy(stream, header)
 
     def _unit(self, which: int = 0) -> str:
         try:
@@ -140,19 +151,31 @@ class Volume:
                 "set pixdim in its header to the real voxel size",
             )
 
-    def _check(self, image: nib.Nifti1Image) -> None:
-        shape = image.shape
+    def _check(self, data: ArrayProxy) -> None:
+        shape = data.shape
         if len(shape) not in (2, 3, 4) or min(shape) < 1:
             raise InputError(self.path, f"has {len(shape)} dimensions {shape}", "give a 2-D, 3-D or 4-D image")
         if self.dtype.fields is not None or np.issubdtype(self.dtype, np.complexfloating):
             kind = "complex" if self.dtype.fields is None else "colour"
             raise InputError(self.path, f"holds {kind} values", "give an image of real numbers, such as the magnitude")
-        if not np.isfinite(self.affine).all() or abs(np.linalg.det(self.affine[:3, :3])) == 0:
+        if not np.isfinite(self.affine).all() or np.linalg.cond(self.affine[:3, :3]) > LARGEST_CONDITION:
             raise InputError(self.path, "its affine cannot be inverted", "mend qform or sform in its header")
-        self._bytes = cast(Any, image.dataobj).offset + int(np.prod(shape, dtype=object)) * self.dtype.itemsize
-        if self.path.suffix != ".gz" and self.path.stat().st_size < self._bytes:
+        self._bytes = int(data.offset) + math.prod(map(int, shape)) * self.dtype.itemsize
+        there = self.path.stat().st_size
+        if self.path.suffix != ".gz" and there < self._bytes:
+            raise InputError(self.path, f"is cut off: {there} of {self._bytes} bytes", "copy it again")
+        if there * DEFLATE_RATIO < self._bytes:
             raise InputError(
-                self.path, f"is cut off: {self.path.stat().st_size} of {self._bytes} bytes", "copy it again"
+                self.path,
+                f"is cut off: {there} compressed bytes cannot hold the {self._bytes} that its header claims",
+                "copy it again",
+            )
+        held = math.prod(map(int, shape[:3] if len(shape) == 4 and shape[3] > 1 else shape[:2]))
+        if held > HELD_VOXELS:
+            raise InputError(
+                self.path,
+                f"has {held} voxels in a plane (or in a frame of a series), more than {HELD_VOXELS}",
+                "give it at a lower resolution, or in parts",
             )
 
     @contextlib.contextmanager
@@ -193,8 +216,7 @@ class Volume:
             The file turns out to be damaged.
         """
         self._keep()
-        with self._opened() as image:
-            data = image.dataobj
+        with self._opened() as (_, data):
             for frame in range(self.frames):
                 for slab in self._slab_slices(planes):
                     index = {2: (), 3: (slice(None), slice(None), slab)}.get(
@@ -314,7 +336,6 @@ class VolumeWriter:
         self.dtype = np.dtype(dtype).newbyteorder(like.header.endianness)  # as the header is written
         self.slope, self.intercept = slope, intercept
         header = like.header.copy()
-        header.extensions.clear()  # they describe the acquisition, or a file that this no longer is
         header.set_data_dtype(self.dtype)
         header["cal_min"] = header["cal_max"] = 0
         if frames == 1 and like.frames > 1:
