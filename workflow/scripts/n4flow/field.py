@@ -27,6 +27,9 @@ STRAY_SPANS = 1e-5
 #: Points evaluated at a time on a grid that is oblique to the mesh.
 BLOCK_POINTS = 2**14
 
+#: Bytes of a lattice of some million control points.
+LARGEST_FILE = 2**26
+
 #: No voxel, mesh or image is larger, in mm or voxels, and none smaller than its inverse.
 LARGEST_LENGTH = 1e9
 
@@ -408,6 +411,8 @@ class BiasField:
             The file is missing, or does not hold a field of this format.
         """
         try:
+            if (size := Path(path).stat().st_size) > LARGEST_FILE:
+                raise ValueError(f"it has {size} bytes")
             content = json.loads(Path(path).read_text(encoding="utf-8"))
             if content["Format"] != FORMAT:
                 raise ValueError(f"format {content['Format']!r}")
