@@ -1,7 +1,6 @@
 """Files made to do harm: each is refused with one line, and memory stays bounded."""
 
 import gzip
-import json
 import os
 import pickle
 import subprocess
@@ -11,12 +10,11 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
-import yaml
 
 from n4flow.errors import InputError
 from n4flow.field import BiasField
-from n4flow.inputs import config_problems, load_schema, read_sheet
-from n4flow.volume import HELD_VOXELS, Volume
+from n4flow.inputs import load_schema, read_sheet
+from n4flow.volume import HELD_VOXELS
 
 ROOT = Path(__file__).resolve().parents[2]
 SHEET_SCHEMA = load_schema(ROOT / "workflow/schemas/samples.schema.yaml")
@@ -78,7 +76,7 @@ def extension_of_2_gb(path):
 
 
 def extension_of_less_than_nothing(path):
-    """nibabel reads the rest of the file for it."""
+    """Nibabel reads the rest of the file for it."""
     start = image_of((8, 8, 8), kind=nib.Nifti1Image, vox_offset=1024)[:348] + b"\1\0\0\0" + b"\xf0\xff\xff\xff" * 2
     bomb(path, 500, start)
 
@@ -142,7 +140,9 @@ def array_of_objects(path):
 LATTICES = {
     "a pickle": lambda path: path.write_bytes(pickle.dumps(Evil())),
     "NumPy's file of objects": array_of_objects,
-    "code in JSON": lambda path: path.write_text('{"Format": {"py/reduce": [{"py/function": "os.system"}, ["touch x"]]}}'),
+    "code in JSON": lambda path: path.write_text(
+        '{"Format": {"py/reduce": [{"py/function": "os.system"}, ["touch x"]]}}'
+    ),
     "brackets": lambda path: path.write_bytes(b"[" * 10**6),
     "2 GB": lambda path: (path.touch(), os.truncate(path, 2**31)),
 }

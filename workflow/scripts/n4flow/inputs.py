@@ -287,7 +287,9 @@ def _read_row(row: dict[Any, Any], schema: Mapping[str, Any], made: Collection[s
     for role in ("image", "mask"):
         path = getattr(scan, role)
         if bad := sorted(set(path) & set("{}<>")):
-            found.append(f"{role} {shortened(path)} holds {' '.join(bad)}, which Snakemake takes for wildcards; rename it")
+            found.append(
+                f"{role} {shortened(path)} holds {' '.join(bad)}, which Snakemake takes for wildcards; rename it"
+            )
             continue
         if path and path not in made and (missing := missing_file(path)):
             found.append(f"{role} {shortened(path)} {'; '.join(missing)}")
