@@ -39,58 +39,12 @@ MEMORY_BYTES = 6 * 2**30
 #: What breaks readers: limits of types, what means something to a shell, a path or a parser.
 NUMBERS = [0, 1, -1, 2, 7, 127, 255, 32767, -32768, 2**31 - 1, -(2**31), 2**31, 2**63 - 1, 2**64, 10**400, 0.5, 1e308]
 NUMBERS += [-0.0, 1e-308, 5e-324, float("nan"), float("inf"), float("-inf"), 348, 540, 1032]
-WORDS = [
-    "",
-    " ",
-    "\t",
-    "\n",
-    "\r",
-    "\0",
-    "\x85",
-    "\u2028",
-    "\ufeff",
-    "'",
-    '"',
-    '"""',
-    "$(touch x)",
-    "`x`",
-    ";",
-    "|",
-    "&&",
-]
+WORDS = ["", " ", "\t", "\n", "\r", "\0", "\x85", "\u2028", "\ufeff", "'", '"', '"""', "$(touch x)", "`x`", ";", "|"]
+WORDS += ["../", "/", "//", "/etc/passwd", "~", ".", "..", "{x}", "<y>", "%s", "{0}", "\\", "a" * 4000, "ä", "e\u0301"]
+WORDS += ["日", "🧠", "\ud800", "-", "_", "sub-", "T1w", "NaN", "null", "true", "!!python/object/apply:os.system [x]"]
 WORDS += [
-    "../",
-    "/",
-    "//",
-    "/etc/passwd",
-    "~",
-    ".",
-    "..",
-    "{x}",
-    "<y>",
-    "%s",
-    "{0}",
-    "\\",
-    "a" * 4000,
-    "ä",
-    "e\u0301",
-    "日",
-]
-WORDS += [
-    "🧠",
-    "\ud800",
-    "-",
-    "_",
-    "sub-",
-    "T1w",
-    "NaN",
-    "null",
-    "true",
-    "!!python/object/apply:os.system [x]",
     "&a",
     "*a",
-]
-WORDS += [
     "1e5",
     "0x1f",
     "1_000",
@@ -106,9 +60,8 @@ WORDS += [
     "#",
     ".nii",
     ".nii.gz",
-    "01",
-    "run-1",
 ]
+WORDS += ["01", "run-1"]
 
 
 def text_of(rng):

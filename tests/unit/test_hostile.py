@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[2]
 SHEET_SCHEMA = load_schema(ROOT / "workflow/schemas/samples.schema.yaml")
 CONFIG_SCHEMA = load_schema(ROOT / "workflow/schemas/config.schema.yaml")
 
-#: What a job on a small image takes beside the interpreter and its libraries: one that is made to do harm takes no more.
+#: Beside the interpreter and its libraries: a job on an image that is made to do harm takes no more.
 MEMORY_MB = 100
 
 ZEROS = bytes(2**20)

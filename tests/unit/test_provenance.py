@@ -24,6 +24,7 @@ NOT_USED = {
     "qc.figures": {"qc.pages", "estimate", "mask"},
     "qc.guide": {"qc.tune", "qc.dataset", "ratings", "inputs"},
     "qc.tune": {"phantom", "reference", "qc.dataset", "qc.guide"},
+    "manifest": {"volume", "estimate", "mask", "qc"},
     "ratings": {"qc.rendering", "volume", "estimate"},
 }
 

@@ -154,7 +154,8 @@ def test_fraction_chose_some_of_the_scans():
 def test_results_hold_nothing_else_and_no_partial_file(folder):
     expected = {path for scan in SCANS.values() for path in roles_of(scan).values()}
     qc = ("index.html", "guide.html", "metrics.tsv", "metrics_mqc.tsv", "distributions.png", "worst.png")
-    expected |= {f"results/{n}" for n in ("dataset_description.json", ".bidsignore", *(f"qc/{n}" for n in qc))}
+    top = ("dataset_description.json", ".bidsignore", "manifest.json")
+    expected |= {f"results/{n}" for n in (*top, *(f"qc/{n}" for n in qc))}
     found = {p.relative_to(folder).as_posix() for p in (folder / "results").rglob("*") if p.is_file()}
     bundle = {path for path in found if path.startswith("results/qc/bundle/")}
     assert found - bundle == expected
@@ -379,6 +380,19 @@ def test_same_bytes_on_one_core_and_one_thread(folder, tmp_path):
     assert [path for path in images if (folder / path).read_bytes() != (tmp_path / path).read_bytes()] == []
     sidecars = [path for path in made if path.endswith(".json")]
     assert [path for path in sidecars if without_volatile(folder / path) != without_volatile(tmp_path / path)] == []
+
+
+def test_manifest_names_all_that_was_made_and_the_results_are_equal_to_it(folder):
+    content = json.loads((folder / "results/manifest.json").read_text())
+    groups = [content["Dataset"], *content["Scans"].values()]
+    named = [f"results/{file}" for group in groups for file in group["Files"]]
+    found = {p.relative_to(folder).as_posix() for p in (folder / "results").rglob("*") if p.is_file()}
+    assert len(named) == len(set(named))
+    assert {path for path in found - set(named) if "/bundle/" not in path} == {"results/manifest.json"}
+    verify = [sys.executable, ROOT / "workflow/scripts/verify.py", folder / "results", folder / "results"]
+    done = subprocess.run(verify, capture_output=True, text=True, check=False)
+    assert done.stderr == f"{len(SCANS)} equal, 0 equal within 1e-5, 0 different\n"
+    assert done.returncode == 0
 
 
 def test_gzip_header_holds_neither_name_nor_time(folder):

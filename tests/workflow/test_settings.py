@@ -67,7 +67,10 @@ def lean(raw, tmp_path_factory):
 
 @pytest.mark.parametrize(
     ("limit", "rules"),
-    [("cjv_worse: 1.5", ["guide", "index", "figures", "qc", "qc", "qc"]), ("outlier_z: 4", ["index", "figures"])],
+    [
+        ("cjv_worse: 1.5", ["guide", "index", "figures", "qc", "qc", "qc", "manifest"]),
+        ("outlier_z: 4", ["index", "figures", "manifest"]),
+    ],
 )
 def test_a_changed_limit_of_a_flag_makes_again_what_shows_it_alone(lean, tmp_path, limit, rules):
     changed = tmp_path / "changed.yaml"

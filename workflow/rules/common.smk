@@ -28,6 +28,7 @@ PACKAGE_FILES = [
     "kernels/cuda.py",
     "kernels/plain.py",
     "kernels/protocol.py",
+    "manifest.py",
     "mask.py",
     "metrics.py",
     "parameters.py",

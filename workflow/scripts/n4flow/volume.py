@@ -129,7 +129,7 @@ class Volume:
             stream.seek(0)
             if start not in HEADER_SIZES[348] | HEADER_SIZES[540]:
                 raise ImageFileError("it does not start with a NIfTI header")
-            kind = nib.Nifti2Header if start in HEADER_SIZES[540] else nib.Nifti1Header
+            kind: Any = nib.Nifti2Header if start in HEADER_SIZES[540] else nib.Nifti1Header
             content = stream.read(kind.sizeof_hdr)
             # as it stands in the file: nibabel makes a voxel size of 0 to 1
             self._check_voxel_size(kind(content, check=False))

@@ -1,0 +1,18 @@
+"""Rule manifest: hashes of all outputs."""
+
+from pathlib import Path
+
+from n4flow.console import reporting
+from n4flow.manifest import write_manifest
+
+
+def main(snakemake):
+    files = map(Path, snakemake.input.scans)
+    scans = {name: [next(files) for _ in range(count)] for name, count in snakemake.params.scans}
+    dataset = [Path(path) for path in snakemake.input.dataset]
+    write_manifest(Path(snakemake.output.manifest), scans, dataset, threads=snakemake.threads)
+
+
+if __name__ == "__main__":
+    with reporting(snakemake.log[0]):  # noqa: F821
+        main(snakemake)  # noqa: F821
