@@ -102,11 +102,11 @@ def write_config(folder, changes=None):
     (folder / "config" / "config.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
 
 
-def snakemake(folder, *arguments, threads=1, path_first=None):
+def snakemake(folder, *arguments, threads=1, path_first=None, workflow=ROOT):
     """Run the workflow in a working directory; what it says on the terminal is in ``stdout``."""
     path = os.pathsep.join(filter(None, [path_first and str(path_first), os.environ.get("PATH", "")]))
     return subprocess.run(
-        [sys.executable, "-m", "snakemake", "-s", ROOT / "Snakefile", "--directory", folder, *map(str, arguments)],
+        [sys.executable, "-m", "snakemake", "-s", workflow / "Snakefile", "--directory", folder, *map(str, arguments)],
         env={**os.environ, "NO_COLOR": "1", "PATH": path, "OMP_NUM_THREADS": str(threads)},
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,

@@ -1,6 +1,7 @@
 """What the keys of the config change: the device, which files are written, and how."""
 
 import json
+import os
 import re
 import shutil
 from pathlib import Path
@@ -9,6 +10,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 from study import (
+    ROOT,
     describe_raw,
     head,
     load,
@@ -47,7 +49,17 @@ def raw(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def lean(raw, tmp_path_factory):
+def code(tmp_path_factory):
+    """A copy of the workflow, to be changed."""
+    folder = tmp_path_factory.mktemp("code")
+    shutil.copy2(ROOT / "Snakefile", folder)
+    shutil.copytree(ROOT / "workflow", folder / "workflow", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(ROOT / "envs", folder / "envs")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def lean(raw, code, tmp_path_factory):
     """A run without reference and field images, integers kept, on the CPU, with results elsewhere."""
     folder = tmp_path_factory.mktemp("lean") / "copy"
     shutil.copytree(raw, folder)
@@ -60,24 +72,71 @@ def lean(raw, tmp_path_factory):
             "pathvars": {"results": "out/n4"},
         },
     )
-    done = snakemake(folder, "--cores", 2, "--resources", "gpu=0")
+    done = snakemake(folder, "--cores", 2, "--resources", "gpu=0", workflow=code)
     assert done.returncode == 0, done.stdout
     return folder
 
 
+def jobs_of(done):
+    """The rules of a dry run, once for each job."""
+    assert done.returncode == 0, done.stdout
+    rules = re.findall(r"^(?:local)?rule (\w+):", done.stdout, re.M)
+    return sorted(rule for rule in rules if rule != "default")
+
+
+#: What is over all scans.
+OVER_ALL = ["figures", "index", "manifest"]
+
+
 @pytest.mark.parametrize(
-    ("limit", "rules"),
+    ("changed", "rules"),
     [
-        ("cjv_worse: 1.5", ["guide", "index", "figures", "qc", "qc", "qc", "manifest"]),
-        ("outlier_z: 4", ["index", "figures", "manifest"]),
+        ("qc: {flags: {cjv_worse: 1.5}}", ["guide", *["qc"] * 3, *OVER_ALL]),
+        ("qc: {flags: {outlier_z: 4}}", OVER_ALL),
+        ("n4: {fwhm: 0.2}", [*["n4"] * 3, *["qc"] * 3, *OVER_ALL]),
     ],
 )
-def test_a_changed_limit_of_a_flag_makes_again_what_shows_it_alone(lean, tmp_path, limit, rules):
-    changed = tmp_path / "changed.yaml"
-    changed.write_text(f"qc:\n  flags:\n    {limit}\n")
-    done = snakemake(lean, "-n", "--configfile", changed)
-    assert done.returncode == 0, done.stdout
-    assert sorted(re.findall(r"^(?:local)?rule (\w+):", done.stdout, re.M)) == sorted([*rules, "default"])
+def test_a_changed_key_makes_again_what_it_changes_and_what_follows(lean, code, tmp_path, changed, rules):
+    config = tmp_path / "changed.yaml"
+    config.write_text(changed)
+    assert jobs_of(snakemake(lean, "-n", "--configfile", config, workflow=code)) == sorted(rules)
+
+
+@pytest.mark.parametrize(
+    ("file", "rules"),
+    [
+        ("estimate.py", ["guide", *["n4"] * 3, *["qc"] * 3, *OVER_ALL]),
+        ("manifest.py", ["manifest"]),
+    ],
+)
+def test_a_changed_file_of_the_package_makes_again_what_uses_it_and_what_follows(lean, code, file, rules):
+    path = code / "workflow/scripts/n4flow" / file
+    content = path.read_bytes()
+    path.write_bytes(content + b"\n")
+    try:
+        assert jobs_of(snakemake(lean, "-n", workflow=code)) == sorted(rules)
+    finally:
+        path.write_bytes(content)
+
+
+@pytest.fixture
+def touched(lean):
+    """The run again, after a time at which one of the images was written anew with the same bytes."""
+    image = lean / SCANS["int16"].image
+    times = image.stat()
+    os.utime(image)
+    yield lean
+    os.utime(image, ns=(times.st_atime_ns, times.st_mtime_ns))
+
+
+def test_a_touched_image_is_known_by_its_content(touched, code):
+    assert jobs_of(snakemake(touched, "-n", workflow=code)) == []
+
+
+def test_a_touched_image_that_is_too_large_to_be_compared_costs_its_own_jobs_alone(touched, code):
+    limit = (touched / SCANS["int16"].image).stat().st_size - 1
+    done = snakemake(touched, "-n", "--max-checksum-file-size", limit, workflow=code)
+    assert jobs_of(done) == sorted(["mask", "n4", "qc", *OVER_ALL])
 
 
 each_integer = pytest.mark.parametrize("name", INTEGERS)
@@ -181,15 +240,3 @@ def test_jobs_on_the_cpu_do_not_wait_for_each_other_where_there_is_a_gpu(raw, tm
     done = snakemake(folder, *n4_targets(SCANS.values()), "-n", path_first=fake_gpu_tool(tmp_path))
     assert done.returncode == 0, done.stdout
     assert done.stdout.count(f"gpu={gpus}") == len(SCANS)
-
-
-def test_changed_parameter_makes_the_fields_again_but_not_the_masks(raw, tmp_path):
-    folder = tmp_path / "copy"
-    shutil.copytree(raw, folder)
-    write_config(folder)
-    targets = n4_targets([SCANS["uint8"]])
-    assert snakemake(folder, *targets, "--cores", 1).returncode == 0
-    write_config(folder, {"n4": {"spline_distance_mm": 80}, "qc": {"field_window_log": 0.2}})
-    done = snakemake(folder, *targets, "-n")
-    assert done.returncode == 0
-    assert [line for line in done.stdout.splitlines() if line.startswith("rule ")] == ["rule n4:"]

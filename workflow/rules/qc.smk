@@ -129,7 +129,8 @@ if RATINGS_FILE:
 rule dataset:
     """Describe the results as a BIDS derivative dataset."""
     input:
-        images=[scan.image for scan in SCANS],
+        # where they lie is all that counts
+        images=ancient([scan.image for scan in SCANS]),
     output:
         description="<results>/dataset_description.json",
         bidsignore="<results>/.bidsignore",

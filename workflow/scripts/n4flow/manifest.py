@@ -23,7 +23,7 @@ FORMAT = "n4flow manifest, version 1"
 CLOSE_LOG = 1e-5
 
 #: Keys of the outputs' JSON, at any depth, that hang on the clock, the machine or where folders lie.
-VOLATILE = {"Provenance", "Sources", "DatasetLinks", "Device", "DeviceReason", "WallTimeSeconds"}
+VOLATILE = {"Provenance", "GeneratedBy", "Sources", "DatasetLinks", "Device", "DeviceReason", "WallTimeSeconds"}
 VOLATILE |= {"wall_time_s", "reference_wall_time_s"}
 
 #: Decimals of the control points in the manifest: far below `CLOSE_LOG`.
