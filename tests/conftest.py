@@ -3,22 +3,21 @@
 import os
 from pathlib import Path
 
-import nibabel as nib
 import numpy as np
 import pytest
 
 from n4flow import kernels
-from n4flow.phantom import make_phantom
+from n4flow.phantom import load_tissues, make_phantom
 from n4flow.samples import Samples, log_where
 
 REPOSITORY = Path(__file__).parents[1]
-TISSUES = REPOSITORY / "workflow" / "resources" / "mni152" / "tissues_2mm.nii.gz"
+TISSUES = REPOSITORY / "workflow" / "resources" / "mni152" / "tissues_2mm.nii.gz.base64"
 
 
 @pytest.fixture(scope="session")
 def tissues():
     """Grey matter, white matter and fluid at 2 mm, 0 to 255."""
-    return np.asarray(nib.load(TISSUES).dataobj)
+    return np.asarray(load_tissues(TISSUES).dataobj)
 
 
 @pytest.fixture(scope="session")

@@ -15,9 +15,9 @@ import SimpleITK as sitk
 
 from n4flow.mask import otsu_threshold
 from n4flow.parameters import PRESETS, N4Parameters
-from n4flow.phantom import T1_LIKE, head_tissues, inu_field
+from n4flow.phantom import T1_LIKE, head_tissues, inu_field, load_tissues
 
-TISSUES_2MM = Path(__file__).parents[1] / "workflow" / "resources" / "mni152" / "tissues_2mm.nii.gz"
+TISSUES_2MM = Path(__file__).parents[1] / "workflow" / "resources" / "mni152" / "tissues_2mm.nii.gz.base64"
 
 CONTRASTS = {
     "T1": T1_LIKE,
@@ -131,7 +131,7 @@ def log_bias_field(kind, inu_percent, inside, rng):
 @cache
 def _shares(voxel_size_mm, mni152):
     if voxel_size_mm == 2:
-        return head_tissues(np.asarray(nib.load(TISSUES_2MM).dataobj), 2.0)
+        return head_tissues(np.asarray(load_tissues(TISSUES_2MM).dataobj), 2.0)
     gm, wm, t1 = (np.asarray(nib.load(mni152 / f"{name}.nii.gz").dataobj).astype(float) for name in ("gm", "wm", "t1"))
     csf = np.clip(255 * (t1 > 0) - gm - wm, 0, 255)
     return head_tissues(np.stack([gm, wm, csf], axis=-1).astype(np.uint8), 1.0)

@@ -12,7 +12,6 @@ import time
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-import nibabel as nib
 import numpy as np
 
 REPOSITORY = Path(__file__).parents[2]
@@ -23,7 +22,7 @@ from n4flow.device import available_cores, select_device  # noqa: E402
 from n4flow.estimate import estimate_field, initial_mesh  # noqa: E402
 from n4flow.field import BiasField, Mesh  # noqa: E402
 from n4flow.kernels.cuda import CudaKernels, FieldDivision  # noqa: E402
-from n4flow.phantom import make_phantom  # noqa: E402
+from n4flow.phantom import load_tissues, make_phantom  # noqa: E402
 from tests.conftest import TISSUES, samples_of  # noqa: E402
 
 HEAD = (256, 256, 176)
@@ -44,7 +43,7 @@ LANES = {"75": 64, "80": 64}
 
 def head_samples(shape):
     """The demonstration's phantom head on another grid, every voxel above the background a sample."""
-    tissues = np.asarray(nib.load(TISSUES).dataobj)
+    tissues = np.asarray(load_tissues(TISSUES).dataobj)
     index = [np.linspace(0, n - 1, wanted).round().astype(int) for n, wanted in zip(tissues.shape, shape, strict=False)]
     head = make_phantom(tissues[np.ix_(*index)], 1.0, inu_percent=40, noise_percent=3, seed=1)
     return head.image, samples_of(head.image, head.image > 300)

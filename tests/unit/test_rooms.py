@@ -73,4 +73,4 @@ def test_every_file_that_the_documents_link_to_is_in_the_repository(pytestconfig
         for target in re.findall(r"\]\(([^)#:]+)\)", text):
             path = (pytestconfig.rootpath / document).parent.joinpath(target).resolve()
             assert path.relative_to(pytestconfig.rootpath).as_posix() in listed
-    assert "workflow/resources/mni152/tissues_2mm.nii.gz" in listed
+    assert "workflow/resources/mni152/tissues_2mm.nii.gz.base64" in listed

@@ -5,7 +5,7 @@
 rule demo:
     """Simulate four subjects with 0, 20, 40 and 100 % intensity non-uniformity."""
     input:
-        tissues=workflow.source_path("../resources/mni152/tissues_2mm.nii.gz"),
+        tissues=workflow.source_path("../resources/mni152/tissues_2mm.nii.gz.base64"),
     output:
         images=DEMO_IMAGES,
         mask=DEMO_MASK,

@@ -5,7 +5,7 @@
 rule guide:
     """Write how to read the pages, with six corrections that are broken on purpose."""
     input:
-        tissues=workflow.source_path("../resources/mni152/tissues_2mm.nii.gz"),
+        tissues=workflow.source_path("../resources/mni152/tissues_2mm.nii.gz.base64"),
     output:
         page="<results>/qc/guide.html",
     log:

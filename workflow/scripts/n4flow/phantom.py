@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import gzip
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,6 +29,22 @@ class Phantom(NamedTuple):
     brain: np.ndarray  # bool
     gm: np.ndarray  # bool: grey matter, probability above 0.9
     wm: np.ndarray  # bool: white matter, likewise
+
+
+def load_tissues(path: str | Path) -> Any:
+    """The tissue maps that ship with the workflow.
+
+    Parameters
+    ----------
+    path : path-like
+        A .nii.gz as base64: Snakemake fetches the files of a module from a remote repository as text.
+
+    Returns
+    -------
+    nibabel image
+        4-D, of grey matter, white matter and fluid, 0 to 255.
+    """
+    return nib.Nifti1Image.from_bytes(gzip.decompress(base64.b64decode(Path(path).read_bytes())))
 
 
 def head_tissues(tissues: np.ndarray, voxel_size_mm: float) -> dict[str, np.ndarray]:
@@ -147,10 +165,10 @@ def demo_dataset(tissues: Path, folder: Path) -> None:
     Parameters
     ----------
     tissues : Path
-        4-D image of grey matter, white matter and fluid, 0 to 255.
+        See `load_tissues`.
     folder : Path
     """
-    template: Any = nib.load(tissues)
+    template = load_tissues(tissues)
     shares = np.asarray(template.dataobj)
     size = float(template.header.get_zooms()[0])
 

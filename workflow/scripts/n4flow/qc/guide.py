@@ -19,7 +19,7 @@ from n4flow.files import atomic_text
 from n4flow.mask import mask_scan
 from n4flow.metrics import FLAG_LIMITS, FLAGS
 from n4flow.parameters import N4Parameters
-from n4flow.phantom import make_phantom
+from n4flow.phantom import load_tissues, make_phantom
 from n4flow.qc import panels
 from n4flow.qc.definitions import COLUMNS, DEFINITIONS
 from n4flow.qc.pages import Subject, data_uri, measure_subject
@@ -258,7 +258,7 @@ def make_guide(
 
 
 def _set_up(folder: Path, tissues: Path) -> _Bench:
-    template: Any = nib.load(tissues)
+    template = load_tissues(tissues)
     shares, size_mm = np.asarray(template.dataobj), float(template.header.get_zooms()[0])
     phantom = make_phantom(shares, size_mm, inu_percent=INU_PERCENT, noise_percent=NOISE_PERCENT, seed=SEED)
     bench = _Bench(folder, phantom.image, template.affine)
