@@ -6,6 +6,9 @@ import shutil
 include: "workflow/Snakefile"
 
 
+if not SCANS:
+    raise WorkflowError("config: samples: is empty; path of the sample sheet")
+
 # Snakemake gives a resource no limit unless it is told one, and jobs on one GPU would share its memory.
 # So where a GPU may be used, one n4 job runs at a time, and on the CPU none asks for one.
 # --resources gpu=N overrides this.

@@ -48,6 +48,12 @@ def test_config_with_errors_stops_the_run_with_a_line_each(tmp_path):
     )
 
 
+def test_no_sheet_stops_the_run_with_a_line(tmp_path):
+    write_config(tmp_path, {"samples": ""})
+    line = "config: samples: is empty; path of the sample sheet"
+    assert_stopped_with(snakemake(tmp_path, "--cores", 1), tmp_path, [line])
+
+
 def test_unknown_scan_as_target_is_named(tmp_path):
     write_config(tmp_path)
     scan = raw_scan("01")

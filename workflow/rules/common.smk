@@ -100,7 +100,8 @@ if problems := config_problems(config, CONFIG_SCHEMA):
 config.update(with_defaults(config, CONFIG_SCHEMA))
 
 try:
-    SCANS = read_sheet(config["samples"], SHEET_SCHEMA, made=[*DEMO_IMAGES, DEMO_MASK])
+    # a workflow that imports this one for its rules alone has no sheet
+    SCANS = read_sheet(config["samples"], SHEET_SCHEMA, made=[*DEMO_IMAGES, DEMO_MASK]) if config["samples"] else []
 except InputError as error:
     raise WorkflowError(str(error)) from None
 

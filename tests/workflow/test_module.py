@@ -1,0 +1,91 @@
+"""Another workflow imports this one from a remote repository, as config/README.md shows it."""
+
+import os
+import re
+import shutil
+import subprocess
+from dataclasses import replace
+
+import pytest
+import yaml
+from study import ROOT, head, raw_scan, results_of, save, snakemake, write_sheet
+
+SCAN = replace(raw_scan("01"), image="raw/scan 1.nii")
+
+
+def git(folder, *arguments):
+    who = {f"GIT_{role}_{what}": "test@localhost" for role in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")}
+    subprocess.run(["git", *arguments], cwd=folder, env={**os.environ, **who}, check=True, capture_output=True)
+
+
+@pytest.fixture(scope="module")
+def remote(tmp_path_factory):
+    """What github.com is for these tests: the repository as it lies, with a tag."""
+    folder = tmp_path_factory.mktemp("remote")
+    repository = folder / "your-lab" / "n4flow"
+    for name in ("workflow", "config", "envs"):
+        shutil.copytree(ROOT / name, repository / name, ignore=shutil.ignore_patterns("__pycache__"))
+    git(repository, "init", "-b", "main")
+    git(repository, "add", "-A")
+    git(repository, "commit", "-m", "x")
+    git(repository, "tag", "v0.1.0")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def lab(remote, tmp_path_factory):
+    """A working directory with the example of the manual, and files of its own."""
+    folder = tmp_path_factory.mktemp("lab")
+    manual = (ROOT / "config/README.md").read_text(encoding="utf-8")
+    section = manual.split("## As a module of another workflow")[1].split("\n## ")[0]
+    (folder / "Snakefile").write_text(re.search(r"```python\n(.*?)```", section, re.DOTALL)[1])
+    (folder / "lab.yaml").write_text(re.search(r"```yaml\n(.*?)```", section, re.DOTALL)[1])
+    for mouse in ("m1", "m2"):
+        save(folder / f"mice/{mouse}.nii.gz", head())
+        save(folder / f"mice/{mouse}_brain.nii.gz", head() > 300, dtype="uint8")
+    save(folder / SCAN.image, head())
+    write_sheet(folder / "sheet.tsv", [SCAN])
+    return folder
+
+
+@pytest.fixture
+def from_remote(remote, tmp_path_factory, monkeypatch):
+    """Let git take github.com for the folder beside, and Snakemake keep nothing of it."""
+    monkeypatch.setenv("GIT_CONFIG_COUNT", "1")
+    monkeypatch.setenv("GIT_CONFIG_KEY_0", f"url.{remote.as_uri()}/.insteadOf")
+    monkeypatch.setenv("GIT_CONFIG_VALUE_0", "https://github.com/")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+    monkeypatch.delenv("GITHUB_TOKEN", raising=False)
+
+
+def files_under(folder):
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.usefixtures("from_remote")
+def test_example_of_the_manual_corrects_own_files_and_scans_of_the_sheet(lab):
+    before = files_under(lab)
+    page = results_of(SCAN, "derivatives/n4flow")["page"]
+    done = snakemake(lab, "corrected/m1.nii.gz", page, "--cores", 2, workflow=lab)
+    assert done.returncode == 0, done.stdout
+    made = {path for path in files_under(lab) - before if not path.startswith(".snakemake/")}
+    assert {path.split("/")[0] for path in made} == {"corrected", "derivatives"}
+    names = (".nii.gz", ".json", "_field.json", "_field.nii.gz", ".log", ".tsv")
+    assert {path for path in made if path.startswith("corrected/")} == {f"corrected/m1{name}" for name in names}
+    assert {page, results_of(SCAN, "derivatives/n4flow")["corrected"]} < made
+    log = (lab / "corrected/m1.log").read_text()
+    assert "computing on CPU (asked for)" in log  # the config of the module
+    all_of_it = snakemake(lab, "-n", "--quiet", "rules", workflow=lab)
+    assert all_of_it.returncode == 0, all_of_it.stdout
+
+
+@pytest.mark.usefixtures("from_remote")
+def test_rules_alone_need_no_sheet(lab, tmp_path):
+    for name in ("Snakefile", "mice"):
+        (tmp_path / name).symlink_to(lab / name)
+    config = yaml.safe_load((lab / "lab.yaml").read_text())
+    config["n4flow"]["samples"] = ""
+    (tmp_path / "lab.yaml").write_text(yaml.safe_dump(config))
+    done = snakemake(tmp_path, "corrected/m1.nii.gz", "-n", workflow=tmp_path)
+    assert done.returncode == 0, done.stdout
+    assert "rule correct_mouse:" in done.stdout
