@@ -1,11 +1,12 @@
 """Names of scans, and which scans a BIDS folder holds."""
 
 import json
+import time
 from pathlib import Path
 
 import pytest
 
-from n4flow.bids import DATATYPE_OF, Scan, dataset_root, describe_dataset, index_dataset
+from n4flow.bids import DATATYPE_OF, Scan, dataset_root, describe_dataset, index_dataset, sidecars_of
 from n4flow.errors import InputError
 
 
@@ -179,3 +180,101 @@ def test_what_is_no_scan_of_its_own_is_left_out_and_named(tmp_path, caplog):
     assert [record.getMessage().split(": ")[0] for record in caplog.records] == [
         str(tmp_path / name) for name in sorted(names[1:5])
     ]
+
+
+@pytest.fixture
+def study(tmp_path):
+    """Sessions, runs, echoes and a contrast that not all have."""
+    names = [f"sub-0{n}/ses-{s}/anat/sub-0{n}_ses-{s}" for n in (1, 2, 3) for s in ("pre", "post")]
+    touch(tmp_path, *(f"{name}_acq-{acq}_run-1_T1w.nii.gz" for name in names for acq in ("mprage", "fast")))
+    touch(
+        tmp_path, *(f"{name}_run-{run}_echo-{echo}_MEGRE.nii.gz" for name in names for run in (1, 2) for echo in (1, 2))
+    )
+    touch(tmp_path, f"{names[0]}_FLAIR.nii.gz")
+    touch(tmp_path, "sub-04/anat/sub-04_acq-mprage_T1w.nii.gz")
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("suffixes", "filters", "count"),
+    [
+        (["T1w"], {}, 13),
+        (["T1w"], {"participants": ["01", "sub-03"]}, 8),
+        (["T1w"], {"sessions": ["pre"]}, 6),
+        (["T1w"], {"sessions": ["ses-pre", "post"], "entities": ["acq-fast"]}, 6),
+        (["T1w", "MEGRE"], {"participants": ["02"], "sessions": ["post"], "entities": ["run-1"]}, 4),
+        (["MEGRE"], {"entities": ["run-1", "run-2", "echo-2"]}, 12),
+        (["T1w"], {"entities": ["acq-mprage"]}, 7),
+    ],
+)
+def test_filters_choose_scans(study, suffixes, filters, count):
+    found = index_dataset(study, suffixes, **filters)
+    assert len(found) == count
+    assert len({scan.name for scan in found}) == count
+    if "sessions" in filters:
+        assert {f"ses-{scan.session}" for scan in found} == {
+            f"ses-{s.removeprefix('ses-')}" for s in filters["sessions"]
+        }
+
+
+@pytest.mark.parametrize(
+    ("filters", "line"),
+    [
+        ({"participants": ["01", "9", "10"]}, "holds no participant 10 9; check the labels"),
+        ({"sessions": ["x"]}, "holds no scan with the suffix T1w; check the folder and the filters"),
+        ({"entities": ["acq-x", "run-7"]}, "holds no scan with the suffix T1w and acq-x and run-7; check the folder"),
+        (
+            {"entities": ["mprage"]},
+            "mprage: is no entity of a BIDS name; write it as names have it, such as acq-mprage",
+        ),
+        ({"participants": ["../.."]}, "holds no participant ../..; check the labels"),
+    ],
+)
+def test_filter_that_leaves_nothing_is_an_error_of_one_line(study, filters, line):
+    with pytest.raises(InputError) as error:
+        index_dataset(study, ["T1w"], **filters)
+    assert line in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_subjects_without_a_contrast_are_named(study, caplog):
+    index_dataset(study, ["T1w", "FLAIR"])
+    assert [record.getMessage() for record in caplog.records] == [f"{study}: 3 of 4 subjects have no FLAIR: 02 03 04"]
+
+
+def test_5000_subjects_are_indexed_in_5_seconds(tmp_path):
+    for number in range(5000):
+        anat = tmp_path / f"sub-{number:04d}" / "anat"
+        anat.mkdir(parents=True)
+        (anat / f"sub-{number:04d}_T1w.nii.gz").touch()
+    start = time.process_time()  # the machine may have other things to do
+    assert len(index_dataset(tmp_path, ["T1w", "FLAIR"])) == 5000
+    assert time.process_time() - start < 5
+
+
+def test_link_of_datalad_that_leads_nowhere_is_named_with_what_fetches_it(tmp_path, caplog):
+    touch(tmp_path, "sub-01/anat/sub-01_T1w.nii.gz")
+    image = tmp_path / "sub-02/anat/sub-02_T1w.nii.gz"
+    image.parent.mkdir(parents=True)
+    image.symlink_to("../../.git/annex/objects/Xx/Yy/MD5E-s1--0.nii.gz/MD5E-s1--0.nii.gz")
+    assert len(index_dataset(tmp_path, ["T1w"])) == 1
+    assert caplog.records[0].getMessage() == (
+        f"{image}: left out, is a link to a file that is not there; fetch it: datalad get {image}"
+    )
+
+
+def test_sidecars_are_those_that_bids_lets_an_image_inherit(tmp_path):
+    image = "sub-01/ses-a/func/sub-01_ses-a_task-rest_run-1_bold"
+    wanted = [
+        "bold.json", "task-rest_bold.json", "sub-01/sub-01_bold.json", "sub-01/ses-a/sub-01_ses-a_task-rest_bold.json",
+        "sub-01/ses-a/func/sub-01_ses-a_task-rest_bold.json", f"{image}.json",
+    ]  # fmt: skip
+    others = [
+        "task-nback_bold.json", "T1w.json", "sub-01/ses-b/bold.json", "sub-01/sub-02_bold.json", "../bold.json",
+        "sub-01/ses-a/func/sub-01_ses-a_task-rest_run-2_bold.json", "sub-01/ses-a/func/sub-01_ses-a_bold.tsv",
+    ]  # fmt: skip
+    root = tmp_path / "study"
+    touch(root, "dataset_description.json", f"{image}.nii.gz", *wanted, *others)
+    assert sidecars_of(root / f"{image}.nii.gz") == [root / path for path in wanted]
+    (root / "dataset_description.json").unlink()  # no dataset, nothing inherited
+    assert sidecars_of(root / f"{image}.nii.gz") == [root / wanted[-1]]

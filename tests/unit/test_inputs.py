@@ -15,6 +15,7 @@ from n4flow.inputs import (
     in_fraction,
     load_schema,
     read_sheet,
+    results_problem,
     tune_problems,
     with_defaults,
 )
@@ -371,6 +372,26 @@ def test_link_to_a_file_that_was_not_fetched_is_told_as_such():
     Path("link.nii").symlink_to("absent.nii")
     (problem,) = problems_of("subject image\n01 link.nii")
     assert "link" in problem.replace("link.nii", "")
+
+
+@pytest.mark.parametrize(
+    ("results", "image", "fits"),
+    [
+        ("results", "raw/sub-01/anat/a.nii", True),
+        ("raw/derivatives/n4", "raw/sub-01/anat/a.nii", True),
+        ("raw2", "raw/a.nii", True),
+        ("raw", "raw/sub-01/anat/a.nii", False),
+        (".", "raw/a.nii", False),
+        ("link", "raw/sub-01/anat/a.nii", False),
+        ("raw", "other/../raw/a.nii", False),
+    ],
+)
+def test_results_do_not_go_where_images_lie(tmp_path, results, image, fits):
+    (tmp_path / "link").symlink_to("raw")
+    problem = results_problem(results, [Scan("01", "", "T1w", image)])
+    assert bool(problem) != fits
+    if problem:
+        assert problem.startswith(f"config: pathvars: the results would be written to {results}, where {image} lies; ")
 
 
 # ---------------------------------------------------------------- the fraction

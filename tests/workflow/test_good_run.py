@@ -80,6 +80,7 @@ def _scans():
         "session b": (raw_scan("twice", session="b"), head(seed=3), {"qform": 1, "sform": 4}),
         "run 1": (raw_scan("runs", "run-1_T1w"), head(seed=4), {}),
         "run 2": (raw_scan("runs", "run-2_T1w"), head(seed=5), {}),
+        "echo": (raw_scan("twice", "run-1_echo-2_MEGRE", session="a"), head(seed=7), {}),
         "bold": (raw_scan("frames", "task-rest_bold"), frames(5), {"dtype": np.int16, "frame_time": 2.5}),
         "asl": (raw_scan("label", "asl", extension=".nii"), frames(3), {"units": ("mm", "msec"), "frame_time": 4000}),
         "one frame": (raw_scan("oneframe", "T2w"), head()[..., None], {"frame_time": 3}),
@@ -106,6 +107,17 @@ SCANS = {name: scan for name, (scan, _, _) in CASES.items()}
 each_scan = pytest.mark.parametrize("name", CASES)
 
 
+def state_of(folder):
+    """Everything in a folder: when it was changed last, and what files hold."""
+    return {
+        path.relative_to(folder).as_posix(): [
+            path.lstat().st_mtime_ns,
+            hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "",
+        ]
+        for path in folder.rglob("*")
+    }
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A working directory after a run over all scans."""
@@ -124,7 +136,11 @@ def folder(tmp_path_factory):
     save(folder / "raw/own_mask.nii.gz", mask_of_values())
     save(folder / "raw/all_mask.nii.gz", np.ones(SHAPE), dtype=np.uint8)
     write_sheet(folder / "config" / "samples.tsv", SCANS.values())
+    above = folder / "raw/task-rest_bold.json"
+    above.write_text(json.dumps({"EchoTime": 0.03, "FlipAngle": 70, "TaskName": "rest"}))
+    (folder / SCANS["bold"].image.replace(".nii.gz", ".json")).write_text(json.dumps({"FlipAngle": 75}))
     write_config(folder, {"reference": {"fraction": FRACTION}})
+    (folder / "before.json").write_text(json.dumps(state_of(folder / "raw")))
     done = snakemake(folder, "--cores", 2, threads=2)
     assert done.returncode == 0, done.stdout
     return folder
@@ -145,6 +161,10 @@ def images_of(folder, scan):
 def test_outputs_are_there_and_those_of_sitk_for_the_chosen_fraction_alone(folder, name):
     there = {role for role, path in results_of(SCANS[name]).items() if (folder / path).is_file()}
     assert there == set(roles_of(SCANS[name]))
+
+
+def test_nothing_was_written_where_the_images_lie(folder):
+    assert state_of(folder / "raw") == json.loads((folder / "before.json").read_text())
 
 
 def test_fraction_chose_some_of_the_scans():
@@ -301,6 +321,8 @@ def test_4_d_sidecar_has_what_bids_asks_of_a_series(folder):
 def test_sidecar_keeps_what_that_of_the_image_says(folder):
     sidecar = json.loads((folder / results_of(SCANS["plain"])["sidecar"]).read_text(encoding="utf-8"))
     assert (sidecar["EchoTime"], sidecar["Manufacturer"]) == (0.003, "Größe")
+    bold = json.loads((folder / results_of(SCANS["bold"])["sidecar"]).read_text(encoding="utf-8"))
+    assert (bold["EchoTime"], bold["FlipAngle"]) == (0.03, 75)  # of the dataset, and of the scan itself
 
 
 @pytest.mark.parametrize("name", ["plain", "bold", "annexed"])

@@ -73,6 +73,7 @@ from n4flow.inputs import (
     in_fraction,
     load_schema,
     read_sheet,
+    results_problem,
     tune_problems,
     with_defaults,
 )
@@ -105,6 +106,8 @@ try:
 except InputError as error:
     raise WorkflowError(str(error)) from None
 
+if problem := results_problem(workflow.pathvars.apply("<results>"), SCANS):
+    raise WorkflowError(problem)
 if problems := tune_problems(config["tune"], SCANS):
     raise WorkflowError("\n".join(problems))
 

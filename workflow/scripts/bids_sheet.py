@@ -33,13 +33,30 @@ def main(arguments=None):
     parser.add_argument(
         "--suffix", nargs="+", default=["T1w"], metavar="SUFFIX", help=f"which scans: {' '.join(DATATYPE_OF)}"
     )
+    parser.add_argument("--participant", nargs="+", default=[], metavar="LABEL", help="these alone, such as 01 02")
+    parser.add_argument("--session", nargs="+", default=[], metavar="LABEL", help="these alone, such as baseline")
+    parser.add_argument(
+        "--entity",
+        nargs="+",
+        default=[],
+        metavar="ENTITY",
+        help="what names must hold, such as acq-mprage run-1 run-2: one of those with the same key",
+    )
     parser.add_argument("--output", type=Path, help="the sheet to write; standard output by default")
     given = parser.parse_args(arguments)
     logging.basicConfig(format="n4flow: %(message)s")
     try:
-        scans = index_dataset(given.folder, given.suffix)
+        scans = index_dataset(
+            given.folder,
+            given.suffix,
+            participants=given.participant,
+            sessions=given.session,
+            entities=given.entity,
+        )
     except InputError as error:
         sys.exit(f"n4flow: {error}")
+    except OSError as error:
+        sys.exit(f"n4flow: {error.filename}: cannot be read ({error.strerror}); check its permissions")
     if not given.output:
         sys.stdout.write(sheet_of(scans))
         return

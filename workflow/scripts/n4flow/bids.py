@@ -35,6 +35,9 @@ BIDSIGNORE = "*_biasfield.*\n**/perf/*_mask.*\n**/micr/*_mask.*\nmanifest.json\n
 #: File systems hold names of 255 characters: what the outputs add must fit, too.
 LONGEST_NAME = 200
 
+#: So many subjects are named in a warning.
+NAMED = 10
+
 LABEL = re.compile(r"[A-Za-z0-9]+")
 ENTITY = re.compile(r"[a-z0-9]+-[A-Za-z0-9+]+")
 
@@ -120,8 +123,17 @@ class Scan:
         return found
 
 
-def index_dataset(folder: str | Path, suffixes: Sequence[str]) -> list[Scan]:
+def index_dataset(
+    folder: str | Path,
+    suffixes: Sequence[str],
+    *,
+    participants: Sequence[str] = (),
+    sessions: Sequence[str] = (),
+    entities: Sequence[str] = (),
+) -> list[Scan]:
     """Find the scans of a BIDS dataset, sorted by path; derivatives are left out.
+
+    The log names what is left out, and the subjects that have no scan of one of the suffixes.
 
     Parameters
     ----------
@@ -129,32 +141,62 @@ def index_dataset(folder: str | Path, suffixes: Sequence[str]) -> list[Scan]:
         The dataset: holds ``sub-*`` folders.
     suffixes : sequence of str
         Which scans, such as ``["T1w", "bold"]``.
+    participants, sessions : sequence of str
+        Labels of those to be taken, with or without ``sub-`` and ``ses-``; all by default.
+    entities : sequence of str
+        What the names must hold, such as ``["acq-mprage", "run-1", "run-2"]``: one of the values given for each key.
 
     Raises
     ------
     InputError
-        The folder is no dataset, a suffix is not known, or no scan is found.
+        The folder is no dataset, a suffix is not known, a participant is not there, or no scan is found.
     """
     root = Path(folder)
     for suffix in suffixes:
         if suffix not in DATATYPE_OF:
             raise InputError(suffix, "is no suffix that n4flow knows", f"choose from {' '.join(DATATYPE_OF)}")
+    for entity in entities:
+        if not ENTITY.fullmatch(entity):
+            raise InputError(entity, "is no entity of a BIDS name", "write it as names have it, such as acq-mprage")
     if not root.is_dir():
         raise InputError(folder, "there is no such folder", "give the folder that holds the sub-* folders")
+    wanted: dict[str, set[str]] = {}
+    for entity in entities:
+        wanted.setdefault(entity.partition("-")[0], set()).add(entity)
+    subjects = _chosen(root, "sub-", participants)
     scans = []
-    for subject in sorted(_folders(root, "sub-")):
-        sessions = sorted(_folders(subject, "ses-"))
-        for place, session in [(subject, ""), *((path, path.name[4:]) for path in sessions)]:
+    for subject in subjects:
+        places = [] if sessions else [(subject, "")]
+        places += [(path, path.name[4:]) for path in _chosen(subject, "ses-", sessions)]
+        for place, session in places:
             for datatype in sorted({DATATYPE_OF[suffix] for suffix in suffixes}):
                 for image in sorted(_images(place / datatype)):
                     stem = image.name.removesuffix(".gz").removesuffix(".nii")
-                    *entities, suffix = stem.split("_")
-                    if suffix in suffixes and not _left_out(image, entities, subject.name):
-                        kept = [e for e in entities if not e.startswith(("sub-", "ses-"))]
+                    *parts, suffix = stem.split("_")
+                    if suffix not in suffixes or not all(found & set(parts) for found in wanted.values()):
+                        continue
+                    if missing := missing_file(image):
+                        log.warning("%s: left out, %s; %s", image, *missing)
+                    elif not _left_out(image, parts, subject.name):
+                        kept = [part for part in parts if not part.startswith(("sub-", "ses-"))]
                         scans.append(Scan(subject.name[4:], session, "_".join([*kept, suffix]), str(image)))
+    there = {subject.name[4:] for subject in subjects}
+    if absent := sorted({label.removeprefix("sub-") for label in participants} - there):
+        raise InputError(folder, f"holds no participant {' '.join(absent)}", "check the labels")
     if not scans:
-        raise InputError(folder, f"holds no scan with the suffix {' or '.join(suffixes)}", "check the folder")
+        chosen = " and ".join(filter(None, [" or ".join(suffixes), *map(" or ".join, wanted.values())]))
+        raise InputError(folder, f"holds no scan with the suffix {chosen}", "check the folder and the filters")
+    for suffix in suffixes:
+        if without := sorted(there - {scan.subject for scan in scans if scan.suffix == suffix}):
+            names = " ".join(without[:NAMED]) + (" …" if len(without) > NAMED else "")
+            log.warning("%s: %d of %d subjects have no %s: %s", folder, len(without), len(there), suffix, names)
     return scans
+
+
+def _chosen(place: Path, prefix: str, labels: Sequence[str]) -> list[Path]:
+    """The folders of subjects or sessions, sorted; of these labels alone, if there are any."""
+    names = {prefix + label.removeprefix(prefix) for label in labels}
+    return [path for path in sorted(_folders(place, prefix)) if not names or path.name in names]
 
 
 def _left_out(image: Path, entities: list[str], subject: str) -> bool:
@@ -179,18 +221,12 @@ def _folders(place: Path, prefix: str) -> list[Path]:
 
 
 def _images(place: Path) -> list[Path]:
-    if not place.is_dir():
+    try:
+        with os.scandir(place) as entries:
+            names = [entry.name for entry in entries if entry.name.endswith((".nii", ".nii.gz"))]
+    except (FileNotFoundError, NotADirectoryError):
         return []
-    with os.scandir(place) as entries:
-        names = [entry.name for entry in entries if entry.name.endswith((".nii", ".nii.gz"))]
-    found = [place / name for name in names if not name.startswith(".")]
-    there = []
-    for path in found:
-        if missing := missing_file(path):
-            log.warning("%s: left out, %s; %s", path, *missing)
-        else:
-            there.append(path)
-    return there
+    return [place / name for name in names if not name.startswith(".")]
 
 
 def dataset_root(path: str | Path) -> Path | None:
@@ -202,6 +238,28 @@ def dataset_root(path: str | Path) -> Path | None:
         if (folder / "dataset_description.json").is_file():
             return folder
     return None
+
+
+def sidecars_of(image: Path) -> list[Path]:
+    """The JSON files that say something of an image, from the most general to its own.
+
+    By BIDS' inheritance principle these are, in its folder and those above it up to the dataset's, the files of its
+    suffix whose entities are all among its own: ``task-rest_bold.json`` of the dataset, ``sub-01_task-rest_bold.json``.
+    Outside of a dataset, only the one of its own name is.
+    """
+    stem = image.name.removesuffix(".gz").removesuffix(".nii")
+    root = dataset_root(image)
+    if root is None:
+        own = image.with_name(f"{stem}.json")
+        return [own] if own.is_file() else []
+    *entities, suffix = stem.split("_")
+    place = Path(os.path.abspath(image)).parent
+    found: list[Path] = []
+    for folder in [place, *place.parents][: len(place.relative_to(root).parts) + 1][::-1]:
+        parts = {name: name.removesuffix(".json").split("_") for name in os.listdir(folder) if name.endswith(".json")}
+        fitting = [name for name, (*own, last) in parts.items() if last == suffix and set(own) <= set(entities)]
+        found += [folder / name for name in sorted(fitting, key=lambda name: (len(parts[name]), name))]
+    return [path for path in found if path.is_file()]
 
 
 def raw_uri(path: Path, output: Path) -> str:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from n4flow.bids import own_uri, raw_uri
+from n4flow.bids import own_uri, raw_uri, sidecars_of
 from n4flow.correction import keep_mean_intensity, read_samples, write_corrected
 from n4flow.device import DeviceChoice, select_device
 from n4flow.estimate import Estimate, estimate_field
@@ -210,15 +210,16 @@ def estimate_facts(estimate: Estimate, samples: Samples, parameters: N4Parameter
 
 
 def _image_metadata(volume: Volume) -> dict[str, Any]:
-    """What the raw image's own sidecar says, and what BIDS asks of a derivative beside it."""
-    own = volume.path.with_name(volume.path.name.removesuffix(".gz").removesuffix(".nii") + ".json")
-    try:
-        metadata = json.loads(own.read_text(encoding="utf-8"), parse_constant=_refuse) if own.is_file() else {}
-        if not isinstance(metadata, dict):
-            raise ValueError("it holds no object")
-    except (OSError, ValueError) as error:
-        log.warning("%s: left out of the sidecar, cannot be read (%s)", own, error)
-        metadata = {}
+    """What the raw image's sidecars say, and what BIDS asks of a derivative beside it."""
+    metadata: dict[str, Any] = {}
+    for path in sidecars_of(volume.path):
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse)
+            if not isinstance(content, dict):
+                raise ValueError("it holds no object")
+            metadata |= content
+        except (OSError, ValueError, RecursionError) as error:
+            log.warning("%s: left out of the sidecar, cannot be read (%s)", path, error)
     task = re.search(r"_task-([A-Za-z0-9]+)_", volume.path.name)
     if task:
         metadata.setdefault("TaskName", task[1])

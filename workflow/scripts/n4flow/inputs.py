@@ -6,6 +6,7 @@ import csv
 import difflib
 import itertools
 import math
+import os
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -257,6 +258,19 @@ def read_sheet(path: str | Path, schema: Mapping[str, Any], made: Collection[str
     if problems:
         raise InputError.of_lines(problems)
     return [scan for _, scan in scans.values()]
+
+
+def results_problem(results: str | Path, scans: Sequence[Scan]) -> str:
+    """What is wrong with the folder of the results beside the sheet: it may hold no image that goes in."""
+    root = os.path.realpath(results) + os.sep
+    folders = {os.path.dirname(scan.image): scan.image for scan in scans}
+    for folder, image in folders.items():
+        if f"{os.path.realpath(folder)}{os.sep}".startswith(root):
+            return (
+                f"config: pathvars: the results would be written to {results}, where {shortened(image)} lies; "
+                "give them a folder of their own"
+            )
+    return ""
 
 
 def _field_source_problem(scan: Scan, scans: Mapping[str, Scan]) -> str:
