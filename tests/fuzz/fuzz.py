@@ -4,7 +4,7 @@ python tests/fuzz/fuzz.py header --seconds 600 --seed 1 --keep /tmp/found
 
 Whatever a file holds, a reader takes it or raises InputError of one line per problem: every other exception is a
 defect, and so is memory beyond the limit. A file that shows one is kept, and its message printed. What was found
-stands as tests in tests/unit/test_fuzzed.py.
+stands as tests in tests/unit/test_hostile.py.
 """
 
 import argparse

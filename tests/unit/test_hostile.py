@@ -1,6 +1,7 @@
 """Files made to do harm: each is refused with one line, and memory stays bounded."""
 
 import gzip
+import json
 import os
 import pickle
 import subprocess
@@ -12,8 +13,8 @@ import numpy as np
 import pytest
 
 from n4flow.errors import InputError
-from n4flow.field import BiasField
-from n4flow.inputs import load_schema, read_sheet
+from n4flow.field import BiasField, Mesh
+from n4flow.inputs import config_problems, load_schema, read_sheet
 from n4flow.volume import HELD_VOXELS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -201,3 +202,30 @@ def test_name_of_thousands_of_characters_is_one_short_line(tmp_path, monkeypatch
     (line,) = str(error.value).splitlines()
     assert "characters, more than 200, shorten them" in line
     assert len(line) < 400
+
+
+@pytest.mark.parametrize("key", ["a\nb", "\u2028", "\x85x", "\r"])
+def test_problem_of_a_key_with_line_ends_is_one_line(key):
+    (problem,) = config_problems({key: 1}, CONFIG_SCHEMA)
+    assert len(problem.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("MeshStartVoxel", [1e308, 0, 0]),
+        ("SpanVoxels", [5e-324, 10, 10]),
+        ("SpanVoxels", [10, 1e300, 10]),
+        ("VoxelToMesh", [[1e308, 0, 0, 0], [0, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]]),
+        ("Affine", [[1e-200, 0, 0, 0], [0, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]]),
+        ("Affine", [[1, 1, 0, 0], [1, 1 + 1e-15, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]]),
+        ("Affine", [[1, 0, 0, -1e308], [0, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]]),
+    ],
+)
+def test_lattice_laid_beyond_any_image_is_refused_with_one_line(tmp_path, key, value):
+    field = BiasField(np.zeros((4, 4, 4)), Mesh((1, 1, 1), (0, 0, 0), (9, 9, 9)), (10, 10, 10), np.eye(4))
+    path = tmp_path / "field.json"
+    path.write_text(json.dumps({**field.to_mapping(), key: value}))
+    with pytest.raises(InputError, match="is no n4flow bias field") as error:
+        BiasField.load(path)
+    assert len(str(error.value).splitlines()) == 1

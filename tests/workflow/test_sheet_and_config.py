@@ -118,6 +118,15 @@ def test_image_that_was_not_fetched_is_named_when_the_sheet_is_made(bids_folder)
     assert "Traceback" not in made.stderr
 
 
+def test_filters_of_the_command_choose_the_rows(bids_folder):
+    chosen = ("--suffix", "T1w", "FLAIR", "--participant", "01", "02", "--entity", "run-2")
+    assert bids_sheet(bids_folder, "raw", *chosen).stdout.splitlines()[1:] == [
+        "02\t\traw/sub-02/anat/sub-02_run-2_T1w.nii\t\trun-2_T1w"
+    ]
+    made = bids_sheet(bids_folder, "raw", "--session", "b")
+    assert made.stdout.splitlines()[1:] == ["01\tb\traw/sub-01/ses-b/anat/sub-01_ses-b_T1w.nii.gz\t\tT1w"]
+
+
 def test_sheet_goes_to_standard_output(bids_folder):
     made = bids_sheet(bids_folder, "raw", "--suffix", "bold")
     assert made.stdout.splitlines()[1:] == ["03\t\traw/sub-03/func/sub-03_task-rest_bold.nii.gz\t\ttask-rest_bold"]
