@@ -263,6 +263,18 @@ def test_link_of_datalad_that_leads_nowhere_is_named_with_what_fetches_it(tmp_pa
     )
 
 
+def test_links_that_lead_to_themselves_are_left_out_and_named(tmp_path, caplog):
+    touch(tmp_path, "sub-01/anat/sub-01_T1w.nii.gz")
+    (tmp_path / "sub-02").mkdir()
+    loops = [tmp_path / path for path in ("sub-01/anat/sub-01_run-1_T1w.nii", "sub-02/anat", "sub-03", "sub-01/ses-1")]
+    for loop in loops:
+        loop.symlink_to(loop.name)
+    (tmp_path / "sub-04").symlink_to(".")  # leads up: what it holds is of others
+    assert [scan.name for scan in index_dataset(tmp_path, ["T1w"])] == ["sub-01_T1w"]
+    said = {record.getMessage().split(": left out")[0] for record in caplog.records[:-1]}
+    assert said == {str(loop) for loop in loops}
+
+
 def test_sidecars_are_those_that_bids_lets_an_image_inherit(tmp_path):
     image = "sub-01/ses-a/func/sub-01_ses-a_task-rest_run-1_bold"
     wanted = [

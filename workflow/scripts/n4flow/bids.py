@@ -217,7 +217,11 @@ def _left_out(image: Path, entities: list[str], subject: str) -> bool:
 
 def _folders(place: Path, prefix: str) -> list[Path]:
     with os.scandir(place) as entries:
-        return [Path(entry.path) for entry in entries if entry.name.startswith(prefix) and entry.is_dir()]
+        found = [Path(entry.path) for entry in entries if entry.name.startswith(prefix)]
+    for path in found:
+        if path.is_symlink() and not os.path.isdir(path):
+            log.warning("%s: left out, is a link that leads nowhere; fetch it, or mend the link", path)
+    return [path for path in found if os.path.isdir(path)]
 
 
 def _images(place: Path) -> list[Path]:
@@ -225,6 +229,9 @@ def _images(place: Path) -> list[Path]:
         with os.scandir(place) as entries:
             names = [entry.name for entry in entries if entry.name.endswith((".nii", ".nii.gz"))]
     except (FileNotFoundError, NotADirectoryError):
+        return []
+    except OSError as error:  # no permission, a link that leads to itself
+        log.warning("%s: left out, cannot be read (%s); check it", place, error.strerror)
         return []
     return [place / name for name in names if not name.startswith(".")]
 
