@@ -136,7 +136,10 @@ def test_sheet_goes_to_standard_output(bids_folder):
     ("arguments", "line"),
     [
         (["absent"], "n4flow: absent: there is no such folder; give the folder that holds the sub-* folders"),
-        (["raw", "--suffix", "angio"], "n4flow: raw: holds no scan with the suffix angio; check the folder"),
+        (
+            ["raw", "--suffix", "angio"],
+            "n4flow: raw: holds no scan with the suffix angio; check the folder and the filters",
+        ),
     ],
 )
 def test_folder_without_scans_is_an_error_of_one_line(bids_folder, arguments, line):
