@@ -27,6 +27,7 @@ rule default:
 
 
 onstart:
+    check_places()
     # one broken scan must not keep the others from being done: --keep-going is the default here
     workflow.scheduler.keepgoing = True
 

@@ -66,6 +66,7 @@ sys.path.insert(0, str(PACKAGE[0].parent.parent))
 
 from n4flow.bids import DATATYPE_OF
 from n4flow.errors import InputError
+from n4flow.files import remove_abandoned, why_not_writable
 from n4flow.console import last_error
 from n4flow.inputs import (
     config_problems,
@@ -87,6 +88,9 @@ SHEET_SCHEMA = load_schema(workflow.source_path("../schemas/samples.schema.yaml"
 BUNDLE = "<results>/qc/bundle"
 
 RUN_START = time.time()
+
+# In a job of a cluster Snakemake runs twice beside the script, with 140 MB each.
+SNAKEMAKE_MB = 300
 
 DEMO_ROOT = "resources/demo"
 DEMO_ANAT = f"{DEMO_ROOT}/sub-{{subject}}/anat/sub-{{subject}}"
@@ -264,18 +268,42 @@ def tune_inputs(wildcards):
     }
 
 
-def memory_mb(baseline, per_mb):
+def memory_mb(baseline, per_mb, per_mb_unshrunk=0):
     """Memory of a job: a baseline, and more for each megabyte of the image's file (of the largest).
 
-    It grows with each attempt, for executors that end a job that exceeds it.
+    Where every voxel is a sample, `per_mb_unshrunk` comes on top, and so much less the further n4.shrink_factor thins
+    them out. Memory grows with each attempt, for executors that end a job that exceeds it.
     """
+    thinned = config["n4"].get("shrink_factor", 4) ** 3
 
     def resource(wildcards, input, attempt):
         images = map(Path, input.get("images") or [input.image])
         size_mb = max(image.stat().st_size / 1e6 if image.is_file() else 0 for image in images)
-        return int(baseline + per_mb * size_mb) * attempt
+        return int(SNAKEMAKE_MB + baseline + (per_mb + per_mb_unshrunk / thinned) * size_mb) * attempt
 
     return resource
+
+
+def check_places():
+    """Before the first job, and so before Snakemake removes what is to be made anew: can be written, is there a GPU?
+
+    What a run that was killed left half-written is removed.
+    """
+    problems = []
+    for place in map(workflow.pathvars.apply, ("<results>", "<logs>", "<benchmarks>")):
+        if problem := why_not_writable(place):
+            problems.append(f"{problem}: {place} is to be there (pathvars in the config)")
+        remove_abandoned(place)
+    on_gpu = any(job.resources.get("gpu") for job in workflow.dag.needrun_jobs())
+    if config["device"] == "gpu" and on_gpu and workflow.local_exec and not workflow.deployment_settings.deployment_method:
+        from n4flow.device import select_device
+
+        try:
+            select_device("gpu").lock.close()
+        except InputError as error:
+            problems.append(str(error))
+    if problems:
+        raise WorkflowError("\n".join(problems))
 
 
 def report_failures():

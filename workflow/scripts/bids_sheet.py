@@ -63,8 +63,8 @@ def main(arguments=None):
     try:
         with atomic_text(given.output) as file:
             file.write(sheet_of(scans))
-    except OSError as error:
-        sys.exit(f"n4flow: {given.output}: cannot be written ({error.strerror}); give a path in a folder that is there")
+    except InputError as error:
+        sys.exit(f"n4flow: {error}")
     print(f"{len(scans)} scans; next: snakemake --cores 8 --config samples={given.output}", file=sys.stderr)
 
 

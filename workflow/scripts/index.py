@@ -20,12 +20,15 @@ def main(snakemake):
     page, table = Path(snakemake.output.page), Path(snakemake.output.table)
     metrics, ratings = [Path(path) for path in snakemake.input.metrics], snakemake.input.ratings or None
     make_index(metrics, page, table, ratings=ratings, outlier_z=snakemake.params.outlier_z)
-    bundle = Path(snakemake.output.bundle)
+    complete = Path(snakemake.output.bundle)
+    bundle = complete.with_name(f"{complete.name}.partial")
+    shutil.rmtree(bundle, ignore_errors=True)
     (bundle / "data").mkdir(parents=True)
     for file in (page, table, *map(Path, [snakemake.input.guide, *snakemake.input.pages])):
         link(file, bundle / file.name)
     for file in map(Path, snakemake.input.pictures):
         link(file, bundle / "data" / file.name)
+    bundle.replace(complete)
 
 
 if __name__ == "__main__":

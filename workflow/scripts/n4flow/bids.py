@@ -12,7 +12,7 @@ from pathlib import Path
 
 from n4flow import __version__
 from n4flow.errors import InputError
-from n4flow.files import missing_file, write_json
+from n4flow.files import atomic_text, missing_file, write_json
 
 log = logging.getLogger(__name__)
 
@@ -315,4 +315,5 @@ def describe_dataset(images: Iterable[str | Path], description: Path, bidsignore
             "DatasetLinks": {_link_name(root, folder): os.path.relpath(root, folder) for root in sorted(roots)},
         },
     )
-    bidsignore.write_text(BIDSIGNORE, encoding="utf-8")
+    with atomic_text(bidsignore) as file:
+        file.write(BIDSIGNORE)

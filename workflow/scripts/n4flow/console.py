@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import signal
 import sys
 import traceback
 from collections.abc import Iterator
@@ -36,6 +37,9 @@ def reporting(log_path: str | Path) -> Iterator[None]:
         try:
             yield
             print(DONE, file=file)
+        except KeyboardInterrupt:
+            _say(f"{PREFIX}stopped by hand (Ctrl-C)\n", file)
+            sys.exit(128 + signal.SIGINT)
         except InputError as error:
             _say(f"{PREFIX}{error}\n", file, terminal)
             sys.exit(1)

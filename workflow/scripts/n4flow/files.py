@@ -3,12 +3,25 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import fcntl
 import json
 import os
 import shlex
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
+
+from n4flow.errors import InputError
+
+#: What to do where the operating system refuses to write.
+REMEDIES = {
+    errno.ENOSPC: "make room there, then run the same command again",
+    errno.EDQUOT: "make room there or ask for a larger quota, then run the same command again",
+    errno.EROFS: "give a folder that can be written to",
+    errno.EACCES: "give a folder that you may write to",
+    errno.ENOENT: "give a path in a folder that is there",
+}
 
 
 def missing_file(path: str | Path) -> tuple[str, str] | None:
@@ -40,12 +53,12 @@ def shortened(text: str, most: int = 200) -> str:
 
 
 def atomic_text(path: str | Path) -> contextlib.AbstractContextManager[Any]:
-    """A text file that appears under its name when it is complete."""
+    """A text file that appears under its name when it is complete; `InputError` if it cannot be written."""
     return _atomic(path, "w", "utf-8")
 
 
 def atomic_bytes(path: str | Path) -> contextlib.AbstractContextManager[Any]:
-    """A file of bytes that appears under its name when it is complete."""
+    """A file of bytes that appears under its name when it is complete; `InputError` if it cannot be written."""
     return _atomic(path, "wb", None)
 
 
@@ -55,11 +68,54 @@ def _atomic(path: str | Path, mode: str, encoding: str | None) -> Iterator[Any]:
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         with open(partial, mode, encoding=encoding) as file:
+            _lock(file)
             yield file
-        os.replace(partial, path)
+            file.flush()
+            os.fsync(file.fileno())  # a name without its content would outlive a loss of power
+            os.replace(partial, path)
+    except OSError as error:
+        _remove(partial)
+        if error.errno not in REMEDIES:
+            raise
+        raise InputError(path, f"cannot be written ({error.strerror})", REMEDIES[error.errno]) from None
     except BaseException:
-        partial.unlink(missing_ok=True)
+        _remove(partial)
         raise
+
+
+def _lock(file: Any) -> bool:
+    """Take a lock that ends with the process; False if another one has it, or the file system knows none."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
+
+
+def _remove(path: Path) -> None:
+    with contextlib.suppress(OSError):
+        path.unlink()
+
+
+def remove_abandoned(folder: str | Path) -> None:
+    """Remove what processes that were killed had begun to write anywhere in a folder, but nothing that is being written."""
+    for place, _, names in os.walk(folder):
+        for name in names:
+            if name.endswith(".partial"):
+                with contextlib.suppress(OSError), open(Path(place, name), "rb") as file:
+                    if _lock(file):
+                        _remove(Path(place, name))
+
+
+def why_not_writable(folder: str | Path) -> str:
+    """Why nothing can be written to a folder, or to where it would be made, in one line; empty if it can."""
+    path = Path(os.path.abspath(folder))
+    there = next(place for place in (path, *path.parents) if place.exists())
+    if os.access(there, os.W_OK | os.X_OK):
+        return ""
+    read_only = os.statvfs(there).f_flag & os.ST_RDONLY
+    number = errno.EROFS if read_only else errno.EACCES
+    return str(InputError(there, f"cannot be written ({os.strerror(number)})", REMEDIES[number]))
 
 
 def write_json(path: str | Path, content: Mapping[str, Any]) -> None:

@@ -14,7 +14,7 @@ from nibabel.orientations import axcodes2ornt, io_orientation, ornt_transform
 from numpy.polynomial import legendre
 
 from n4flow.bids import BIDS_VERSION
-from n4flow.files import write_json
+from n4flow.files import atomic_bytes, write_json
 
 #: T1-like intensities of grey matter, white matter, fluid, skull and scalp (fat, as bright as white matter).
 T1_LIKE = {"gm": 720.0, "wm": 1000.0, "csf": 280.0, "skull": 120.0, "scalp": 1000.0}
@@ -180,7 +180,8 @@ def demo_dataset(tissues: Path, folder: Path) -> None:
         image.set_sform(image.affine, 1)
         if array.dtype == np.int16:
             image.header.set_slope_inter(0.25, 0)
-        nib.save(image, path)
+        with atomic_bytes(path) as file:
+            file.write(gzip.compress(image.to_bytes(), compresslevel=1, mtime=0))
 
     for number, inu_percent in enumerate((0, 20, 40, 100), start=1):
         subject = f"sub-{number:02d}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -99,7 +100,13 @@ def reference_field(samples: Samples, parameters: N4Parameters) -> Estimate:
         log.info("%s: SimpleITK, level %d, iteration %d, cv %.2e", samples.source, *line)
 
     n4.AddCommand(sitk.sitkIterationEvent, note_iteration)
-    n4.Execute(image, mask)
+    try:
+        n4.Execute(image, mask)
+    except RuntimeError:
+        # Ctrl-C arrives in the function above, and SimpleITK makes it an error of its own
+        if isinstance(getattr(sys, "last_value", None), KeyboardInterrupt):
+            raise KeyboardInterrupt from None
+        raise
     log_field = sitk.GetArrayFromImage(n4.GetLogBiasFieldAsImage(image)).T.astype(np.float64)
     n4.RemoveAllCommands()
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import math
-import os
+import sys
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,7 +21,7 @@ from nibabel.spatialimages import HeaderDataError
 from nibabel.wrapstruct import WrapStructError
 
 from n4flow.errors import InputError
-from n4flow.files import missing_file
+from n4flow.files import atomic_bytes, missing_file
 
 #: Voxels in a slab: what reading, evaluating and writing hold in memory at a time, per array. So few lie in a core's
 #: cache, which takes a fifth off the time of a correction (2**20 to 2**18).
@@ -348,8 +348,8 @@ class VolumeWriter:
         self.header = header
 
     def __enter__(self) -> Self:
-        self._partial = self.path.with_name(f".{self.path.name}.{os.getpid()}.partial")
-        self._file = open(self._partial, "wb")
+        self._place = contextlib.ExitStack()
+        self._file = self._place.enter_context(atomic_bytes(self.path))
         self._stream: Any = self._file
         if self.path.suffix == ".gz":
             # neither name nor time in the gzip header: the same image is the same file
@@ -398,8 +398,7 @@ class VolumeWriter:
                 self._stream.write(bytes(self._pending))
                 if self._stream is not self._file:
                     self._stream.close()
-                self._file.close()
-                os.replace(self._partial, self.path)
-        finally:
-            self._file.close()
-            self._partial.unlink(missing_ok=True)
+        except BaseException:
+            self._place.__exit__(*sys.exc_info())
+            raise
+        self._place.__exit__(kind, error, trace)

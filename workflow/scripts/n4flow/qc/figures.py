@@ -12,6 +12,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
 
+from n4flow.files import atomic_bytes
 from n4flow.qc.dataset import OUTLIER_Z, load_ranked
 from n4flow.qc.definitions import COLUMNS
 from n4flow.qc.panels import AFTER, BEFORE, FAINT, INK, THUMBNAIL_PIXELS
@@ -37,8 +38,10 @@ def make_figures(
         Robust z beyond which a scan is flagged as an outlier.
     """
     scans = load_ranked(metrics_files, outlier_z)
-    _distributions(scans).savefig(distributions)
-    _worst(scans[:WORST]).save(worst)
+    with atomic_bytes(distributions) as file:
+        _distributions(scans).savefig(file, format="png")
+    with atomic_bytes(worst) as file:
+        _worst(scans[:WORST]).save(file, "PNG")
 
 
 def _distributions(scans: list[dict[str, Any]]) -> Figure:

@@ -1,0 +1,127 @@
+"""The built-in dataset through a real SLURM with the profile, while a node is lost, a job cancelled and memory exceeded."""
+
+import importlib.util
+import re
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from typing import NamedTuple
+
+import pytest
+from cluster import Cluster, what_is_missing
+
+from tests.workflow.study import ROOT, partial_files, snakemake
+
+SUBJECTS = ("01", "02", "03", "04")
+
+#: Subjects whose jobs meet a fault.
+POWER_LOST, CANCELLED, MEMORY_EXCEEDED = "01", "02", "03"
+
+#: At the first attempt less memory than Snakemake itself takes, at the second enough.
+MEMORY = f"qc:mem_mb=(60 if attempt == 1 else 900) if wildcards.entities == 'sub-{MEMORY_EXCEEDED}' else 900"
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    if not importlib.util.find_spec("snakemake_executor_plugin_slurm"):
+        pytest.skip("no snakemake-executor-plugin-slurm: install envs/requirements-slurm.txt")
+    if problem := what_is_missing():
+        pytest.skip(problem)
+    with Cluster() as cluster:
+        yield cluster
+
+
+class Run(NamedTuple):
+    """A run with faults: how it ended, what it said, and the jobs that SLURM knows of."""
+
+    code: int
+    terminal: str
+    jobs: list
+
+
+def first_running(cluster, subject, rule, seconds=200):
+    """The first job of a rule on a subject, once it runs."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        for job in cluster.jobs():
+            if job["state"] == "RUNNING" and job["comment"].startswith(f"rule_{rule}_wildcards_sub-{subject}"):
+                return job
+        time.sleep(0.5)
+    raise TimeoutError(f"no job of {rule} on {subject} runs")
+
+
+@pytest.fixture(scope="module")
+def run(cluster, tmp_path_factory):
+    """A working directory, and the run over the built-in dataset in it."""
+    folder = tmp_path_factory.mktemp("slurm")
+    shutil.copytree(ROOT / "config", folder / "config")
+
+    def break_things():
+        cluster.power_off(first_running(cluster, POWER_LOST, "reference")["node"])
+        cluster.ask("scancel", first_running(cluster, CANCELLED, "reference")["id"])
+
+    breaking = threading.Thread(target=break_things, daemon=True)
+    breaking.start()
+    command = [sys.executable, "-m", "snakemake", "-s", ROOT / "Snakefile", "--directory", folder]
+    command += ["--profile", ROOT / "workflow/profiles/slurm", "--set-resources", MEMORY]
+    command += ["--slurm-init-seconds-before-status-checks", "1", "--seconds-between-status-checks", "1"]
+    done = subprocess.run(
+        list(map(str, command)),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
+    )
+    (folder / "terminal.txt").write_text(done.stdout)
+    return folder, Run(done.returncode, done.stdout, cluster.jobs())
+
+
+def states(run, rule, subject):
+    """How the jobs of a rule on a subject ended, in their order."""
+    wanted = f"rule_{rule}_wildcards_sub-{subject}"
+    jobs = sorted(run[1].jobs, key=lambda job: int(job["id"]))
+    return [job["state"] for job in jobs if job["comment"].startswith(wanted)]
+
+
+def test_run_ends_well_in_spite_of_three_faults(run):
+    assert run[1].code == 0, run[1].terminal
+
+
+def test_job_of_a_lost_node_is_done_on_the_other(run):
+    assert states(run, "reference", POWER_LOST) == ["NODE_FAIL", "COMPLETED"]
+
+
+def test_cancelled_job_is_done_again(run):
+    assert states(run, "reference", CANCELLED)[0] in {"CANCELLED", "NODE_FAIL"}
+    assert states(run, "reference", CANCELLED)[-1] == "COMPLETED"
+
+
+def test_job_that_exceeded_its_memory_gets_more(run):
+    assert states(run, "qc", MEMORY_EXCEEDED) in (["OUT_OF_MEMORY", "COMPLETED"], ["FAILED", "COMPLETED"])
+
+
+def test_every_scan_is_done_and_nothing_is_half_written(run):
+    folder, _ = run
+    rows = (folder / "results/qc/metrics.tsv").read_text(encoding="utf-8").splitlines()
+    assert {row.split("\t")[0] for row in rows[1:]} == {f"sub-{subject}_T1w" for subject in SUBJECTS}
+    assert partial_files(folder / "results") == []
+
+
+def test_each_n4_job_asked_for_a_gpu_of_its_own(run):
+    asked = re.findall(r"^rule n4:.*?resources: ([^\n]*)", run[1].terminal, re.M | re.S)
+    assert len(asked) >= len(SUBJECTS)
+    assert all("gpu=1" in resources for resources in asked)
+
+
+def test_results_are_those_of_a_run_without_a_cluster(run, tmp_path):
+    folder, _ = run
+    shutil.copytree(ROOT / "config", tmp_path / "config")
+    shutil.copytree(folder / "resources", tmp_path / "resources")
+    images = [f"results/sub-{s}/anat/sub-{s}_desc-N4_T1w.nii.gz" for s in SUBJECTS]
+    images += [f"results/sub-{s}/anat/sub-{s}_desc-N4sitk_T1w.nii.gz" for s in (POWER_LOST, CANCELLED)]
+    done = snakemake(tmp_path, *images, "--cores", 2)
+    assert done.returncode == 0, done.stdout
+    assert [path for path in images if (folder / path).read_bytes() != (tmp_path / path).read_bytes()] == []
