@@ -1,7 +1,7 @@
 """A real SLURM on this machine alone: munge, a controller, and nodes with a GPU each that is only counted.
 
 `python tests/slurm/cluster.py` starts one and keeps it until Ctrl-C, to try things by hand. It needs root and Debian's
-packages slurmctld, slurmd, slurm-client and munge; systemd and accounting are not needed. All traffic stays on loopback.
+packages slurmctld, slurmd, slurm-client and munge; no systemd and no accounting. All traffic stays on loopback.
 """
 
 import contextlib
@@ -87,7 +87,8 @@ class Cluster:
             # a device file of its own; with a plain file CUDA_VISIBLE_DEVICES is not set
             (self.folder / name / "nvidia0").symlink_to("/dev/null")
             nodes.append(
-                f"NodeName={name} NodeHostname={host} NodeAddr=127.0.0.1 Port={port + n} CPUs=2 RealMemory=6000 Gres=gpu:1"
+                f"NodeName={name} NodeHostname={host} NodeAddr=127.0.0.1 Port={port + n} "
+                "CPUs=2 RealMemory=6000 Gres=gpu:1"
             )
         text = SLURM_CONF.format(host=host, port=port, folder=self.folder, nodes="\n".join(nodes))
         (self.folder / "slurm.conf").write_text(text)
@@ -98,11 +99,9 @@ class Cluster:
         CONFIG.symlink_to(self.folder / "slurm.conf")
         try:
             self.folder.chmod(0o755)
-            munge = (
-                f"munged --foreground --force --key-file={self.folder}/munge.key --socket={self.folder}/munge.socket"
-            )
-            munge += f" --pid-file={self.folder}/munge.pid --log-file={self.folder}/munge.log"
-            munge += f" --seed-file={self.folder}/munge.seed"
+            munge = "munged --foreground --force"
+            for option in ("key-file", "socket", "pid-file", "log-file", "seed-file"):
+                munge += f" --{option}={self.folder}/munge.{option.removesuffix('-file')}"
             subprocess.run(["mungekey", f"--keyfile={self.folder}/munge.key"], check=True)
             self._start("munged", munge)
             wait_for(lambda: (self.folder / "munge.socket").exists(), 10, "munged does not start")
@@ -141,11 +140,8 @@ class Cluster:
         daemon = self._daemons.pop(node, None)
         if daemon:
             # job steps are no children of the daemon: they are found by the node's name that SLURM gives them
-            for pid in [
-                daemon.pid,
-                *processes_with(f"SLURMD_NODENAME={node}"),
-                *step_daemons(self.folder / f"{node}.log"),
-            ]:
+            steps = step_daemons(self.folder / f"{node}.log")
+            for pid in [daemon.pid, *steps, *processes_with(f"SLURMD_NODENAME={node}")]:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
             daemon.wait()

@@ -1,4 +1,4 @@
-"""The built-in dataset through a real SLURM with the profile, while a node is lost, a job cancelled and memory exceeded."""
+"""The built-in dataset through a real SLURM: a node is lost, a job is cancelled, a job exceeds its memory."""
 
 import importlib.util
 import re

@@ -38,7 +38,8 @@ def named(path: Path) -> str:
 
 
 def test_every_expected_file_is_there():
-    assert [path.name for path in LOCKS] == ["requirements-gpu.txt", "requirements-test.txt", "requirements.txt"]
+    names = ["requirements-gpu.txt", "requirements-slurm.txt", "requirements-test.txt", "requirements.txt"]
+    assert [path.name for path in LOCKS] == names
     assert [path.name for path in CONDA] == ["n4.yaml", "qc.yaml", "reference.yaml"]
     assert [path.with_suffix(".in").is_file() for path in LOCKS] == [True] * len(LOCKS)
 
@@ -76,13 +77,14 @@ def test_tests_run_with_the_packages_of_a_run():
     assert {name: test.get(name) for name in run} == run
 
 
-def test_gpu_packages_fit_on_top_of_a_run():
-    gpu = locked(ENVS / "requirements-gpu.txt")
+@pytest.mark.parametrize("added", ["requirements-gpu.txt", "requirements-slurm.txt"])
+def test_packages_that_are_added_fit_on_top_of_a_run(added):
+    more = locked(ENVS / added)
     for other in ("requirements.txt", "requirements-test.txt"):
         pins = locked(ENVS / other)
-        shared = gpu.keys() & pins.keys()
+        shared = more.keys() & pins.keys()
         assert "numpy" in shared
-        assert {name: gpu[name] for name in shared} == {name: pins[name] for name in shared}
+        assert {name: more[name] for name in shared} == {name: pins[name] for name in shared}
 
 
 @pytest.mark.parametrize("environment", CONDA, ids=named)

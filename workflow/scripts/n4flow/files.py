@@ -98,7 +98,7 @@ def _remove(path: Path) -> None:
 
 
 def remove_abandoned(folder: str | Path) -> None:
-    """Remove what processes that were killed had begun to write anywhere in a folder, but nothing that is being written."""
+    """Remove what processes that were killed had begun to write in a folder; not what is being written now."""
     for place, _, names in os.walk(folder):
         for name in names:
             if name.endswith(".partial"):
