@@ -342,7 +342,8 @@ def report_failures():
             ratings=RATINGS_FILE or None,
             outlier_z=config["qc"]["flags"]["outlier_z"],
         )
-    except ImportError as error:  # the workflow's own environment need not hold the QC's packages
+    # the workflow's own environment need not hold the QC's packages; a disk may be full
+    except (ImportError, InputError) as error:
         logger.error(f"No index over the scans that are done: {error}")
     else:
         logger.error(f"{len(done)} of {len(SCANS)} scans are done, {len(failed)} failed: see {qc / 'index.html'}")
