@@ -50,6 +50,14 @@ def test_a_job_that_was_killed_is_noticed(tmp_path, pytestconfig):
     assert last_error(tmp_path / "log").startswith("ended without a word")
 
 
+def test_a_job_that_was_stopped_by_hand_says_so_in_its_log_alone(tmp_path, capsys):
+    log = tmp_path / "job.log"
+    with pytest.raises(SystemExit, match="130"), reporting(log):
+        raise KeyboardInterrupt
+    assert last_error(log) == "stopped by hand (Ctrl-C)"
+    assert capsys.readouterr().err == ""
+
+
 def test_a_job_that_has_not_run_has_no_error(tmp_path):
     assert last_error(tmp_path / "log") == ""
 

@@ -1,4 +1,6 @@
 import json
+import logging
+import signal
 from dataclasses import replace
 
 import nibabel as nib
@@ -98,6 +100,24 @@ def test_two_runs_give_the_same_bits(head):
     first = reference_field(samples, parameters).field.lattice
     sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(2)
     assert (reference_field(samples, parameters).field.lattice == first).all()
+
+
+def test_ctrl_c_ends_simpleitk_as_it_ends_everything_else(head):
+    class Stopping(logging.Handler):
+        def emit(self, record):
+            signal.raise_signal(signal.SIGINT)
+
+    logger, handler = logging.getLogger("n4flow.reference"), Stopping()
+    before, level = signal.signal(signal.SIGINT, signal.default_int_handler), logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            reference_field(shrunken_samples(head, 4), N4Parameters())
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+        signal.signal(signal.SIGINT, before)
 
 
 def test_weights_which_simpleitk_does_not_take_are_refused(head):

@@ -1,0 +1,75 @@
+"""Files appear when they are complete; what a killed process had begun is found and removed."""
+
+import errno
+import os
+import subprocess
+import sys
+
+import pytest
+
+from n4flow.errors import InputError
+from n4flow.files import atomic_bytes, atomic_text, remove_abandoned, why_not_writable
+from n4flow.provenance import PACKAGE
+
+
+def test_file_is_there_when_it_is_complete(tmp_path):
+    path = tmp_path / "file.txt"
+    with atomic_text(path) as file:
+        file.write("begun")
+        assert not path.exists()
+    assert path.read_text() == "begun"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_error_leaves_the_old_file_and_no_other(tmp_path):
+    path = tmp_path / "file.txt"
+    path.write_text("old")
+    with pytest.raises(KeyError), atomic_text(path) as file:
+        file.write("new")
+        raise KeyError
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_full_disk_is_an_error_for_the_user(tmp_path):
+    path = tmp_path / "file"
+    with (
+        pytest.raises(InputError, match=r"cannot be written \(No space left on device\); make room"),
+        atomic_bytes(path),
+    ):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_folder_that_is_not_there_is_an_error_for_the_user(tmp_path):
+    with (
+        pytest.raises(InputError, match="give a path in a folder that is there"),
+        atomic_text(tmp_path / "no" / "file"),
+    ):
+        pass
+
+
+def test_what_a_killed_process_had_begun_is_removed_and_what_is_being_written_is_not(tmp_path):
+    (tmp_path / "deep").mkdir()
+    code = (
+        "import os, sys; sys.path.insert(0, sys.argv[1])\n"
+        "from n4flow.files import atomic_text\n"
+        "with atomic_text(sys.argv[2]) as file: file.write('begun'); file.flush(); os.kill(os.getpid(), 9)\n"
+    )
+    subprocess.run([sys.executable, "-c", code, PACKAGE.parent, tmp_path / "deep" / "killed.txt"], check=False)
+    assert len(list((tmp_path / "deep").iterdir())) == 1
+    with atomic_text(tmp_path / "written.txt") as file:
+        remove_abandoned(tmp_path)
+        file.write("all of it")
+    assert list((tmp_path / "deep").iterdir()) == []
+    assert (tmp_path / "written.txt").read_text() == "all of it"
+
+
+def test_folder_that_would_be_made_can_be_written_to(tmp_path):
+    assert why_not_writable(tmp_path / "not" / "there") == ""
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_folder_without_permission_cannot(tmp_path):
+    tmp_path.chmod(0o500)
+    assert "cannot be written (Permission denied)" in why_not_writable(tmp_path / "not" / "there")
