@@ -24,9 +24,8 @@ def test_file_is_there_when_it_is_complete(tmp_path):
 def test_error_leaves_the_old_file_and_no_other(tmp_path):
     path = tmp_path / "file.txt"
     path.write_text("old")
-    with pytest.raises(KeyError), atomic_text(path) as file:
-        file.write("new")
-        raise KeyError
+    with pytest.raises(UnicodeEncodeError), atomic_text(path) as file:
+        file.write("new, and no character: \ud800")
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
 

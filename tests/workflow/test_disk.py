@@ -95,12 +95,12 @@ def test_read_only_folder_ends_the_run_before_its_first_job(folder, contents):
 
 def test_second_run_on_a_folder_is_told_of_the_first(folder):
     command = [sys.executable, "-m", "snakemake", "-s", ROOT / "Snakefile", "--directory", folder, "--cores", "1"]
-    target = results_of(NEXT)["reference"]
+    targets = [results_of(scan)["page"] for scan in SCANS]
     with open(folder / "first.txt", "w") as said:
-        first = subprocess.Popen([*map(str, command), target], stdin=subprocess.DEVNULL, stdout=said, stderr=said)
+        first = subprocess.Popen([*map(str, command), *targets], stdin=subprocess.DEVNULL, stdout=said, stderr=said)
     while first.poll() is None and not any((folder / ".snakemake/locks").glob("*")):
         time.sleep(0.05)
-    second = snakemake(folder, target, "--cores", 1)
+    second = snakemake(folder, *targets, "--cores", 1)
     assert first.wait() == 0, (folder / "first.txt").read_text()
     assert second.returncode == 1
     assert "Directory cannot be locked" in second.stdout
