@@ -68,7 +68,7 @@ def test_every_file_that_the_documents_link_to_is_in_the_repository(pytestconfig
     ).stdout.splitlines()
     if not listed:
         pytest.skip("not in a git checkout")
-    for document in ("README.md", "config/README.md"):
+    for document in ("README.md", "config/README.md", "docs/cluster.md"):
         text = (pytestconfig.rootpath / document).read_text(encoding="utf-8")
         for target in re.findall(r"\]\(([^)#:]+)\)", text):
             path = (pytestconfig.rootpath / document).parent.joinpath(target).resolve()

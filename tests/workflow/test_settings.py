@@ -233,3 +233,17 @@ def test_jobs_on_the_cpu_do_not_wait_for_each_other_where_there_is_a_gpu(raw, tm
     done = snakemake(folder, *n4_targets(SCANS.values()), "-n", path_first=fake_gpu_tool(tmp_path))
     assert done.returncode == 0, done.stdout
     assert done.stdout.count(f"gpu={gpus}") == len(SCANS)
+
+
+def test_memory_goes_by_the_share_of_the_voxels_that_is_used(raw, tmp_path):
+    folder = tmp_path / "copy"
+    shutil.copytree(raw, folder)
+    asked = {}
+    for factor in (1, 4):
+        write_config(folder, {"n4": {"shrink_factor": factor}})
+        done = snakemake(folder, *n4_targets(SCANS.values()), "-n", "--forcerun", "n4")
+        assert done.returncode == 0, done.stdout
+        jobs = re.findall(r"^rule n4:.*?mem_mb=(\d+)", done.stdout, re.M | re.S)
+        asked[factor] = sorted(map(int, jobs))
+    size_mb = max((folder / scan.image).stat().st_size for scan in SCANS.values()) / 1e6
+    assert asked[1][-1] - asked[4][-1] == pytest.approx(60 * size_mb * (1 - 1 / 64), abs=1)

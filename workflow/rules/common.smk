@@ -295,7 +295,12 @@ def check_places():
             problems.append(f"{problem}: {place} is to be there (pathvars in the config)")
         remove_abandoned(place)
     on_gpu = any(job.resources.get("gpu") for job in workflow.dag.needrun_jobs())
-    if config["device"] == "gpu" and on_gpu and workflow.local_exec and not workflow.deployment_settings.deployment_method:
+    if (
+        config["device"] == "gpu"
+        and on_gpu
+        and workflow.local_exec
+        and not workflow.deployment_settings.deployment_method
+    ):
         from n4flow.device import select_device
 
         try:

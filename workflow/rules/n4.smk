@@ -17,7 +17,7 @@ rule n4:
         "../../envs/n4.yaml"
     resources:
         gpu=1,
-        mem_mb=memory_mb(baseline=400, per_mb=20),
+        mem_mb=memory_mb(baseline=400, per_mb=20, per_mb_unshrunk=60),
     params:
         settings=config["n4"],
         keep_dtype=config["output"]["keep_dtype"],

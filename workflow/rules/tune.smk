@@ -25,7 +25,7 @@ rule tune_n4:
         "../../envs/n4.yaml"
     resources:
         gpu=1,
-        mem_mb=memory_mb(baseline=400, per_mb=20),
+        mem_mb=memory_mb(baseline=400, per_mb=20, per_mb_unshrunk=60),
     params:
         settings=tune_settings,
         keep_dtype=False,
