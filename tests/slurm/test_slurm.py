@@ -46,7 +46,7 @@ class Run(NamedTuple):
     jobs: list
 
 
-def first_running(cluster, subject, rule, seconds=200):
+def first_running(cluster, subject, rule, seconds=900):
     """The first job of a rule on a subject, once it runs."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:

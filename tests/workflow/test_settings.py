@@ -194,7 +194,7 @@ def test_gpu_that_is_not_there_ends_the_run_before_anything_is_removed(lean, tmp
     shutil.copytree(lean, folder)
     there = {path: path.read_bytes() for path in (folder / "out").rglob("*") if path.is_file()}
     write_config(folder, {"reference": {"fraction": 0}, "pathvars": {"results": "out/n4"}})
-    done = snakemake(folder, files("int16")["corrected"], "--cores", 2, "--config", "device=gpu")
+    done = snakemake(folder, files("int16")["corrected"], "--cores", 2, "--forcerun", "n4", "--config", "device=gpu")
     assert done.returncode == 1
     (line,) = [line for line in done.stdout.splitlines() if line.startswith("device: gpu: ")]
     assert line.endswith("; install envs/requirements-gpu.txt on a machine with a GPU, or use auto")

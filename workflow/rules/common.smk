@@ -1,6 +1,8 @@
 # What the rules share: the package, the checked config and sample sheet, and input functions.
+import os
 import re
 import shutil
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -284,6 +286,11 @@ def memory_mb(baseline, per_mb, per_mb_unshrunk=0):
     return resource
 
 
+def jobs_on_gpu():
+    """Jobs of this run whose rule asks for a GPU (a job's own resources are not known before its input is)."""
+    return [job for job in workflow.dag.needrun_jobs() if "gpu" in job.rule.resources]
+
+
 def check_places():
     """Before the first job, and so before Snakemake removes what is to be made anew: can be written, is there a GPU?
 
@@ -294,19 +301,15 @@ def check_places():
         if problem := why_not_writable(place):
             problems.append(f"{problem}: {place} is to be there (pathvars in the config)")
         remove_abandoned(place)
-    on_gpu = any(job.resources.get("gpu") for job in workflow.dag.needrun_jobs())
-    if (
-        config["device"] == "gpu"
-        and on_gpu
-        and workflow.local_exec
-        and not workflow.deployment_settings.deployment_method
-    ):
-        from n4flow.device import select_device
-
-        try:
-            select_device("gpu").lock.close()
-        except InputError as error:
-            problems.append(str(error))
+    # a cluster's login node has no GPU, nor has Snakemake's own environment CuPy where the rules have theirs
+    may_ask = workflow.local_exec and not workflow.deployment_settings.deployment_method
+    if config["device"] == "gpu" and workflow.global_resources["gpu"] != 0 and may_ask and jobs_on_gpu():
+        # in a process of its own: who asks holds some of the GPU's memory until it ends
+        ask = "from n4flow.device import select_device; select_device('gpu')"
+        package = {"PYTHONPATH": str(PACKAGE[0].parent.parent)}
+        done = subprocess.run([sys.executable, "-c", ask], env=os.environ | package, stderr=subprocess.PIPE, text=True)
+        if done.returncode != 0:
+            problems.append(done.stderr.strip().rpartition("InputError: ")[2])
     if problems:
         raise WorkflowError("\n".join(problems))
 
