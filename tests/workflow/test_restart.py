@@ -129,19 +129,24 @@ def scripts_of(session):
     return sorted(pid for pid, command in members(session).items() if script.match(command))
 
 
-def run_and_kill(folder, what, seconds, dice):
-    """Start a run, and kill at each of these moments unless it has ended; gives how many times it did."""
-    run, begun, kills = start(folder, "--rerun-incomplete"), time.monotonic(), 0
-    for second in sorted(seconds):
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            run.wait(max(0, begun + second - time.monotonic()))
+def run_and_kill(folder, what, shares, wanted, dice):
+    """Start a run and kill at some shares of what is left to be made, unless it has ended; gives how often it did."""
+    there, kills = len(finished(folder)), 0
+    run = start(folder, "--rerun-incomplete")
+    for share in sorted(shares):
+        while run.poll() is None and len(finished(folder)) < there + share * (wanted - there):
+            time.sleep(0.02)
+        time.sleep(dice.uniform(0, 0.7))
         while what == "job" and run.poll() is None and not scripts_of(run.pid):
-            time.sleep(0.05)  # between two jobs
+            time.sleep(0.02)  # between two jobs
         if run.poll() is not None:
             break
-        victims = {"job": scripts_of(run.pid)[:1], "snakemake": [run.pid], "everything": sorted(members(run.pid))}[what]
-        if what == "job" and victims:
-            victims = [dice.choice(scripts_of(run.pid) or victims)]
+        scripts = scripts_of(run.pid)
+        victims = {
+            "job": [dice.choice(scripts)] if scripts else [],
+            "snakemake": [run.pid],
+            "everything": sorted(members(run.pid)),
+        }[what]
         for pid in victims:
             kill(pid)
         kills += bool(victims)
@@ -177,19 +182,16 @@ def study(tmp_path_factory):
 
 def test_everything_is_whole_and_the_same_after_kills_at_random_moments(study):
     folder, reference, seconds = study
-    wanted, killed, dice = int(os.environ.get("N4FLOW_KILLS", "5")), 0, random.Random(SEED)
+    killed, dice = 0, random.Random(SEED)
     print(f"in peace: {seconds:.1f} s, {len(reference)} files")
-    while killed < wanted:
+    for _ in range(-(-int(os.environ.get("N4FLOW_KILLS", "5")) // sum(times for _, times in ROUNDS))):
         begin_anew(folder)
         for what, times in ROUNDS:
-            # what is left takes less and less; the first seconds are Snakemake's own
-            moments = [dice.uniform(0.15, 0.7) * seconds for _ in range(times)]
-            kills = run_and_kill(folder, what, moments, dice)
+            kills = run_and_kill(folder, what, [dice.uniform(0, 0.7) for _ in range(times)], len(reference), dice)
             killed += kills
             there = finished(folder)
             cut = {path.name: why for path in there if (why := why_incomplete(path))}
-            said = ", ".join(f"{second:.1f}" for second in sorted(moments))
-            print(f"{killed}: {kills} x {what} after {said} s: {len(there)} files, {len(cut)} cut off", flush=True)
+            print(f"{killed}: {kills} x {what}: {len(there)} files, {len(cut)} cut off", flush=True)
             assert cut == {}
             unlock(folder)
         begun = time.monotonic()
@@ -201,3 +203,4 @@ def test_everything_is_whole_and_the_same_after_kills_at_random_moments(study):
         # the index that a run with failures leaves is of no scan
         assert {Path(name).name for name in made.keys() - reference.keys()} <= INDEX
         assert partial_files(folder / "results") == []
+    assert killed >= 2
