@@ -11,11 +11,19 @@ const made = (tag, properties = {}, ...children) => {
   element.append(...children);
   return element;
 };
+function folderName() {
+  const folder = location.pathname.replace(/[^/]*$/, "");
+  try {
+    return decodeURI(folder);
+  } catch {
+    return folder; // its bytes are no UTF-8
+  }
+}
 const rowOf = new Map(rows.map((row, n) => [row[0], n]));
 const ratings = new Ratings(
   new Map(rows.map((row) => [row[0], row[4]])),
   data.ratings,
-  `n4flow ratings ${decodeURI(location.pathname.replace(/[^/]*$/, ""))}`,
+  `n4flow ratings ${folderName()}`,
 );
 const state = { view: "table", key: null, down: true, page: 0, kept: [], selected: 0 };
 const collator = new Intl.Collator(undefined, { numeric: true });
@@ -222,6 +230,7 @@ function route() {
 }
 
 function show(at) {
+  if (reviewing()) $("comment").blur(); // what was being written is of the scan that goes
   countTime();
   review.at = at;
   const near = [at, at + 1, at - 1].filter((n) => n >= 0 && n < review.order.length);
@@ -252,6 +261,7 @@ const focusPage = () => review.frames.get(scanShown()).contentWindow.focus();
 
 function closeReview() {
   if (!reviewing()) return;
+  $("comment").blur();
   countTime();
   const last = state.kept.indexOf(review.order[review.at]);
   for (const frame of review.frames.values()) frame.remove();
@@ -277,12 +287,12 @@ function drawReview() {
   for (const button of document.querySelectorAll("[data-rate]")) {
     button.setAttribute("aria-pressed", String(button.dataset.rate !== "" && button.dataset.rate === given));
   }
-  const reasons = own ? own.reasons.split("; ") : [];
+  const reasons = own ? reasonsOf(own) : [];
   for (const box of $("why").querySelectorAll("input")) {
     box.checked = reasons.includes(box.value);
     box.disabled = !own || own.rating === "pass";
   }
-  $("comment").value = own ? own.comment : "";
+  if (document.activeElement !== $("comment")) $("comment").value = own ? own.comment : ""; // else it is being written
   $("comment").disabled = !own;
   $("comment").placeholder = own ? "comment" : "rate first";
   $("said").replaceChildren(...ratingLines(scan));
@@ -299,7 +309,7 @@ function rate(scan, change) {
 const goTo = (at) => {
   if (at >= 0 && at < review.order.length) location.replace(`#${encodeURIComponent(rows[review.order[at]][0])}`);
 };
-const RATE_KEYS = { 1: "pass", 2: "warn", 3: "fail" };
+const RATE_KEYS = { __proto__: null, 1: "pass", 2: "warn", 3: "fail" };
 
 function reviewKey(key) {
   if (RATE_KEYS[key]) rate(scanShown(), { rating: RATE_KEYS[key] });
@@ -357,6 +367,7 @@ window.addEventListener("hashchange", route);
 window.addEventListener("storage", (event) => {
   if (event.key !== ratings.key) return;
   ratings.read();
+  if (document.activeElement !== $("rater")) $("rater").value = ratings.rater;
   draw();
   if (reviewing()) drawReview();
 });
@@ -378,8 +389,9 @@ for (const [text, key] of headings) {
 for (const reason of REASONS) {
   const box = made("input", { type: "checkbox", value: reason });
   box.addEventListener("change", () => {
-    const reasons = [...$("why").querySelectorAll(":checked")].map((checked) => checked.value).join("; ");
-    rate(scanShown(), { reasons });
+    const checked = [...$("why").querySelectorAll(":checked")].map(({ value }) => value);
+    const written = reasonsOf(ratings.mine(scanShown())).filter((other) => !REASONS.includes(other)); // by hand, in the table
+    rate(scanShown(), { reasons: [...checked, ...written].join("; ") });
   });
   $("why").append(made("label", {}, box, reason));
 }
