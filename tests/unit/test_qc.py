@@ -672,26 +672,44 @@ def test_links_lead_to_the_pages(tmp_path):
 
 def test_the_worst_by_robust_z_comes_first(tmp_path):
     cjv = [0.50, 0.52, 0.9, 0.51, 0.49, 0.53, 0.1]
-    paths = write_metrics(tmp_path, [{"name": f"sub-{n}", "cjv_after": value} for n, value in enumerate(cjv)])
+    paths = write_metrics(tmp_path, [{"name": f"sub-{n}_T1w", "cjv_after": value} for n, value in enumerate(cjv)])
     make_index(paths, tmp_path / "index.html", tmp_path / "metrics.tsv")
     rows = index_rows(tmp_path / "index.html")
-    assert rows[0][0] == "sub-2"
+    assert rows[0][0] == "sub-2_T1w"
     (flag,) = rows[0][2]
-    assert flag == ("outlier: CJV after 0.900 (median 0.510, robust z 13.2); limit 3.5, look at it beside other scans")
+    assert flag == (
+        "outlier: CJV after 0.900 (median 0.510, robust z 13.2); limit 3.5, look at it beside other T1w scans"
+    )
     assert rows[0][3] == pytest.approx(0.6745 * 0.39 / 0.02, abs=0.01)
     # a low CJV is no fault
     assert [row[2] for row in rows[1:]] == [[]] * 6
 
 
 def test_an_outlier_says_every_metric_beyond_the_limit_the_worst_first(tmp_path):
-    subjects = [{"name": f"sub-{n}", "cjv_after": 0.5 + n / 100, "field_min": 0.8 + n / 100} for n in range(6)]
-    subjects.append({"name": "odd", "cjv_after": 0.9, "field_min": 0.1})
+    subjects = [{"name": f"sub-{n}_T1w", "cjv_after": 0.5 + n / 100, "field_min": 0.8 + n / 100} for n in range(6)]
+    subjects.append({"name": "sub-odd_T1w", "cjv_after": 0.9, "field_min": 0.1})
     paths = write_metrics(tmp_path, subjects)
     make_index(paths, tmp_path / "index.html", tmp_path / "metrics.tsv", outlier_z=5)
     (flag,) = index_rows(tmp_path / "index.html")[0][2]
     assert re.search(r"field min \(ratio\) 0.100 .*, CJV after 0.900 .*limit 5", flag)
     make_index(paths, tmp_path / "index.html", tmp_path / "metrics.tsv", outlier_z=100)
     assert index_rows(tmp_path / "index.html")[0][2] == []
+
+
+def test_a_scan_is_an_outlier_among_those_of_its_suffix_alone(tmp_path):
+    usual = [0.50, 0.52, 0.51, 0.49, 0.53]
+    cjv = {f"sub-{n}_T1w": value for n, value in enumerate(usual * 3)}
+    cjv |= {f"sub-{n}_task-rest_bold": 3 * value for n, value in enumerate(usual)} | {"sub-odd_bold": 0.9 * 3}
+    cjv |= {"sub-0_FLAIR": 9.0, "sub-1_FLAIR": 9.5}
+    flags = {"sub-1_FLAIR": ["cjv_worse: rose"]}
+    paths = write_metrics(tmp_path, [{"name": n, "cjv_after": c, "flags": flags.get(n, [])} for n, c in cjv.items()])
+    make_index(paths, tmp_path / "index.html", tmp_path / "metrics.tsv")
+    rows = index_rows(tmp_path / "index.html")
+    # two of a suffix cannot be ranked, so their flags bring them to the top
+    assert [row[0] for row in rows[:2]] == ["sub-1_FLAIR", "sub-odd_bold"]
+    assert [row[3] for row in rows if row[0].endswith("FLAIR")] == [None, None]
+    assert [row[0] for row in rows if row[2]] == ["sub-1_FLAIR", "sub-odd_bold"]
+    assert "look at it beside other bold scans" in rows[1][2][0]
 
 
 def test_every_metric_of_the_table_is_defined_once():

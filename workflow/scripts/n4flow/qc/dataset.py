@@ -21,8 +21,8 @@ from n4flow.qc.multiqc import multiqc_path, write_multiqc
 from n4flow.qc.rendering import number, plain, read_json, render
 from n4flow.ratings import read_ratings
 
-#: Robust z beyond which a subject is called an outlier among its dataset, and from how many subjects on.
-OUTLIER_Z, OUTLIER_SUBJECTS = 3.5, 5
+#: Robust z beyond which a scan is called an outlier among those of its suffix, and from how many of them on.
+OUTLIER_Z, OUTLIER_SCANS = 3.5, 5
 
 
 def make_index(
@@ -73,22 +73,24 @@ def make_index(
         ]
         for v in subjects
     ]
+    ranked = any(v["worst_z"] is not None for v in subjects)
     table = {
         "columns": [column[1:] for column in shown],
         "rows": rows,
         "panels": panels,
         "ratings": [r._asdict() | {"scan": r.scan} for r in (read_ratings(ratings) if ratings else ())],
-        "ranked": len(subjects) >= OUTLIER_SUBJECTS,
+        "ranked": ranked,
     }
     # inside <script> only "<" can end the element
     data = Markup(json.dumps(plain(table), ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c"))
     html = render(
         "index.html",
         data=data,
+        outlier_scans=OUTLIER_SCANS,
         count=len(subjects),
         flagged=sum(bool(v["flags"]) for v in subjects),
         failed=list(failed),
-        ranked=len(subjects) >= OUTLIER_SUBJECTS,
+        ranked=ranked,
         known={key for key, *_ in known},
         same=[f"{heading} {_printed(subjects[0][key], digits)}" for key, heading, digits, _ in same],
         table_href=quote(os.path.relpath(Path(output_table).resolve(), folder)),
@@ -104,9 +106,13 @@ def load_ranked(metrics_files: Iterable[str | Path], outlier_z: float = OUTLIER_
     for values, (z, reason) in zip(subjects, worst, strict=True):
         values["worst_z"] = z
         values["flags"] = list(values.get("flags") or []) + ([reason] if reason else [])
-    # without enough subjects every z is None, and the flags decide
-    subjects.sort(key=lambda v: (-(v["worst_z"] or 0.0), -len(v["flags"]), str(v.get("name"))))
-    return subjects
+
+    def rank(values: dict[str, Any]) -> tuple[Any, ...]:
+        # without enough scans of a suffix their z is None, and the flags decide
+        z, flags = values["worst_z"], len(values["flags"])
+        return not (z is None and flags), -(z or 0.0), -flags, str(values.get("name"))
+
+    return sorted(subjects, key=rank)
 
 
 def _same_in_all(subjects: Sequence[Mapping[str, Any]], key: str, digits: int) -> bool:
@@ -126,8 +132,21 @@ def _round(value: Any, digits: int) -> Any:
 
 
 def _worst_z(subjects: Sequence[Mapping[str, Any]], limit: float) -> list[tuple[float | None, str]]:
-    """Per subject the largest robust z in the bad direction, and the flag that names all metrics beyond the limit."""
-    if len(subjects) < OUTLIER_SUBJECTS:
+    """Per scan `_worst_z_of_suffix`: a T1w scan is no outlier because most others are of another contrast."""
+    places: dict[str, list[int]] = {}
+    for place, values in enumerate(subjects):
+        places.setdefault(str(values.get("name")).rpartition("_")[2], []).append(place)
+    found: dict[int, tuple[float | None, str]] = {}
+    for suffix, alike in places.items():
+        found |= zip(alike, _worst_z_of_suffix([subjects[place] for place in alike], suffix, limit), strict=True)
+    return [found[place] for place in range(len(subjects))]
+
+
+def _worst_z_of_suffix(
+    subjects: Sequence[Mapping[str, Any]], suffix: str, limit: float
+) -> list[tuple[float | None, str]]:
+    """The largest robust z in the bad direction, and the flag that names all metrics beyond the limit."""
+    if len(subjects) < OUTLIER_SCANS:
         return [(None, "")] * len(subjects)
     worst = [0.0] * len(subjects)
     beyond: list[list[tuple[float, str]]] = [[] for _ in subjects]
@@ -142,7 +161,10 @@ def _worst_z(subjects: Sequence[Mapping[str, Any]], limit: float) -> list[tuple[
                 usual = number(float(np.nanmedian(column)), digits)
                 beyond[n].append((z, f"{heading} {number(column[n], digits)} (median {usual}, robust z {z:.1f})"))
     return [
-        (round(z, 2), f"outlier: {_listed(named)}; limit {limit:g}, look at it beside other scans" if named else "")
+        (
+            round(z, 2),
+            f"outlier: {_listed(named)}; limit {limit:g}, look at it beside other {suffix} scans" if named else "",
+        )
         for z, named in zip(worst, beyond, strict=True)
     ]
 
