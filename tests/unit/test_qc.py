@@ -591,16 +591,20 @@ def test_the_viewer_gets_the_volumes_in_the_order_of_the_file(tmp_path):
 
 
 @pytest.mark.parametrize("limit_mb", [0.08, 0.1, 1.0])
-def test_the_viewer_keeps_to_its_cap(tmp_path, limit_mb):
+@pytest.mark.parametrize("spans", [1, 8])
+def test_the_viewer_keeps_to_its_cap(tmp_path, limit_mb, spans):
     rng = np.random.default_rng(1)
     shape = (41, 33, 27)
     noise = rng.integers(0, 256, shape).astype(np.uint8)  # does not deflate
     nib.save(nib.Nifti1Image(noise, np.diag([1.0, 1, 2, 1])), tmp_path / "noise.nii")
     grid = Volume(tmp_path / "noise.nii")
-    steps = viewer.steps_within(grid.shape, grid.voxel_size_mm, 1e6 * limit_mb)
+    mesh = Mesh.of_grid(shape, (spans, spans, spans))
+    field = BiasField(-1e-3 * rng.random(mesh.lattice_shape), mesh, shape, np.eye(4))
+    points = 2 * field.lattice.size
+    steps = viewer.steps_within(grid.shape, grid.voxel_size_mm, 1e6 * limit_mb, points)
     small = viewer.shrink(noise, steps)
-    field = BiasField(np.zeros((4, 4, 4)), Mesh.of_grid(shape, (1, 1, 1)), shape, np.eye(4))
-    text = viewer.viewer_script(grid, steps, small, small, small > 128, {"bias field": field}, 255.0, 0.4)
+    fields = {"bias field": field, "reference field": field}
+    text = viewer.viewer_script(grid, steps, small, small, small > 128, fields, 255.0, 0.4)
     assert len(text) <= 1e6 * limit_mb
     assert (steps == (1, 1, 1)) == (limit_mb == 1)
     assert steps[2] <= steps[0]  # the thickest axis is coarsened last

@@ -49,9 +49,10 @@ DIFFERENCE_SHARE = 0.25
 class _View:
     """The voxels that a page needs of each image: the slices, and the values in the mask."""
 
-    def __init__(self, mask: Volume, viewer_bytes: float) -> None:
+    def __init__(self, mask: Volume, viewer_bytes: float, control_points: int) -> None:
         self.grid = mask
-        self.steps = steps_within(mask.shape, mask.voxel_size_mm, viewer_bytes) if viewer_bytes else None
+        fit = viewer_bytes, control_points
+        self.steps = steps_within(mask.shape, mask.voxel_size_mm, *fit) if viewer_bytes else None
         self.mask = np.empty(mask.shape, dtype=bool, order="F")
         for slab, values in mask.mean_slabs():
             self.mask[:, :, slab] = inside_mask(values)
@@ -226,15 +227,16 @@ def measure_subject(
         raise InputError("qc.field_window_log", f"{field_window_log!r} is not valid", "give a number above 0")
     facts = read_json(sidecar)
     reference_facts = read_json(reference_sidecar) if reference_sidecar else {}
-    view = _View(Volume(mask), 1e6 * viewer_mb)
-    before, before_pictures, before_small = view.image(image, "image")
-    after, after_pictures, after_small = view.image(corrected, "corrected image")
-    ours = BiasField.load(field)
-    log_field, field_pictures = view.field(ours, field)
-    fields = {"bias field": ours}
-    log_reference = reference_pictures = None
+    fields = {"bias field": BiasField.load(field)}
     if reference_field:
         fields["reference field"] = BiasField.load(reference_field)
+    view = _View(Volume(mask), 1e6 * viewer_mb, sum(each.lattice.size for each in fields.values()))
+    before, before_pictures, before_small = view.image(image, "image")
+    after, after_pictures, after_small = view.image(corrected, "corrected image")
+    ours = fields["bias field"]
+    log_field, field_pictures = view.field(ours, field)
+    log_reference = reference_pictures = None
+    if reference_field:
         log_reference, reference_pictures = view.field(fields["reference field"], reference_field)
 
     datatype = DATATYPE_OF.get(name.rpartition("_")[2])

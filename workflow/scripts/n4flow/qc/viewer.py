@@ -23,23 +23,34 @@ from n4flow.volume import Volume
 #: Characters of base64 per byte.
 BASE64 = 4 / 3
 
-#: What is not volume: lattices and geometry, as text.
-HEAD_BYTES = 60_000
+#: What is neither volume nor lattice, and the most that a control point takes, as text.
+HEAD_BYTES, POINT_BYTES = 4_000, 26
 
 #: Colours of the field's map, evenly spaced; the browser takes what lies between.
 COLOURS = [to_hex(colour) for colour in colormaps["RdBu_r"](np.linspace(0, 1, 33))]
 
 
-def steps_within(shape: Sequence[int], voxel_size_mm: Sequence[float], limit_bytes: float) -> tuple[int, int, int]:
-    """Voxels to average per axis, so that two volumes and a mask fit, however badly they deflate.
+def steps_within(
+    shape: Sequence[int], voxel_size_mm: Sequence[float], limit_bytes: float, control_points: int
+) -> tuple[int, int, int]:
+    """Voxels to average per axis, so that two volumes and a mask fit beside the fields, however badly they deflate.
 
     The finest axis is coarsened first, which leaves the voxels as near to cubes as they can be.
+
+    Parameters
+    ----------
+    shape : (n0, n1, n2)
+    voxel_size_mm : three floats
+    limit_bytes : float
+        The most that the script may have.
+    control_points : int
+        Of all fields in it.
     """
     steps = [1, 1, 1]
 
     def size() -> float:
         voxels = float(np.prod([-(-n // step) for n, step in zip(shape, steps, strict=True)]))
-        return HEAD_BYTES + BASE64 * (2 + 1 / 8) * voxels
+        return HEAD_BYTES + POINT_BYTES * control_points + BASE64 * (2 + 1 / 8) * voxels
 
     while size() > limit_bytes and any(step < n for n, step in zip(shape, steps, strict=True)):
         free = [axis for axis in range(3) if steps[axis] < shape[axis]]
