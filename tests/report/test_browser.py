@@ -582,6 +582,27 @@ def test_the_viewer_has_crosshair_window_overlay_and_swap(qc, visit):
     page.locator("#viewer").wait_for(state="hidden")
 
 
+def test_the_viewer_tells_what_a_coarse_voxel_is_of_and_what_is_cut_off(visit, tmp_path):
+    files = make_files(tmp_path, shape=(40, 40, 40))
+    values = np.asarray(nib.load(files["image"]).dataobj)
+    values[20, 20, 20] = 1e4
+    nib.save(nib.Nifti1Image(values, np.diag([4.0, 4, 4, 1])), files["image"])
+    make_subject(name="sub-01_T1w", **files, viewer=tmp_path / "v.js", viewer_mb=0.02)
+    page = visit(files["page"]).page
+    open_viewer(page)
+    shape, steps, most = page.evaluate("[scan.shape, scan.steps, short(scan.displayMax)]")
+    assert max(steps) > 2
+
+    def told(at):
+        page.evaluate("(at) => { view.at = at; drawPlanes(); }", at)
+        return page.locator("#viewer output").inner_text().split(" · ")
+
+    last = [n - 1 for n in shape]
+    place = [(n * step + 39) // 2 for n, step in zip(last, steps, strict=True)]  # of the last voxels of the file
+    assert told(last)[:3] == ["i {}, j {}, k {}".format(*place), "original 0", "corrected 0"]
+    assert told([20 // step for step in steps])[1] == f"original ≥ {most}"
+
+
 def test_without_its_data_the_viewer_says_so(qc, visit, tmp_path):
     shutil.copy(qc / f"{SCANS[0]}.html", tmp_path)
     page = visit(tmp_path / f"{SCANS[0]}.html").page
@@ -655,6 +676,21 @@ def test_the_keyboard_alone_goes_everywhere(qc, visit):
     page.keyboard.press("Enter")
     shown_page(page).locator("h1").wait_for()
     assert page.inner_text("#scan") in name
+
+
+def test_a_panel_is_enlarged_by_the_keyboard(qc, visit):
+    page = visit(qc / f"{SCANS[0]}.html").page
+    panel = page.locator("figure > img[alt^='Bias field:']")
+    for _ in range(40):
+        page.keyboard.press("Tab")
+        if panel.evaluate("(it) => it === document.activeElement"):
+            break
+    page.keyboard.press("Enter")
+    assert page.get_attribute("#zoom img", "alt") == panel.get_attribute("alt")
+    assert page.locator("#zoom").is_visible()
+    page.keyboard.press("Escape")
+    page.locator("#zoom").wait_for(state="hidden")
+    assert panel.evaluate("(it) => it === document.activeElement")
 
 
 def test_a_metric_of_one_value_gets_no_plot_and_pictures_say_what_their_scan_has(visit, tmp_path):

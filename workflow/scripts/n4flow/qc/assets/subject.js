@@ -43,10 +43,13 @@ window.addEventListener("message", (event) => {
 for (const button of document.querySelectorAll("[data-key]")) button.addEventListener("click", () => act(button.dataset.key));
 for (const name of ["original", "corrected"]) radio(name).addEventListener("change", () => { image = name; });
 for (const picture of document.querySelectorAll("figure img")) {
-  picture.addEventListener("click", () => {
+  Object.assign(picture, { tabIndex: 0, title: "Enter or a click: full size" });
+  const enlarge = () => {
     zoom.firstElementChild.src = picture.src;
     zoom.firstElementChild.alt = picture.alt;
     zoom.showModal();
-  });
+  };
+  picture.addEventListener("click", enlarge);
+  picture.addEventListener("keydown", (event) => { if (event.key === "Enter") enlarge(); });
 }
 zoom.addEventListener("click", () => zoom.close());

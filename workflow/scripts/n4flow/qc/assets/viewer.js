@@ -50,15 +50,20 @@ async function showVolumes(content) {
   resize();
 }
 
+// The middle of a voxel of the volumes, in voxels of the file; the last one of an axis may hold fewer of them.
+function middle(n, axis) {
+  const first = n * scan.steps[axis];
+  return (first + Math.min(first + scan.steps[axis], scan.fileShape[axis]) - 1) / 2;
+}
+const placeText = (axis) => `${"ijk"[axis]} ${Math.floor(middle(view.at[axis], axis))}`;
+
 // Weights of all control points at the centre of each voxel of an axis: uniform cubic B-splines, as in bspline.py.
 function basis({ spans, start, spanVoxels }, axis) {
   const points = spans[axis] ? spans[axis] + 3 : 1;
   return Array.from({ length: scan.shape[axis] }, (_, n) => {
     const weights = new Float64Array(points);
     if (!spans[axis]) return weights.fill(1);
-    const first = n * scan.steps[axis];
-    const end = Math.min(first + scan.steps[axis], scan.fileShape[axis]);
-    const p = Math.min(Math.max(((first + end - 1) / 2 - start[axis]) / spanVoxels[axis], 0), spans[axis]);
+    const p = Math.min(Math.max((middle(n, axis) - start[axis]) / spanVoxels[axis], 0), spans[axis]);
     const column = Math.min(Math.floor(p), spans[axis] - 1);
     const t = p - column;
     [(1 - t) ** 3, 3 * t ** 3 - 6 * t ** 2 + 4, -3 * t ** 3 + 3 * t ** 2 + 3 * t + 1, t ** 3].forEach((weight, k) => {
@@ -164,8 +169,9 @@ function drawPlanes() {
   for (const plane of scan.planes) drawPlane(plane, grey);
   const at = view.at;
   const voxel = at[0] * scan.strides[0] + at[1] * scan.strides[1] + at[2] * scan.strides[2];
-  const value = (image) => short((scan[image][voxel] / 255) * scan.displayMax);
-  const place = at.map((n, axis) => `${"ijk"[axis]} ${Math.floor(n * scan.steps[axis] + (scan.steps[axis] - 1) / 2)}`).join(", ");
+  // what is beyond the window was cut off
+  const value = (image) => (scan[image][voxel] === 255 ? "≥ " : "") + short((scan[image][voxel] / 255) * scan.displayMax);
+  const place = [0, 1, 2].map(placeText).join(", ");
   const fields = scan.fields.map((field) => `${field.title} ×${Math.exp(logField(field, at)).toFixed(3)}`).join(" · ");
   part("readout").textContent = `${place} · original ${value("original")} · corrected ${value("corrected")} · ${fields}`;
   part("swap").textContent = view.image;
@@ -232,7 +238,7 @@ function drawPlane(plane, grey) {
   write(right, canvas.width - edge, canvas.height / 2, "right", "middle");
   write(bottom, canvas.width / 2, canvas.height - edge, "center", "bottom");
   write(upper, canvas.width / 2, edge, "center", "top");
-  const place = `${"ijk"[normal]} ${Math.floor(view.at[normal] * scan.steps[normal] + (scan.steps[normal] - 1) / 2)}`;
+  const place = placeText(normal);
   write(place, canvas.width - edge, canvas.height - edge, "right", "bottom");
   canvas.setAttribute("aria-label", `${name} plane of the ${view.image} image, ${place}; ${left} is on the left, ${upper} on top`);
 }
