@@ -448,6 +448,27 @@ def test_an_address_of_no_key_rates_nothing(qc, visit):
     assert page.evaluate("ratings.entries.size") == 0
 
 
+def test_a_held_key_runs_through_the_table_but_not_through_pages(qc, visit):
+    page = visit(qc / "index.html").page
+
+    def hold(key):
+        for _ in range(3):
+            page.keyboard.down(key)
+        page.keyboard.up(key)
+
+    hold("j")
+    assert page.evaluate("state.selected") == 3
+    page.keyboard.press("Enter")
+    shown_page(page).locator("h1").wait_for()
+    for focus in (lambda: None, page.locator("#position").click):  # on the page, and on the bar
+        before = page.evaluate("review.at")
+        focus()
+        hold("k")
+        page.wait_for_function(f"review.at < {before}")
+        page.wait_for_timeout(200)
+        assert page.evaluate("review.at") == before - 1
+
+
 def test_a_hostile_name_stays_a_name(qc, visit):
     page = visit(qc / "index.html").page
     assert HOSTILE in order_of(page)

@@ -162,6 +162,31 @@ def test_sign_and_orientation_of_a_field_are_seen():
     assert right[0] > right[2]  # red above
 
 
+@pytest.mark.parametrize(
+    ("order", "signs"), [((0, 1, 2), (1, 1, 1)), ((2, 0, 1), (-1, 1, -1)), ((1, 2, 0), (-1, -1, 1))]
+)
+def test_pictures_stand_upright_in_mosaic_and_grid(order, signs):
+    """One bright corner, at right, anterior, superior, is at the upper right of each picture."""
+    shape = tuple((30, 40, 50)[axis] for axis in order)
+    affine = oriented_affine(order, signs, (1, 1, 1))
+    world = np.stack(np.meshgrid(*map(np.arange, shape), indexing="ij"), axis=-1) @ affine[:3, :3].T
+    corner = (world > world.mean(axis=(0, 1, 2))).all(axis=-1).astype(np.float32)
+    slices = [
+        row[-1:] for row in panels.choose_slices(np.ones(shape, bool), panels.upright_planes(affine, shape, [1] * 3))
+    ]
+    cuts, scale = [[s.cut(corner) for s in row] for row in slices], panels.intensity_scale(1.0)
+    side = panels.THUMBNAIL_PIXELS
+    small = panels.thumbnail(cuts, slices, scale)[..., 0]
+    shown = [
+        np.asarray(panels.mosaic([c], [s], scale, width=300, title="").convert("L"))[34:-56]
+        for c, s in zip(cuts, slices, strict=True)
+    ]
+    for picture in [*(small[:, n * side : (n + 1) * side] for n in range(3)), *shown]:
+        rows, columns = (np.array_split(np.arange(n), 2) for n in picture.shape)
+        means = [[picture[np.ix_(r, c)].mean() for c in columns] for r in rows]
+        assert means[0][1] > 4 * max(means[0][0], means[1][0], means[1][1])
+
+
 # ---------------------------------------------------------------- a subject's page
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import re
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -144,12 +144,9 @@ def exclusions(ratings: Sequence[Rating], hashes: Mapping[str, str | None]) -> l
     return sorted(rows)
 
 
-def write_exclusions(
-    ratings_file: str | Path, hashes: Mapping[str, str | None], output: str | Path
-) -> Collection[tuple[str, str, str, str]]:
+def write_exclusions(ratings_file: str | Path, hashes: Mapping[str, str | None], output: str | Path) -> None:
     """Write `exclusions` of a table of ratings as a table (participant_id, session, modality, reason)."""
     rows = exclusions(read_ratings(ratings_file), hashes)
     with atomic_text(output) as file:
         for row in [("participant_id", "session", "modality", "reason"), *rows]:
             file.write("\t".join(row) + "\n")
-    return rows

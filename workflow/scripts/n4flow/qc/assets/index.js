@@ -355,7 +355,7 @@ document.addEventListener("keydown", (event) => {
     return;
   }
   if (inField || ([" ", "Enter"].includes(event.key) && event.target.closest("button, a, summary, canvas, input"))) return;
-  if (event.repeat && event.key !== "j" && event.key !== "k") return;
+  if (event.repeat && (reviewing() || !["j", "k"].includes(event.key))) return; // pages that rush by flicker
   if ((reviewing() ? reviewKey : tableKey)(event.key)) event.preventDefault();
 });
 window.addEventListener("message", (event) => {

@@ -33,7 +33,7 @@ function act(key) {
 document.addEventListener("keydown", (event) => {
   if (event.ctrlKey || event.metaKey || event.altKey) return;
   if ([" ", "Enter"].includes(event.key) && event.target.closest("summary, a, button, select")) return;
-  if (event.repeat && !["j", "k"].includes(event.key)) return;
+  if (event.repeat) return; // pages that rush by flicker
   if (event.key === "Escape" && document.querySelector("dialog[open]")) return;
   if (act(event.key)) event.preventDefault();
 });
