@@ -417,9 +417,7 @@ def test_a_comment_that_is_being_written_stays_with_its_scan(qc, visit):
     assert page.evaluate("scan => ratings.mine(scan).comment", first) == "ring"
 
 
-def test_a_name_that_is_given_in_another_tab_is_that_of_all_ratings(browser, visit, tmp_path):
-    if browser.browser_type.name == "firefox":
-        pytest.skip("Firefox gives every tab of a file a storage of its own")
+def test_a_name_that_is_given_in_another_tab_is_that_of_all_ratings(visit, tmp_path):
     made = visit(index_of(tmp_path, *SCANS))
     other = made.open(tmp_path / "index.html")
     rate_here(made.page, SCANS[0], rating="pass")
