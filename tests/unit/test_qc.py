@@ -337,6 +337,18 @@ def test_without_a_reference_its_panels_are_absent(tmp_path):
     assert not [key for key in json.loads(files["metrics"].read_text()) if key.startswith("reference_r")]
 
 
+def test_a_flat_field_beside_a_reference_has_a_slope_of_0_and_no_r(tmp_path, monkeypatch):
+    files = make_files(tmp_path)
+    field = BiasField.load(files["field"])
+    flat = BiasField(0 * field.lattice, field.mesh, field.image_shape, field.affine)
+    files["field"].write_text(json.dumps(flat.to_mapping()))
+    written, draw_plot = [], panels.agreement_plot
+    monkeypatch.setattr(panels, "agreement_plot", lambda *given: written.append(given[2:]) or draw_plot(*given))
+    make_subject(name="sub-01", **files)
+    assert written == [("r n/a\nslope 0.00",)]
+    assert "r n/a, slope 0.000" in Elements(files["page"]).text
+
+
 def test_a_hostile_name_and_sidecar_are_harmless(tmp_path):
     files = make_files(tmp_path)
     make_subject(name=HOSTILE, **files)

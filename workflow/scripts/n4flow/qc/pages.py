@@ -608,7 +608,9 @@ def _plots(
         add(
             "Ours against the reference",
             panels.agreement_plot(
-                log_field, log_reference, values["reference_r"] or math.nan, values["reference_slope"] or math.nan
+                log_field,
+                log_reference,
+                f"r {number(values['reference_r'])}\nslope {number(values['reference_slope'], 2)}",
             ),
             f"r {number(values['reference_r'], 4)}, slope {number(values['reference_slope'])}, "
             f"rms {number(values['reference_rms_log'], 4)}, p99 {number(values['reference_p99_log'], 4)} in log",
