@@ -26,10 +26,20 @@ rule default:
         rules.all.input,
 
 
+# Where batches have done the work, these only put its outcome in place: on a cluster not worth a submission.
+localrules:
+    mask,
+    n4,
+    qc,
+
+
 onstart:
     check_places()
     # one broken scan must not keep the others from being done: --keep-going is the default here
     workflow.scheduler.keepgoing = True
+    # and --scheduler greedy: an integer program over thousands of jobs takes minutes, and chooses no better
+    if not any(word.startswith("--scheduler") for word in sys.argv):
+        workflow.scheduler._job_selector = workflow.scheduler.job_selector_greedy
 
 
 onerror:

@@ -13,6 +13,7 @@ from snakemake.exceptions import WorkflowError
 # comes from a remote repository: Snakemake fetches what is named.
 PACKAGE_FILES = [
     "__init__.py",
+    "batches.py",
     "bids.py",
     "bspline.py",
     "console.py",
@@ -66,6 +67,7 @@ PACKAGE_FILES = [
 PACKAGE = [Path(workflow.source_path(f"../scripts/n4flow/{name}")) for name in PACKAGE_FILES]
 sys.path.insert(0, str(PACKAGE[0].parent.parent))
 
+from n4flow.batches import is_current
 from n4flow.bids import DATATYPE_OF
 from n4flow.errors import InputError
 from n4flow.files import remove_abandoned, why_not_writable
@@ -186,6 +188,75 @@ def page_settings():
     return {key: config["qc"][key] for key in ("field_window_log", "viewer_mb")} | {"flags": limits}
 
 
+# What the outcome of a step hangs on: the parameters of its rule.
+SETTINGS = {
+    "mask": {"settings": config["mask"], "package": package_digest("mask")},
+    "n4": {
+        "settings": config["n4"],
+        "keep_dtype": config["output"]["keep_dtype"],
+        "package": package_digest("derivatives"),
+    },
+    "qc": {"settings": page_settings(), "package": package_digest("qc.pages")},
+}
+
+
+def batch_folder(kind, scan):
+    """Where a batch puts what it makes of a scan."""
+    return f"<results>/.batches/{kind}/{scan.name}"
+
+
+def field_settings(scan):
+    """What the outcome of a scan's batch hangs on; a scan with another one's field has only its mask of it."""
+    return {step: SETTINGS[step] for step in (("mask",) if scan.field_from else ("mask", "n4"))}
+
+
+def in_batches(is_done):
+    """Scans of the sheet that a batch is still to deal with, in pieces, by the numbers of the pieces.
+
+    The pieces hang on the sheet alone, so that a job on another machine finds them as they were.
+    """
+    size = config["batch"]
+    pieces = {n // size + 1: SCANS[n : n + size] for n in range(0, len(SCANS), size)}
+    todo = {number: [scan for scan in piece if not is_done(scan)] for number, piece in pieces.items()}
+    return {number: scans for number, scans in todo.items() if scans}
+
+
+def fields_are_current(scan):
+    folder = workflow.pathvars.apply(batch_folder("fields", scan))
+    return is_current(folder, field_settings(scan), [path for path in (scan.image, scan.mask) if path])
+
+
+def with_page_batch(scan):
+    """Whether the page is drawn in a batch: where it waits for nothing but the scan's own field."""
+    return not (scan.field_from or with_reference(scan))
+
+
+def pages_are_current(scan):
+    folder = workflow.pathvars.apply(batch_folder("pages", scan))
+    return not with_page_batch(scan) or (fields_are_current(scan) and is_current(folder, {"qc": SETTINGS["qc"]}))
+
+
+FIELD_BATCHES = in_batches(fields_are_current)
+PAGE_BATCHES = in_batches(pages_are_current)
+IN_FIELD_BATCHES = {scan.name for scans in FIELD_BATCHES.values() for scan in scans}
+
+
+def field_batch_of(wildcards):
+    """What the batch of a scan has made of it."""
+    return ancient(batch_folder("fields", scan_of(wildcards)))
+
+
+def batches_of_page(scan):
+    """What the batches of a scan have made of it, of which the page is the last."""
+    kinds = ("fields", "pages") if with_page_batch(scan) else ("fields",)
+    return {kind: ancient(batch_folder(kind, scan)) for kind in kinds}
+
+
+def gpus_of_n4(wildcards):
+    """None where the scan's batch has done the work."""
+    return int(f"{wildcards.entities}_{wildcards.suffix}" not in IN_FIELD_BATCHES)
+
+
 def image_of(wildcards):
     return scan_of(wildcards).image
 
@@ -240,7 +311,29 @@ def qc_inputs(wildcards):
     scan = scan_of(wildcards)
     made = products(scan)
     shown = ("mask", "corrected", "sidecar", "field", "reference_field", "reference_sidecar")
-    return {"image": scan.image} | {role: made[role] for role in shown if role in made}
+    return {"image": scan.image} | {role: made[role] for role in shown if role in made} | batches_of_page(scan)
+
+
+def field_entry(scan):
+    """What a batch needs to know of a scan to correct it."""
+    roles = ("mask", "mask_sidecar", *(() if scan.field_from else ("corrected", "sidecar", "field", "bias")))
+    return {"image": scan.image, "mask": scan.mask, "outputs": places(scan, roles)}
+
+
+def page_entry(scan):
+    """What a batch needs to know of a scan to draw its page."""
+    return {
+        "image": scan.image,
+        "fields": workflow.pathvars.apply(batch_folder("fields", scan)),
+        "given": places(scan, ("mask", "corrected", "sidecar", "field")),
+        "outputs": places(scan, ("page", "metrics", "pictures", "viewer")),
+    }
+
+
+def places(scan, roles):
+    """Paths of some of the products of a scan, by role."""
+    made = products(scan)
+    return {role: workflow.pathvars.apply(made[role]) for role in roles if role in made}
 
 
 def tune_settings(wildcards):
@@ -284,6 +377,10 @@ def memory_mb(baseline, per_mb, per_mb_unshrunk=0):
         return int(SNAKEMAKE_MB + baseline + (per_mb + per_mb_unshrunk / thinned) * size_mb) * attempt
 
     return resource
+
+
+def attempt_of(wildcards, attempt):
+    return attempt
 
 
 def jobs_on_gpu():
@@ -355,6 +452,10 @@ def report_failures():
         logger.error(f"No index over the scans that are done: {error}")
     else:
         logger.error(f"{len(done)} of {len(SCANS)} scans are done, {len(failed)} failed: see {qc / 'index.html'}")
+    for scan in SCANS:
+        if scan.name in failed:  # so that the next run tries it in a batch again
+            for kind in ("fields", "pages"):
+                shutil.rmtree(place(batch_folder(kind, scan)), ignore_errors=True)
     # without it the rule index is not done, and makes the index anew when all scans are
     shutil.rmtree(place(BUNDLE), ignore_errors=True)
     for name, error in failed.items():

@@ -8,6 +8,7 @@ rule mask:
     input:
         image=image_of,
         own=own_mask_of,
+        batch=field_batch_of,
     output:
         mask="<results>/{folder}/{entities}_desc-foreground{suffix}_mask.nii.gz",
         sidecar="<results>/{folder}/{entities}_desc-foreground{suffix}_mask.json",
@@ -20,7 +21,6 @@ rule mask:
     resources:
         mem_mb=memory_mb(baseline=300, per_mb=8),
     params:
-        settings=config["mask"],
-        package=package_digest("mask"),
+        **SETTINGS["mask"],
     script:
         "../scripts/mask.py"

@@ -7,6 +7,7 @@ rule n4:
     input:
         image=image_of,
         mask=rules.mask.output.mask,
+        batch=field_batch_of,
     output:
         **CORRECTION,
     log:
@@ -16,11 +17,9 @@ rule n4:
     conda:
         "../../envs/n4.yaml"
     resources:
-        gpu=1,
+        gpu=gpus_of_n4,
         mem_mb=memory_mb(baseline=400, per_mb=20, per_mb_unshrunk=60),
     params:
-        settings=config["n4"],
-        keep_dtype=config["output"]["keep_dtype"],
-        package=package_digest("derivatives"),
+        **SETTINGS["n4"],
     script:
         "../scripts/n4.py"

@@ -20,8 +20,7 @@ rule qc:
     resources:
         mem_mb=memory_mb(baseline=600, per_mb=80),
     params:
-        settings=page_settings(),
-        package=package_digest("qc.pages"),
+        **SETTINGS["qc"],
     script:
         "../scripts/qc.py"
 

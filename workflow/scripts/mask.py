@@ -1,12 +1,14 @@
-"""Rule mask: write the mask of a scan."""
+"""Rule mask: the mask of a scan, from its batch or made now."""
 
 from pathlib import Path
 
+from n4flow.batches import take
 from n4flow.console import reporting
-from n4flow.mask import mask_scan
 
 
 def main(snakemake):
+    from n4flow.mask import mask_scan
+
     own = snakemake.input.get("own")
     mask_scan(
         Path(snakemake.input.image),
@@ -18,5 +20,7 @@ def main(snakemake):
 
 
 if __name__ == "__main__":
-    with reporting(snakemake.log[0]):  # noqa: F821
-        main(snakemake)  # noqa: F821
+    job = snakemake  # noqa: F821
+    if not take(job.input.get("batch"), "mask", dict(job.params.items()), job.output, job.log[0]):
+        with reporting(job.log[0]):
+            main(job)

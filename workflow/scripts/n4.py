@@ -1,13 +1,15 @@
-"""Rule n4: correct a scan."""
+"""Rules n4 and tune_n4: correct a scan, or take its correction from its batch."""
 
 from pathlib import Path
 
+from n4flow.batches import take
 from n4flow.console import reporting
-from n4flow.derivatives import CorrectionFiles, correct_scan
-from n4flow.parameters import N4Parameters
 
 
 def main(snakemake):
+    from n4flow.derivatives import CorrectionFiles, correct_scan
+    from n4flow.parameters import N4Parameters
+
     correct_scan(
         Path(snakemake.input.image),
         Path(snakemake.input.mask),
@@ -21,5 +23,8 @@ def main(snakemake):
 
 
 if __name__ == "__main__":
-    with reporting(snakemake.log[0]):  # noqa: F821
-        main(snakemake)  # noqa: F821
+    job = snakemake  # noqa: F821
+    settings, given = dict(job.params.items()), [job.input.mask]
+    if not take(job.input.get("batch"), "n4", settings, job.output, job.log[0], given):
+        with reporting(job.log[0]):
+            main(job)

@@ -1,12 +1,14 @@
-"""Rule qc: the page and the metrics of a scan."""
+"""Rule qc: the page and the metrics of a scan, from its batch or made now."""
 
 from pathlib import Path
 
+from n4flow.batches import clear, take
 from n4flow.console import reporting
-from n4flow.qc.pages import make_subject
 
 
 def main(snakemake):
+    from n4flow.qc.pages import make_subject
+
     reference = {
         role: Path(snakemake.input[role])
         for role in ("reference_field", "reference_sidecar")
@@ -29,5 +31,11 @@ def main(snakemake):
 
 
 if __name__ == "__main__":
-    with reporting(snakemake.log[0]):  # noqa: F821
-        main(snakemake)  # noqa: F821
+    job = snakemake  # noqa: F821
+    pages, given = job.input.get("pages"), [job.input.mask, job.input.sidecar]
+    if not take(pages, "qc", dict(job.params.items()), job.output, job.log[0], given):
+        with reporting(job.log[0]):
+            main(job)
+    # the last job of a scan
+    for folder in (pages, job.input.get("fields")):
+        clear(folder)

@@ -21,13 +21,13 @@ DONE = "done"
 
 
 @contextlib.contextmanager
-def reporting(log_path: str | Path) -> Iterator[None]:
+def reporting(log_path: str | Path, *, quiet: bool = False) -> Iterator[None]:
     """Log to a file; end with exit status 1 and one line if the input is at fault.
 
-    The one line goes to the log and to the terminal. Any other exception is a defect: its
-    traceback goes to the log, its last line to the terminal.
+    The one line goes to the log and, unless `quiet`, to the terminal. Any other exception is a
+    defect: its traceback goes to the log, its last line to the terminal.
     """
-    terminal = sys.stderr
+    terminals = [] if quiet else [sys.stderr]
     with open(log_path, "w", buffering=1, encoding="utf-8") as file, contextlib.redirect_stderr(file):
         handler = logging.StreamHandler(file)
         handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
@@ -41,11 +41,11 @@ def reporting(log_path: str | Path) -> Iterator[None]:
             _say(f"{PREFIX}stopped by hand (Ctrl-C)\n", file)
             sys.exit(128 + signal.SIGINT)
         except InputError as error:
-            _say(f"{PREFIX}{error}\n", file, terminal)
+            _say(f"{PREFIX}{error}\n", file, *terminals)
             sys.exit(1)
         except Exception as error:
             traceback.print_exc(file=file)
-            _say(f"{PREFIX}{type(error).__name__}: {' '.join(str(error).split())}; see {log_path}\n", file, terminal)
+            _say(f"{PREFIX}{type(error).__name__}: {' '.join(str(error).split())}; see {log_path}\n", file, *terminals)
             sys.exit(1)
         finally:
             logger.removeHandler(handler)

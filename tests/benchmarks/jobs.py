@@ -1,0 +1,254 @@
+"""What a job costs beside its work: the section "The cost of a job" of RESULTS.md.
+
+    python tests/benchmarks/jobs.py --subjects 20 [--batch N] [--folder FOLDER] [--by-rule]
+
+A study of links to the four heads of the built-in dataset at 1 mm runs without SimpleITK's reference on 2 cores. The work
+is what two warm processes take for the same calls (those of the rules' scripts) on 4 of the subjects, scaled to all; a
+job's cost is what the run takes beyond that. CPU time is user and system time of all processes: on a machine that others
+use too, it says more than wall time.
+
+    python tests/benchmarks/jobs.py --graph 5000
+
+Times how long Snakemake takes to plan a study of so many subjects (images and outputs are empty files): nothing
+done yet, and everything done.
+"""
+
+import argparse
+import csv
+import importlib
+import json
+import multiprocessing
+import os
+import resource
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import nibabel as nib
+import numpy as np
+import yaml
+
+REPOSITORY = Path(__file__).parents[2]
+SCRIPTS = REPOSITORY / "workflow" / "scripts"
+sys.path.insert(0, str(SCRIPTS))
+
+from n4flow.bids import Scan  # noqa: E402
+from n4flow.phantom import demo_dataset  # noqa: E402
+
+TISSUES = REPOSITORY / "workflow" / "resources" / "mni152" / "tissues_2mm.nii.gz"
+CORES = 2
+MEASURED = 4  # subjects that the work is measured on: one of each head
+
+
+def cpu_seconds(who=resource.RUSAGE_CHILDREN):
+    used = resource.getrusage(who)
+    return used.ru_utime + used.ru_stime
+
+
+def heads_of_1mm(folder):
+    """The built-in dataset on the grid of 1 mm, made once."""
+    if not (folder / "dataset_description.json").is_file():
+        folder.mkdir(parents=True, exist_ok=True)
+        coarse = nib.load(TISSUES)
+        fine = np.asarray(coarse.dataobj).repeat(2, 0).repeat(2, 1).repeat(2, 2)
+        affine = coarse.affine @ np.diag([0.5, 0.5, 0.5, 1.0])
+        nib.save(nib.Nifti1Image(fine, affine), folder / "tissues.nii.gz")
+        demo_dataset(folder / "tissues.nii.gz", folder)
+    return [folder / f"sub-0{n}" / "anat" / f"sub-0{n}_T1w.nii.gz" for n in (1, 2, 3, 4)]
+
+
+def make_study(folder, images, subjects, changes):
+    """A BIDS folder of links to the images, a sheet and a config."""
+    shutil.rmtree(folder, ignore_errors=True)
+    (folder / "config").mkdir(parents=True)
+    scans = []
+    for number in range(subjects):
+        scan = Scan(f"{number + 1:05d}", "", "T1w", "")
+        path = folder / "raw" / scan.folder / f"{scan.name}.nii.gz"
+        path.parent.mkdir(parents=True)
+        os.symlink(images[number % len(images)], path)
+        scans.append(Scan(scan.subject, "", "T1w", str(path.relative_to(folder))))
+    (folder / "raw" / "dataset_description.json").write_text('{"Name": "raw", "BIDSVersion": "1.10.0"}')
+    with open(folder / "config" / "samples.tsv", "w", newline="") as file:
+        writer = csv.writer(file, delimiter="\t")
+        writer.writerow(["subject", "image", "modality"])
+        writer.writerows([scan.subject, scan.image, scan.modality] for scan in scans)
+    config = yaml.safe_load((REPOSITORY / "config" / "config.yaml").read_text())
+    config |= {"reference": {"fraction": 0}, **changes}
+    (folder / "config" / "config.yaml").write_text(yaml.safe_dump(config))
+    return scans
+
+
+def snakemake(folder, *arguments):
+    """Wall and CPU seconds of a run."""
+    command = [sys.executable, "-m", "snakemake", "-s", REPOSITORY / "Snakefile", "--directory", folder, "--cores", CORES]
+    start, before = time.perf_counter(), cpu_seconds()
+    with open(folder / "terminal.log", "ab") as log:
+        subprocess.run(
+            [*map(str, command), *map(str, arguments)],
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+            check=True,
+        )
+    return time.perf_counter() - start, cpu_seconds() - before
+
+
+def calls_of(scan, config, folder):
+    """The calls of the three scripts for a scan, writing elsewhere."""
+    at = folder / "work" / scan.folder
+    at.mkdir(parents=True, exist_ok=True)
+    stem, suffix = scan.entities, scan.suffix
+    mask, mask_sidecar = at / f"{stem}_mask.nii.gz", at / f"{stem}_mask.json"
+    corrected = {
+        "corrected": at / f"{stem}_desc-N4_{suffix}.nii.gz",
+        "sidecar": at / f"{stem}_desc-N4_{suffix}.json",
+        "lattice": at / f"{stem}_biasfield.json",
+        "bias": at / f"{stem}_biasfield.nii.gz",
+    }
+    flags = {name: limit for name, limit in config["qc"]["flags"].items() if name != "outlier_z"}
+
+    def run_mask():
+        from n4flow.mask import mask_scan
+
+        mask_scan(Path(scan.image), None, mask, mask_sidecar, **config["mask"])
+
+    def run_n4():
+        from n4flow.derivatives import CorrectionFiles, correct_scan
+        from n4flow.parameters import N4Parameters
+
+        correct_scan(
+            Path(scan.image),
+            mask,
+            CorrectionFiles(**corrected),
+            parameters=N4Parameters.from_mapping(config["n4"]),
+            device=config["device"],
+        )
+
+    def run_qc():
+        from n4flow.qc.pages import make_subject
+
+        make_subject(
+            name=scan.name,
+            image=Path(scan.image),
+            mask=mask,
+            corrected=corrected["corrected"],
+            field=corrected["lattice"],
+            sidecar=corrected["sidecar"],
+            page=at / "page.html",
+            metrics=at / "metrics.json",
+            pictures=at / "pictures.webp",
+            viewer=str(at / "viewer.js"),
+            field_window_log=config["qc"]["field_window_log"],
+            viewer_mb=config["qc"]["viewer_mb"],
+            flags=flags,
+        )
+
+    return {"mask": run_mask, "n4": run_n4, "qc": run_qc}
+
+
+def work_of(scans, config, folder, barrier, answer):
+    """In a process of its own: every call once to warm up, then wall and CPU seconds of each step."""
+    os.chdir(folder)
+    for call in calls_of(scans[0], config, folder).values():
+        call()
+    spent = {}
+    barrier.wait()
+    for scan in scans:
+        for step, call in calls_of(scan, config, folder).items():
+            start, before = time.perf_counter(), cpu_seconds(resource.RUSAGE_SELF)
+            call()
+            wall, cpu = spent.get(step, (0, 0))
+            spent[step] = wall + time.perf_counter() - start, cpu + cpu_seconds(resource.RUSAGE_SELF) - before
+    answer.put(spent)
+
+
+def work(scans, config, folder):
+    """Wall seconds (of two processes side by side) and CPU seconds that a subject takes in each step."""
+    context = multiprocessing.get_context("spawn")
+    barrier, answer = context.Barrier(CORES), context.Queue()
+    parts = [scans[n:MEASURED:CORES] for n in range(CORES)]
+    workers = [context.Process(target=work_of, args=(part, config, folder, barrier, answer)) for part in parts]
+    for worker in workers:
+        worker.start()
+    spent = [answer.get() for _ in workers]
+    for worker in workers:
+        worker.join()
+    return {
+        step: tuple(sum(part[step][n] for part in spent) / MEASURED / (CORES if n == 0 else 1) for n in (0, 1))
+        for step in spent[0]
+    }
+
+
+def say(name, count, wall, cpu, work_wall, work_cpu):
+    share = lambda all_, part: f"{all_ - part:.2f} s ({(all_ - part) / all_:.0%})"
+    print(
+        f"| {name} | {count} | {wall:.1f} s | {share(wall, work_wall)} | {cpu:.1f} s | {share(cpu, work_cpu)} "
+        f"| {1000 * (wall - work_wall) / count:.0f} ms, {1000 * (cpu - work_cpu) / count:.0f} ms |",
+        flush=True,
+    )
+
+
+def measure(arguments, folder):
+    images = heads_of_1mm(folder / "heads")
+    changes = {} if arguments.batch is None else {"batch": arguments.batch}
+    study = folder / "study"
+    scans = make_study(study, images, arguments.subjects, changes)
+    config = yaml.safe_load((study / "config" / "config.yaml").read_text())
+    per_subject = work(scans, config, study)
+    print("work per subject (wall on 2 cores, CPU):", json.dumps({k: [round(x, 3) for x in v] for k, v in per_subject.items()}))
+    print("| what | subjects | wall | of it overhead | CPU | of it overhead | overhead per subject: wall, CPU |")
+    print("| --- | --- | --- | --- | --- | --- | --- |")
+    start = snakemake(study, "--dry-run", "--quiet")
+    total = np.zeros(2)
+    steps = {"mask": ["mask"], "n4": ["n4"], "qc": ["qc"]}
+    if arguments.batch is not None:
+        steps = {"mask and n4": ["mask", "n4"], "qc": ["qc"]}
+    if arguments.by_rule:
+        for name, parts in steps.items():
+            took = np.array(snakemake(study, "--until", parts[-1]))
+            total += took
+            did = arguments.subjects * sum(np.array(per_subject[part]) for part in parts)
+            say(name + ", without planning", arguments.subjects, *(took - start), *did)
+    total += snakemake(study)
+    say("the whole run", arguments.subjects, *total, *(arguments.subjects * sum(map(np.array, per_subject.values()))))
+    print(f"planning alone: wall {start[0]:.1f} s, CPU {start[1]:.1f} s")
+
+
+def graph(arguments, folder):
+    """Time to plan a study: fresh, and done."""
+    image = folder / "empty.nii.gz"
+    image.parent.mkdir(parents=True, exist_ok=True)
+    image.touch()
+    study = folder / "graph"
+    changes = {} if arguments.batch is None else {"batch": arguments.batch}
+    make_study(study, [image], arguments.graph, changes)
+    for name, extra in (("DAG of everything", ["--dry-run", "--quiet"]), ("touch", ["--touch", "--quiet"])):
+        if name == "touch":
+            fill(study)
+        wall, cpu = snakemake(study, *extra)
+        print(f"{name}: wall {wall:.1f} s, CPU {cpu:.1f} s", flush=True)
+    wall, cpu = snakemake(study, "--dry-run")
+    done = "Nothing to be done" in (study / "terminal.log").read_text()[-2000:]
+    print(f"dry run, nothing to do ({done}): wall {wall:.1f} s, CPU {cpu:.1f} s", flush=True)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--subjects", type=int, default=20)
+    parser.add_argument("--batch", type=int, help="config's batch; its default if absent")
+    parser.add_argument("--by-rule", action="store_true", help="run rule by rule")
+    parser.add_argument("--graph", type=int, metavar="SUBJECTS", help="time the planning alone")
+    parser.add_argument("--folder", type=Path, help="where to work; a temporary folder by default")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = (arguments.folder or Path(temporary)).resolve()
+        graph(arguments, folder) if arguments.graph else measure(arguments, folder)
+
+
+if __name__ == "__main__":
+    main()

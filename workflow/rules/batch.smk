@@ -1,0 +1,61 @@
+# Goes in: the images of several scans. Comes out: masks and corrections, and then pages, each scan's in a folder of its
+# own under results/.batches, from where the scan's own jobs put them in place. One process does all of a batch, since to
+# start one (and a GPU) takes about as long as the work on a scan.
+#
+# The batches are the sheet in pieces of config's batch, without the scans that a batch has dealt with as they are: so
+# a scan that is added, or has changed, takes no other one with it, and no batch hangs on what became of another.
+
+for number, scans in FIELD_BATCHES.items():
+
+    rule:
+        name:
+            f"fields_{number}"
+        input:
+            images=[scan.image for scan in scans],
+            masks=[scan.mask for scan in scans if scan.mask],
+        output:
+            [directory(batch_folder("fields", scan)) for scan in scans],
+        log:
+            f"<logs>/batches/fields_{number}.log",
+        benchmark:
+            f"<benchmarks>/batches/fields_{number}.tsv"
+        conda:
+            "../../envs/n4.yaml"
+        # it fails only if it is killed as a whole
+        retries: 2
+        resources:
+            gpu=1,
+            mem_mb=memory_mb(baseline=400, per_mb=20),
+            attempt=attempt_of,
+        params:
+            scans=[field_entry(scan) for scan in scans],
+            settings={step: SETTINGS[step] for step in ("mask", "n4")},
+        script:
+            "../scripts/fields.py"
+
+
+for number, scans in PAGE_BATCHES.items():
+
+    rule:
+        name:
+            f"pages_{number}"
+        input:
+            images=[scan.image for scan in scans],
+            fields=[batch_folder("fields", scan) for scan in scans],
+        output:
+            [directory(batch_folder("pages", scan)) for scan in scans],
+        log:
+            f"<logs>/batches/pages_{number}.log",
+        benchmark:
+            f"<benchmarks>/batches/pages_{number}.tsv"
+        conda:
+            "../../envs/qc.yaml"
+        retries: 2
+        resources:
+            mem_mb=memory_mb(baseline=600, per_mb=80),
+            attempt=attempt_of,
+        params:
+            scans=[page_entry(scan) for scan in scans],
+            settings=SETTINGS["qc"],
+        script:
+            "../scripts/pages.py"
