@@ -30,7 +30,12 @@ rule default:
 localrules:
     mask,
     n4,
-    qc,
+
+
+if config["reference"]["fraction"] == 0:  # else most pages are drawn when SimpleITK is done, by themselves
+
+    localrules:
+        qc,
 
 
 onstart:

@@ -91,8 +91,8 @@ def is_current(folder: str | Path, settings: Mapping[str, Any], inputs: Iterable
     if receipt.get("Settings") != _plain(settings) or set(receipt["Inputs"]) != set(inputs):
         return False
     return all(
-        state[:2] == _state(path) or (state[2] and state == _state(path, hashed=True))
-        for path, state in receipt["Inputs"].items()
+        [size, time_ns] == _state(path)[:2] or (sha256 and sha256 == _state(path, hashed=True)[2])
+        for path, (size, time_ns, sha256) in receipt["Inputs"].items()
     )
 
 
@@ -108,15 +108,13 @@ def _plain(settings: Any) -> Any:
 
 
 def _state(path: str, hashed: bool = False) -> list[Any]:
-    """Size and time of a file, and its hash if it is small; a hash alone makes the time not count."""
+    """Size and time of a file and, if it is asked for and the file is small, its hash: then the time does not count."""
     try:
         found = os.stat(path)
     except OSError:
-        return [0, 0]
-    state: list[Any] = [found.st_size, found.st_mtime_ns]
-    if hashed:
-        state.append(_sha256(Path(path)) if found.st_size <= HASHED_BYTES else "")
-    return state
+        return [0, 0, ""]
+    small = hashed and found.st_size <= HASHED_BYTES
+    return [found.st_size, found.st_mtime_ns, _sha256(Path(path)) if small else ""]
 
 
 def _sha256(path: Path) -> str:
@@ -193,7 +191,7 @@ def clear(folder: str | Path | None) -> None:
         for path in Path(folder).iterdir():
             if path.is_dir():
                 shutil.rmtree(path)
-            elif path.suffix == ".log":
+            elif path.name != RECEIPT and not path.name.startswith("."):  # not Snakemake's own
                 path.unlink()
 
 
