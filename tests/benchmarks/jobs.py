@@ -2,10 +2,10 @@
 
     python tests/benchmarks/jobs.py --subjects 20 [--batch N] [--folder FOLDER] [--by-rule]
 
-A study of links to the four heads of the built-in dataset at 1 mm runs without SimpleITK's reference on 2 cores. The work
-is what two warm processes take for the same calls (those of the rules' scripts) on 4 of the subjects, scaled to all; a
-job's cost is what the run takes beyond that. CPU time is user and system time of all processes: on a machine that others
-use too, it says more than wall time.
+A study of links to the four heads of the built-in dataset at 1 mm runs without SimpleITK's reference on 2 cores. The
+work is what two warm processes take for the same calls (those of the rules' scripts) on 4 of the subjects, scaled to
+all; a job's cost is what the run takes beyond that. CPU time is user and system time of all processes: on a machine
+that others use too, it says more than wall time.
 
     python tests/benchmarks/jobs.py --graph 5000
 
@@ -15,8 +15,6 @@ done yet, and everything done.
 
 import argparse
 import csv
-import importlib
-import json
 import multiprocessing
 import os
 import resource
@@ -26,7 +24,6 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import nibabel as nib
 import numpy as np
@@ -43,6 +40,7 @@ from n4flow.phantom import demo_dataset  # noqa: E402
 from n4flow.provenance import package_digest  # noqa: E402
 
 TISSUES = REPOSITORY / "workflow" / "resources" / "mni152" / "tissues_2mm.nii.gz"
+SNAKEMAKE = [sys.executable, "-m", "snakemake", "-s", REPOSITORY / "Snakefile"]
 CORES = 2
 MEASURED = 4  # subjects that the work is measured on: one of each head
 
@@ -88,7 +86,17 @@ def make_study(folder, images, subjects, changes):
 
 def snakemake(folder, *arguments):
     """Wall and CPU seconds of a run."""
-    command = [sys.executable, "-m", "snakemake", "-s", REPOSITORY / "Snakefile", "--directory", folder, "--cores", CORES]
+    command = [
+        sys.executable,
+        "-m",
+        "snakemake",
+        "-s",
+        REPOSITORY / "Snakefile",
+        "--directory",
+        folder,
+        "--cores",
+        CORES,
+    ]
     start, before = time.perf_counter(), cpu_seconds()
     with open(folder / "terminal.log", "ab") as log:
         subprocess.run(
@@ -188,7 +196,9 @@ def work(scans, config, folder):
 
 
 def say(name, count, wall, cpu, work_wall, work_cpu):
-    share = lambda all_, part: f"{all_ - part:.2f} s ({(all_ - part) / all_:.0%})"
+    def share(spent, part):
+        return f"{spent - part:.1f} s ({(spent - part) / spent:.0%})"
+
     print(
         f"| {name} | {count} | {wall:.1f} s | {share(wall, work_wall)} | {cpu:.1f} s | {share(cpu, work_cpu)} "
         f"| {1000 * (wall - work_wall) / count:.0f} ms, {1000 * (cpu - work_cpu) / count:.0f} ms |",
@@ -203,7 +213,9 @@ def measure(arguments, folder):
     scans = make_study(study, images, arguments.subjects, changes)
     config = yaml.safe_load((study / "config" / "config.yaml").read_text())
     per_subject = work(scans, config, study)
-    print("work per subject (wall on 2 cores, CPU):", json.dumps({k: [round(x, 3) for x in v] for k, v in per_subject.items()}))
+    print("work per subject, wall on 2 cores and CPU:")
+    for step, spent in per_subject.items():
+        print(f"{step}: {spent[0]:.3f} s, {spent[1]:.3f} s")
     print("| what | subjects | wall | of it overhead | CPU | of it overhead | overhead per subject: wall, CPU |")
     print("| --- | --- | --- | --- | --- | --- | --- |")
     start = snakemake(study, "--dry-run", "--quiet")
@@ -238,7 +250,7 @@ def fill(folder, scans):
     page = {key: config["qc"][key] for key in ("field_window_log", "viewer_mb")} | {"flags": limits}
     pages = {"qc": {"settings": page, "package": package_digest("qc.pages")}}
     now = time.time()
-    command = [sys.executable, "-m", "snakemake", "-s", REPOSITORY / "Snakefile", "--directory", folder, "--summary"]
+    command = [*SNAKEMAKE, "--directory", folder, "--summary"]
     table = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     rows = [line.split("\t")[0] for line in table.splitlines()[1:] if "\t" in line]
     folders = {f"results/.batches/{kind}/{scan.name}" for scan in scans for kind in ("fields", "pages")}

@@ -94,7 +94,8 @@ def test_worker_ends_with_the_job(tmp_path):
         "def work(): Path(sys.argv[1], 'pid').write_text(str(os.getpid())); time.sleep(60)\n"
         "run_batch([BatchScan(Path(sys.argv[1], 'a/b/c'), {}, [], {'work': work})])\n"
     )
-    job = subprocess.Popen([sys.executable, "-c", code, tmp_path], env={**os.environ, "PYTHONPATH": str(PACKAGE.parent)})
+    environment = {**os.environ, "PYTHONPATH": str(PACKAGE.parent)}
+    job = subprocess.Popen([sys.executable, "-c", code, tmp_path], env=environment)
     wait_for(lambda: (tmp_path / "pid").is_file() and (tmp_path / "pid").read_text())
     job.kill()
     job.wait()

@@ -12,8 +12,8 @@ from n4flow import provenance
 ROOMS = [
     "__init__", "errors", "files", "console", "parameters", "device", "bspline", "sharpening", "field", "samples",
     "kernels.protocol", "kernels.plain", "kernels.compiled", "kernels.cuda", "kernels", "estimate", "volume", "bids",
-    "inputs", "ratings", "provenance", "manifest", "mask", "correction", "derivatives", "reference", "phantom",
-    "metrics", "qc", "qc.rendering", "qc.definitions", "qc.multiqc", "qc.panels", "qc.viewer", "qc.pages", "qc.dataset",
+    "inputs", "ratings", "provenance", "manifest", "batches", "mask", "correction", "derivatives", "reference",
+    "phantom", "metrics", "qc", "qc.rendering", "qc.definitions", "qc.multiqc", "qc.panels", "qc.viewer", "qc.pages", "qc.dataset",
     "qc.figures", "qc.guide", "qc.tune",
 ]  # fmt: skip
 
@@ -49,7 +49,7 @@ def test_the_workflow_itself_needs_no_numeric_library(pytestconfig):
         "import sys; sys.path.insert(0, sys.argv[1])\n"
         "for name in ('numpy', 'nibabel', 'isal', 'SimpleITK', 'threadpoolctl'): sys.modules[name] = None\n"
         "import n4flow.bids, n4flow.console, n4flow.errors, n4flow.inputs, n4flow.provenance, n4flow.files\n"
-        "import n4flow.ratings\n"
+        "import n4flow.ratings, n4flow.batches\n"
     )
     subprocess.run([sys.executable, "-c", code, pytestconfig.rootpath / "workflow" / "scripts"], check=True)
 
@@ -58,7 +58,8 @@ def test_common_smk_imports_only_what_was_tried_above(pytestconfig):
     text = (pytestconfig.rootpath / "workflow" / "rules" / "common.smk").read_text(encoding="utf-8")
     top_level = {line.split()[1] for line in text.splitlines() if line.startswith("from n4flow")}
     assert top_level <= {
-        f"n4flow.{name}" for name in ("bids", "console", "errors", "inputs", "provenance", "files", "ratings")
+        f"n4flow.{name}"
+        for name in ("batches", "bids", "console", "errors", "inputs", "provenance", "files", "ratings")
     }
 
 

@@ -3,7 +3,8 @@
 # start one (and a GPU) takes about as long as the work on a scan.
 #
 # The batches are the sheet in pieces of config's batch, without the scans that a batch has dealt with as they are: so
-# a scan that is added, or has changed, takes no other one with it, and no batch hangs on what became of another.
+# a scan that is added, or has changed, takes no other one with it, and no batch hangs on what became of another. The job
+# of a batch fails only if it is killed as a whole.
 
 for number, scans in FIELD_BATCHES.items():
 
@@ -19,10 +20,9 @@ for number, scans in FIELD_BATCHES.items():
             f"<logs>/batches/fields_{number}.log",
         benchmark:
             f"<benchmarks>/batches/fields_{number}.tsv"
+        retries: 2
         conda:
             "../../envs/n4.yaml"
-        # it fails only if it is killed as a whole
-        retries: 2
         resources:
             gpu=1,
             mem_mb=memory_mb(baseline=400, per_mb=20),
@@ -48,9 +48,9 @@ for number, scans in PAGE_BATCHES.items():
             f"<logs>/batches/pages_{number}.log",
         benchmark:
             f"<benchmarks>/batches/pages_{number}.tsv"
+        retries: 2
         conda:
             "../../envs/qc.yaml"
-        retries: 2
         resources:
             mem_mb=memory_mb(baseline=600, per_mb=80),
             attempt=attempt_of,
