@@ -247,6 +247,7 @@ def fill(folder, scans):
             "package": package_digest("derivatives"),
         },
     }
+    written = ["corrected", "sidecar", "lattice", *(["bias"] if config["output"]["bias_field"] else [])]
     page = {key: config["qc"][key] for key in ("field_window_log", "viewer_mb")} | {"flags": limits}
     pages = {"qc": {"settings": page, "package": package_digest("qc.pages")}}
     now = time.time()
@@ -265,7 +266,7 @@ def fill(folder, scans):
     os.chdir(folder)
     for scan in scans:
         at = folder / "results" / ".batches"
-        BatchScan(at / "fields" / scan.name, settings, [scan.image], {}).write_receipt()
+        BatchScan(at / "fields" / scan.name, settings | {"written": written}, [scan.image], {}).write_receipt()
         BatchScan(at / "pages" / scan.name, pages, [], {}).write_receipt()
 
 

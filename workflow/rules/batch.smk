@@ -29,7 +29,7 @@ for number, scans in FIELD_BATCHES.items():
             attempt=attempt_of,
         params:
             scans=[field_entry(scan) for scan in scans],
-            settings={step: SETTINGS[step] for step in ("mask", "n4")},
+            settings=FIELD_SETTINGS,
         script:
             "../scripts/fields.py"
 

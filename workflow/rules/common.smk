@@ -205,9 +205,13 @@ def batch_folder(kind, scan):
     return f"<results>/.batches/{kind}/{scan.name}"
 
 
+# What the outcome of a batch hangs on.
+FIELD_SETTINGS = {"mask": SETTINGS["mask"], "n4": SETTINGS["n4"], "written": list(CORRECTION)}
+
+
 def field_settings(scan):
-    """What the outcome of a scan's batch hangs on; a scan with another one's field has only its mask of it."""
-    return {step: SETTINGS[step] for step in (("mask",) if scan.field_from else ("mask", "n4"))}
+    """Of these what concerns a scan: one with another one's field has only its mask of a batch."""
+    return {key: part for key, part in FIELD_SETTINGS.items() if key == "mask" or not scan.field_from}
 
 
 def in_batches(is_done):

@@ -37,7 +37,7 @@ def batch_scan(entry, folder, snakemake):
     steps = {"mask": make_mask} | ({"n4": correct} if "corrected" in made else {})
     return BatchScan(
         folder,
-        {step: params.settings[step] for step in steps},
+        {key: part for key, part in params.settings.items() if key == "mask" or "n4" in steps},
         [path for path in (entry["image"], entry["mask"]) if path],
         steps,
         between=[(entry["outputs"]["mask"], made["mask"])],
