@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -183,15 +184,15 @@ def rules_of_a_dry_run(folder, scans, target):
     write_sheet(folder / "config" / "other.tsv", scans)
     done = snakemake(folder, results_of(target)["corrected"], "-n", "--config", "samples=config/other.tsv")
     assert done.returncode == 0, done.stdout
-    return [line for line in done.stdout.splitlines() if line.startswith("rule ")]
+    return re.findall(r"^(?:local)?rule (\w+):", done.stdout, re.M)
 
 
 def test_sheet_decides_between_a_field_of_its_own_and_that_of_another(folder):
     scan = SCANS["turned"]
     others = [SCANS["T1w"], SCANS["echo 1"], SCANS["echo 2"]]
     assert rules_of_a_dry_run(folder, [*others, scan], scan) == []
-    assert rules_of_a_dry_run(folder, [*others, replace(scan, field_from="")], scan) == ["rule n4:"]
-    assert rules_of_a_dry_run(folder, [*others, replace(scan, field_from="echo-1_MEGRE")], scan) == ["rule apply:"]
+    assert rules_of_a_dry_run(folder, [*others, replace(scan, field_from="")], scan) == ["fields_1", "n4"]
+    assert rules_of_a_dry_run(folder, [*others, replace(scan, field_from="echo-1_MEGRE")], scan) == ["apply"]
 
 
 def test_scan_whose_source_fails_is_named_as_failed_with_it(tmp_path):

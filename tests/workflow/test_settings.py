@@ -90,9 +90,9 @@ OVER_ALL = ["figures", "index", "manifest"]
 @pytest.mark.parametrize(
     ("changed", "rules"),
     [
-        ("qc: {flags: {cjv_worse: 1.5}}", ["guide", *["qc"] * 3, *OVER_ALL]),
+        ("qc: {flags: {cjv_worse: 1.5}}", ["guide", "pages_1", *["qc"] * 3, *OVER_ALL]),
         ("qc: {flags: {outlier_z: 4}}", OVER_ALL),
-        ("n4: {fwhm: 0.2}", [*["n4"] * 3, *["qc"] * 3, *OVER_ALL]),
+        ("n4: {fwhm: 0.2}", ["fields_1", *["n4"] * 3, "pages_1", *["qc"] * 3, *OVER_ALL]),
     ],
 )
 def test_a_changed_key_makes_again_what_it_changes_and_what_follows(lean, code, tmp_path, changed, rules):
@@ -104,7 +104,7 @@ def test_a_changed_key_makes_again_what_it_changes_and_what_follows(lean, code, 
 @pytest.mark.parametrize(
     ("file", "rules"),
     [
-        ("estimate.py", ["guide", *["n4"] * 3, *["qc"] * 3, *OVER_ALL]),
+        ("estimate.py", ["guide", "fields_1", *["n4"] * 3, "pages_1", *["qc"] * 3, *OVER_ALL]),
         ("manifest.py", ["manifest"]),
     ],
 )
@@ -232,7 +232,7 @@ def test_jobs_on_the_cpu_do_not_wait_for_each_other_where_there_is_a_gpu(raw, tm
     write_config(folder, {"device": device})
     done = snakemake(folder, *n4_targets(SCANS.values()), "-n", path_first=fake_gpu_tool(tmp_path))
     assert done.returncode == 0, done.stdout
-    assert re.findall(r"^rule (?:fields_1|n4):.*?gpu=(\d)", done.stdout, re.DOTALL | re.MULTILINE) == [
+    assert re.findall(r"^(?:local)?rule (?:fields_1|n4):.*?gpu=(\d)", done.stdout, re.DOTALL | re.MULTILINE) == [
         str(gpus),
         *["0"] * len(SCANS),  # these take what the batch has made
     ]
