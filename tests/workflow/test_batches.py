@@ -1,6 +1,7 @@
 """Scans in batches: what each gets is what it would get alone, and what befalls one is nothing to the others."""
 
 import html
+import json
 import re
 import shutil
 
@@ -100,6 +101,22 @@ def test_folders_of_the_batches_hold_receipts_alone_when_all_is_done(mended):
 def test_size_of_the_batches_makes_nothing_run_again(mended):
     folder = mended[0]
     write_config(folder, {"batch": 2, "reference": {"fraction": 0}})
+    assert "Nothing to be done" in snakemake(folder, "-n").stdout
+
+
+def test_changed_key_makes_again_in_a_batch_what_hangs_on_it_and_no_mask(mended, tmp_path):
+    folder = tmp_path / "changed"
+    shutil.copytree(mended[0], folder)
+    scans = [ADDED, *GOOD, BAD]
+    masks = {path: path.stat().st_mtime_ns for scan in scans for path in [outputs_of(folder, scan)["mask"]]}
+    write_config(folder, {"batch": 3, "reference": {"fraction": 0}, "n4": {"spline_distance_mm": 80}})
+    done = snakemake(folder, "--cores", 2)
+    assert done.returncode == 0, done.stdout
+    for scan in scans:
+        assert (
+            json.loads(outputs_of(folder, scan)["sidecar"].read_text())["N4"]["Parameters"]["spline_distance_mm"] == 80
+        )
+    assert {path: path.stat().st_mtime_ns for path in masks} == masks
     assert "Nothing to be done" in snakemake(folder, "-n").stdout
 
 

@@ -225,9 +225,12 @@ def in_batches(is_done):
     return {number: scans for number, scans in todo.items() if scans}
 
 
-def fields_are_current(scan):
+def fields_are_current(scan, steps=("mask", "n4")):
     folder = workflow.pathvars.apply(batch_folder("fields", scan))
-    return is_current(folder, field_settings(scan), [path for path in (scan.image, scan.mask) if path])
+    settings = field_settings(scan)
+    if "n4" not in steps:
+        settings = {"mask": settings["mask"]}
+    return is_current(folder, settings, [path for path in (scan.image, scan.mask) if path])
 
 
 def with_page_batch(scan):
@@ -245,15 +248,28 @@ PAGE_BATCHES = in_batches(pages_are_current)
 IN_FIELD_BATCHES = {scan.name for scans in FIELD_BATCHES.values() for scan in scans}
 
 
-def field_batch_of(wildcards):
-    """What the batch of a scan has made of it."""
-    return ancient(batch_folder("fields", scan_of(wildcards)))
+def field_batch_of(*steps):
+    """Input function: what the batch of a scan has made of it.
+
+    It is ancient unless the batch makes it anew in these steps. (That their parameters have changed is not enough: of a
+    job behind one that is to run, Snakemake looks at nothing else.)
+    """
+
+    def folder(wildcards):
+        scan = scan_of(wildcards)
+        made = batch_folder("fields", scan)
+        return ancient(made) if fields_are_current(scan, steps) else made
+
+    return folder
 
 
 def batches_of_page(scan):
     """What the batches of a scan have made of it, of which the page is the last."""
-    kinds = ("fields", "pages") if with_page_batch(scan) else ("fields",)
-    return {kind: ancient(batch_folder(kind, scan)) for kind in kinds}
+    batches = {"fields": ancient(batch_folder("fields", scan))}
+    if with_page_batch(scan):
+        made = batch_folder("pages", scan)
+        batches["pages"] = ancient(made) if pages_are_current(scan) else made
+    return batches
 
 
 def gpus_of_n4(wildcards):

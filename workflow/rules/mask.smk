@@ -8,7 +8,7 @@ rule mask:
     input:
         image=image_of,
         own=own_mask_of,
-        batch=field_batch_of,
+        batch=field_batch_of("mask"),
     output:
         mask="<results>/{folder}/{entities}_desc-foreground{suffix}_mask.nii.gz",
         sidecar="<results>/{folder}/{entities}_desc-foreground{suffix}_mask.json",

@@ -7,7 +7,7 @@ rule n4:
     input:
         image=image_of,
         mask=rules.mask.output.mask,
-        batch=field_batch_of,
+        batch=field_batch_of("mask", "n4"),
     output:
         **CORRECTION,
     log:

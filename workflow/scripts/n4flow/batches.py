@@ -88,9 +88,12 @@ class BatchScan(NamedTuple):
 def is_current(folder: str | Path, settings: Mapping[str, Any], inputs: Iterable[str] = ()) -> bool:
     """Whether a batch has dealt with a scan as it is now; the parameters are those of `BatchScan`."""
     receipt = _read_receipt(folder)
-    if receipt.get("Settings") != _plain(settings) or set(receipt["Inputs"]) != set(inputs):
+    made_with = receipt.get("Settings", {})
+    if any(made_with.get(key) != part for key, part in _plain(settings).items()):
         return False
-    return all(
+    if set(receipt.get("Inputs", ())) != set(inputs):
+        return False
+    return bool(receipt) and all(
         [size, time_ns] == _state(path)[:2] or (sha256 and sha256 == _state(path, hashed=True)[2])
         for path, (size, time_ns, sha256) in receipt["Inputs"].items()
     )
