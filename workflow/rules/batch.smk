@@ -25,7 +25,7 @@ for number, scans in FIELD_BATCHES.items():
             "../../envs/n4.yaml"
         resources:
             gpu=1,
-            mem_mb=memory_mb(baseline=400, per_mb=20),
+            mem_mb=memory_mb(baseline=400, per_mb=20, per_mb_unshrunk=60),
             attempt=attempt_of,
         params:
             scans=[field_entry(scan) for scan in scans],
@@ -59,3 +59,10 @@ for number, scans in PAGE_BATCHES.items():
             settings=SETTINGS["qc"],
         script:
             "../scripts/pages.py"
+
+
+# What a profile or the command line sets for n4 and qc (--set-resources) is meant for those that do their work, too.
+for step, kind, batches in (("n4", "fields", FIELD_BATCHES), ("qc", "pages", PAGE_BATCHES)):
+    for number in batches:
+        given = workflow.resource_settings.overwrite_resources.get(step, {})
+        workflow.get_rule(f"{kind}_{number}").resources.update(given)

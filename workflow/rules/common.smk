@@ -205,6 +205,9 @@ def batch_folder(kind, scan):
     return f"<results>/.batches/{kind}/{scan.name}"
 
 
+# Batches unless config has a size: few enough scans for many cores to have work, and no more than pay.
+BATCHES_AT_LEAST, BATCH_SCANS = 8, 8
+
 # What the outcome of a batch hangs on.
 FIELD_SETTINGS = {"mask": SETTINGS["mask"], "n4": SETTINGS["n4"], "written": list(CORRECTION)}
 
@@ -219,7 +222,7 @@ def in_batches(is_done):
 
     The pieces hang on the sheet alone, so that a job on another machine finds them as they were.
     """
-    size = config["batch"]
+    size = config.get("batch") or min(BATCH_SCANS, -(-len(SCANS) // BATCHES_AT_LEAST))
     pieces = {n // size + 1: SCANS[n : n + size] for n in range(0, len(SCANS), size)}
     todo = {number: [scan for scan in piece if not is_done(scan)] for number, piece in pieces.items()}
     return {number: scans for number, scans in todo.items() if scans}
