@@ -275,9 +275,9 @@ def batches_of_page(scan):
     return batches
 
 
-def gpus_of_n4(wildcards):
-    """None where the scan's batch has done the work."""
-    return int(f"{wildcards.entities}_{wildcards.suffix}" not in IN_FIELD_BATCHES)
+def gpus_of_n4(wildcards, input):
+    """None where the scan's batch does the work; a workflow that uses the rule on files of its own has no batch."""
+    return int(Path(input.get("batch", "")).name not in IN_FIELD_BATCHES)
 
 
 def image_of(wildcards):
