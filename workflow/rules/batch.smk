@@ -61,8 +61,10 @@ for number, scans in PAGE_BATCHES.items():
             "../scripts/pages.py"
 
 
-# What a profile or the command line sets for n4 and qc (--set-resources) is meant for those that do their work, too.
+# What a profile or the command line sets for n4 and qc (--set-resources) is meant for those that do their work, too. A
+# workflow that imports this one may have given the rules other names, or have taken only some of them.
 for step, kind, batches in (("n4", "fields", FIELD_BATCHES), ("qc", "pages", PAGE_BATCHES)):
-    for number in batches:
-        given = workflow.resource_settings.overwrite_resources.get(step, {})
-        workflow.get_rule(f"{kind}_{number}").resources.update(given)
+    given = workflow.resource_settings.overwrite_resources.get(workflow.modifier.modify_rulename(step), {})
+    for name in (workflow.modifier.modify_rulename(f"{kind}_{number}") for number in batches):
+        if workflow.is_rule(name):
+            workflow.get_rule(name).resources.update(given)
