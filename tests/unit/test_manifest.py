@@ -198,6 +198,8 @@ def test_scans_and_files_of_one_side_alone_are_different(here, tmp_path):
                 [], {"a": 1}, {"a": {"Files": {"../../etc/passwd": ""}}}, {"a": {"Files": {"/dev/zero": ""}}},
                 {"a": {"Files": {"a\0": ""}}}, {"a": {"Files": [1]}}, {"a": {"Files": {}, "Fields": {"x": {}}}},
                 {"a": {"Files": {}, "Fields": {"x": {"Lattice": "no"}}}},
+                {"a": {"Files": {}, "Fields": {"x": {"Lattice": [float("nan")]}}}},
+                {"a": {"Files": {}, "Fields": {"../x": {"Lattice": [0]}}}},
             )
         ),
     ],

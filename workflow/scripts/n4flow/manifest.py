@@ -176,12 +176,14 @@ def read_manifest(path: Path) -> dict[str, Any]:
             raise ValueError(f"format {content['Format']!r}")
         scans = {"dataset": content["Dataset"], **content["Scans"]}
         for scan in scans.values():
-            for file in scan["Files"]:
+            for file in [*scan["Files"], *scan.get("Fields", {})]:
                 place = PurePosixPath(file)
                 if place.is_absolute() or ".." in place.parts or "\0" in file:
                     raise ValueError(f"it names {file!r}, which is outside of the results")
             for field in scan.get("Fields", {}).values():
                 field["Lattice"] = np.array(field["Lattice"], dtype=np.float64)
+                if not np.isfinite(field["Lattice"]).all():  # the difference to NaN is not larger than anything
+                    raise ValueError("a field has a control point that is no finite number")
         return scans
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise InputError(path, f"is no n4flow manifest ({error})", "give the manifest.json of a run") from None
