@@ -33,9 +33,10 @@ def pids(tmp_path, name):
     return (tmp_path / f"{name}.pids").read_text().split()
 
 
-def taken(tmp_path, name, settings=SETTINGS["work"]):
+def taken(tmp_path, name, settings=SETTINGS["work"], attempt=1):
     folder = tmp_path / "results" / ".batches" / "fields" / name
-    return take(folder, "work", settings, [tmp_path / "results" / f"{name}.txt"], tmp_path / f"{name}.log")
+    outputs = [tmp_path / "results" / f"{name}.txt"]
+    return take(folder, "work", settings, outputs, tmp_path / f"{name}.log", attempt=attempt)
 
 
 def die():
@@ -61,7 +62,19 @@ def test_scan_that_fails_or_kills_its_process_costs_the_others_nothing(tmp_path,
         taken(tmp_path, "bad")
     assert words in str(end.value)
     assert words in (tmp_path / "bad.log").read_text()
+    with pytest.raises(SystemExit, match=words):
+        taken(tmp_path, "bad", attempt=2)
     assert not is_current(scans[1].folder, SETTINGS), "to be tried again in the next run"
+    assert not taken(tmp_path, "bad"), "if not in a batch, then by its own job"
+
+
+def test_scan_that_cannot_be_read_costs_the_others_nothing(tmp_path):
+    folder = tmp_path / "folder"  # opening it fails as reading does without permission, even for root
+    folder.mkdir()
+    bad = scan(tmp_path, "bad", refuse)._replace(inputs=[str(folder)])
+    run_batch([bad, scan(tmp_path, "after")])
+    assert taken(tmp_path, "after")
+    assert not is_current(bad.folder, SETTINGS, bad.inputs)
 
 
 def test_scan_that_fails_once_is_done_alone(tmp_path):
@@ -77,18 +90,23 @@ def test_job_that_was_killed_as_a_whole_leaves_out_in_the_end_what_it_was_killed
     scans = [scan(tmp_path, "culprit"), scan(tmp_path, "other")]
     mark = scans[0].folder.with_name(".culprit.working")
     mark.parent.mkdir(parents=True)
-    mark.touch()
+    mark.write_text("x")
+    run_batch(scans, attempt=3)
+    assert taken(tmp_path, "culprit"), "killed once, by the loss of a node perhaps"
+    (tmp_path / "culprit.pids").unlink()
+    mark.write_text("xx")
     run_batch(scans, attempt=3)
     assert not (tmp_path / "culprit.pids").exists()
     assert taken(tmp_path, "other")
     with pytest.raises(SystemExit, match="killed whenever it came to this scan"):
         taken(tmp_path, "culprit")
     # another run begins anew
+    mark.write_text("xx")
     run_batch(scans)
     assert taken(tmp_path, "culprit")
 
 
-def test_worker_ends_with_the_job(tmp_path):
+def test_worker_ends_with_the_job_and_what_it_had_begun_counts_for_nothing(tmp_path):
     code = (
         "import sys, time, os; from pathlib import Path; from n4flow.batches import BatchScan, run_batch\n"
         "def work(): Path(sys.argv[1], 'pid').write_text(str(os.getpid())); time.sleep(60)\n"
@@ -101,6 +119,10 @@ def test_worker_ends_with_the_job(tmp_path):
     job.wait()
     worker = int((tmp_path / "pid").read_text())
     wait_for(lambda: not is_running(worker))
+    folder = tmp_path / "a/b/c"
+    assert folder.with_name(".c.working").read_text() == "x"
+    assert not is_current(folder, {})
+    assert not take(folder, "work", {}, [], tmp_path / "log")
 
 
 def wait_for(condition):
@@ -148,7 +170,16 @@ def test_batch_is_current_until_settings_or_content_change(tmp_path):
     assert is_current(batch.folder, SETTINGS, [str(image)])
     os.utime(image, (1, 1))
     assert is_current(batch.folder, SETTINGS, [str(image)]), "touched, and the same"
+    assert not is_current(batch.folder, SETTINGS, [str(image)], hashed_bytes=4), "too large to be read"
     assert not is_current(batch.folder, {"work": {"key": 2}}, [str(image)])
     assert not is_current(batch.folder, SETTINGS, [str(image), "mask"])
     image.write_text("other")
+    assert not is_current(batch.folder, SETTINGS, [str(image)])
+
+
+def test_scan_whose_image_changes_while_it_is_worked_on_is_not_current(tmp_path):
+    image = tmp_path / "image"
+    image.write_text("image")
+    batch = scan(tmp_path, "scan", lambda: image.write_text("other"))._replace(inputs=[str(image)])
+    run_batch([batch])
     assert not is_current(batch.folder, SETTINGS, [str(image)])

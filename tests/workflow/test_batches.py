@@ -104,6 +104,21 @@ def test_size_of_the_batches_makes_nothing_run_again(mended):
     assert "Nothing to be done" in snakemake(folder, "-n").stdout
 
 
+def test_touched_image_is_compared_by_its_content_up_to_the_size_that_snakemake_is_told(mended):
+    (mended[0] / GOOD[0].image).touch()
+    assert "Nothing to be done" in snakemake(mended[0], "-n").stdout
+    assert "rule fields_" in snakemake(mended[0], "-n", "--max-checksum-file-size", 10).stdout
+
+
+def test_batch_that_fails_as_a_whole_shows_in_the_report_by_its_scans(run, tmp_path):
+    shutil.copytree(run[0], tmp_path / "copy", ignore=shutil.ignore_patterns("results", "logs", ".snakemake"))
+    done = snakemake(tmp_path / "copy", "--cores", 2, "--set-resources", "fields_1:attempt='none'")
+    assert done.returncode == 1
+    page = (tmp_path / "copy/results/qc/index.html").read_text(encoding="utf-8")
+    assert all(f"{scan.name}</td><td>TypeError" in page for scan in (GOOD[0], BAD, GOOD[1]))
+    assert f"{GOOD[2].name}</td><td>TypeError" not in page
+
+
 def test_changed_key_makes_again_in_a_batch_what_hangs_on_it_and_no_mask(mended, tmp_path):
     folder = tmp_path / "changed"
     shutil.copytree(mended[0], folder)

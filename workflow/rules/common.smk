@@ -1,4 +1,5 @@
 # What the rules share: the package, the checked config and sample sheet, and input functions.
+import argparse
 import os
 import re
 import shutil
@@ -7,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+from snakemake.cli import parse_size_in_bytes
 from snakemake.exceptions import WorkflowError
 
 # Every file of the package is named, so that it is also there when the workflow is a module that
@@ -208,6 +210,11 @@ def batch_folder(kind, scan):
 # Batches unless config has a size: few enough scans for many cores to have work, and no more than pay.
 BATCHES_AT_LEAST, BATCH_SCANS = 8, 8
 
+# As Snakemake compares files by their content, whose own settings of this are not there yet while it reads the rules.
+asked = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+asked.add_argument("--max-checksum-file-size", type=parse_size_in_bytes, default=1_000_000)
+HASHED_BYTES = asked.parse_known_args(sys.argv[1:])[0].max_checksum_file_size
+
 # What the outcome of a batch hangs on.
 FIELD_SETTINGS = {"mask": SETTINGS["mask"], "n4": SETTINGS["n4"], "written": list(CORRECTION)}
 
@@ -233,7 +240,7 @@ def fields_are_current(scan, steps=("mask", "n4")):
     settings = field_settings(scan)
     if "n4" not in steps:
         settings = {"mask": settings["mask"]}
-    return is_current(folder, settings, [path for path in (scan.image, scan.mask) if path])
+    return is_current(folder, settings, [path for path in (scan.image, scan.mask) if path], HASHED_BYTES)
 
 
 def with_page_batch(scan):
@@ -447,6 +454,14 @@ def report_failures():
                 failed.setdefault(scan.name, error)
                 if step in ("mask", "n4"):
                     without_field.add(scan.name)
+    for kind, batches in (("fields", FIELD_BATCHES), ("pages", PAGE_BATCHES)):
+        for number, scans in batches.items():
+            log = place("<logs>") / "batches" / f"{kind}_{number}.log"
+            if made_now(log) and (error := last_error(log)):  # no scan of it has come further
+                for scan in scans:
+                    failed.setdefault(scan.name, error)
+                    if kind == "fields":
+                        without_field.add(scan.name)
     for scan in SCANS:
         if scan.field_from and scan.field_source in without_field and not made_now(place(products(scan)["corrected"])):
             failed.setdefault(scan.name, f"its field is that of {scan.field_source}, which failed")

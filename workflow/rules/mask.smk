@@ -20,6 +20,7 @@ rule mask:
         "../../envs/n4.yaml"
     resources:
         mem_mb=memory_mb(baseline=300, per_mb=8),
+        attempt=attempt_of,
     params:
         **SETTINGS["mask"],
     script:

@@ -19,6 +19,7 @@ rule n4:
     resources:
         gpu=gpus_of_n4,
         mem_mb=memory_mb(baseline=400, per_mb=20, per_mb_unshrunk=60),
+        attempt=attempt_of,
     params:
         **SETTINGS["n4"],
     script:

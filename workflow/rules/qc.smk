@@ -19,6 +19,7 @@ rule qc:
         "../../envs/qc.yaml"
     resources:
         mem_mb=memory_mb(baseline=600, per_mb=80),
+        attempt=attempt_of,
     params:
         **SETTINGS["qc"],
     script:

@@ -21,6 +21,8 @@ def main(snakemake):
 
 if __name__ == "__main__":
     job = snakemake  # noqa: F821
-    if not take(job.input.get("batch"), "mask", dict(job.params.items()), job.output, job.log[0]):
+    if not take(
+        job.input.get("batch"), "mask", dict(job.params.items()), job.output, job.log[0], attempt=job.resources.attempt
+    ):
         with reporting(job.log[0]):
             main(job)

@@ -24,7 +24,7 @@ def main(snakemake):
 
 if __name__ == "__main__":
     job = snakemake  # noqa: F821
-    settings, given = dict(job.params.items()), [job.input.mask]
-    if not take(job.input.get("batch"), "n4", settings, job.output, job.log[0], given):
+    settings, given, attempt = dict(job.params.items()), [job.input.mask], job.resources.get("attempt", 1)
+    if not take(job.input.get("batch"), "n4", settings, job.output, job.log[0], given, attempt):
         with reporting(job.log[0]):
             main(job)

@@ -33,7 +33,7 @@ def main(snakemake):
 if __name__ == "__main__":
     job = snakemake  # noqa: F821
     pages, given = job.input.get("pages"), [job.input.mask, job.input.sidecar]
-    if not take(pages, "qc", dict(job.params.items()), job.output, job.log[0], given):
+    if not take(pages, "qc", dict(job.params.items()), job.output, job.log[0], given, job.resources.attempt):
         with reporting(job.log[0]):
             main(job)
     # the last job of a scan

@@ -26,14 +26,12 @@ from n4flow.files import write_json
 
 log = logging.getLogger(__name__)
 
-#: What the files in a scan's folder were made with and from.
+#: What the files in a scan's folder were made with and from, and whether all went well: there when the batch has dealt
+#: with the scan.
 RECEIPT = "receipt.json"
 
-#: A job that was killed so often leaves the scan out at which it was.
-ATTEMPTS = 3
-
-#: Up to this size an input that was touched is compared by its content, as Snakemake does.
-HASHED_BYTES = 1_000_000
+#: A job that was killed at a scan so often leaves it out.
+KILLS = 2
 
 
 def place(folder: str | Path, output: str | Path) -> Path:
@@ -61,42 +59,57 @@ class BatchScan(NamedTuple):
         """Take the steps, each with a log of its own; whether all went well."""
         shutil.rmtree(self.folder, ignore_errors=True)
         self.folder.mkdir(parents=True)
-        self.write_receipt()
-        done = True
+        states = self.states()
+        done = False
         with contextlib.suppress(SystemExit):
-            done = False
             for step, take_step in self.steps.items():
                 with reporting(self.folder / f"{step}.log", quiet=True):
                     take_step()
             done = True
-        self.write_receipt()
+        self.write_receipt(states, done and bool(self.steps))
         return done
 
-    def write_receipt(self) -> None:
+    def states(self) -> dict[str, list[Any]]:
+        """The scan's own files as they are: to be asked before the work, since they may change meanwhile."""
+        return {path: [*_size_and_time(path), _sha256_or_none(path)] for path in self.inputs}
+
+    def write_receipt(self, states: Mapping[str, Any], done: bool) -> None:
         """Note what the files in the folder are made of."""
         read = {_within(self.folder, path): _sha256(here) for path, here in self.between if here.is_file()}
-        states = {path: _state(path, hashed=True) for path in self.inputs}
-        write_json(self.folder / RECEIPT, {"Settings": self.settings, "Inputs": states, "Between": read})
+        write_json(self.folder / RECEIPT, {"Settings": self.settings, "Inputs": states, "Between": read, "Done": done})
 
     def give_up(self, problem: str) -> None:
-        """Say why it is not done, in the log of the first step that is not."""
+        """Say why it is not done, in the log of the first step that is not, or of the last."""
         logs = [self.folder / f"{step}.log" for step in self.steps]
-        with open(next(path for path in logs if last_error(path) or not path.is_file()), "a", encoding="utf-8") as file:
-            file.write(f"{PREFIX}{self.folder.name}: {problem}; give the job more memory, or leave the scan out\n")
+        not_done = [path for path in logs if last_error(path) or not path.is_file()]
+        remedy = "give the job more memory or time, or leave the scan out"
+        with open((not_done or logs[::-1])[0], "a", encoding="utf-8") as file:
+            file.write(f"{PREFIX}{self.folder.name}: {problem}; {remedy}\n")
+        self.write_receipt(self.states(), False)
 
 
-def is_current(folder: str | Path, settings: Mapping[str, Any], inputs: Iterable[str] = ()) -> bool:
-    """Whether a batch has dealt with a scan as it is now; the parameters are those of `BatchScan`."""
+def is_current(
+    folder: str | Path, settings: Mapping[str, Any], inputs: Iterable[str] = (), hashed_bytes: int = 1_000_000
+) -> bool:
+    """Whether a batch has made of a scan as it is now what it was to make; other parameters are those of `BatchScan`.
+
+    Parameters
+    ----------
+    hashed_bytes : int
+        Up to this size an input that was touched is compared by its content.
+    """
     receipt = _read_receipt(folder)
     made_with = receipt.get("Settings", {})
-    if any(made_with.get(key) != part for key, part in _plain(settings).items()):
+    if not receipt.get("Done") or any(made_with.get(key) != part for key, part in _plain(settings).items()):
         return False
-    if set(receipt.get("Inputs", ())) != set(inputs):
+    if set(receipt["Inputs"]) != set(inputs):
         return False
-    return bool(receipt) and all(
-        [size, time_ns] == _state(path)[:2] or (sha256 and sha256 == _state(path, hashed=True)[2])
-        for path, (size, time_ns, sha256) in receipt["Inputs"].items()
-    )
+    for path, (size, time_ns, sha256) in receipt["Inputs"].items():
+        now = _size_and_time(path)
+        same = now == [size, time_ns] or (now[0] == size <= hashed_bytes and _sha256_or_none(path) == sha256)
+        if not (same and sha256):
+            return False
+    return True
 
 
 def _read_receipt(folder: str | Path) -> dict[str, Any]:
@@ -110,14 +123,20 @@ def _plain(settings: Any) -> Any:
     return json.loads(json.dumps(settings))
 
 
-def _state(path: str, hashed: bool = False) -> list[Any]:
-    """Size and time of a file and, if it is asked for and the file is small, its hash: then the time does not count."""
+def _size_and_time(path: str) -> list[int]:
     try:
         found = os.stat(path)
     except OSError:
-        return [0, 0, ""]
-    small = hashed and found.st_size <= HASHED_BYTES
-    return [found.st_size, found.st_mtime_ns, _sha256(Path(path)) if small else ""]
+        return [0, 0]
+    return [found.st_size, found.st_mtime_ns]
+
+
+def _sha256_or_none(path: str) -> str | None:
+    """None for a file that cannot be read: the steps say so, and end with a line."""
+    try:
+        return _sha256(Path(path))
+    except OSError:
+        return None
 
 
 def _sha256(path: Path) -> str:
@@ -132,6 +151,7 @@ def take(
     outputs: Iterable[str | Path],
     log_path: str | Path,
     given: Iterable[str | Path] = (),
+    attempt: int = 1,
 ) -> bool:
     """Put in place what a batch made of a scan.
 
@@ -148,23 +168,27 @@ def take(
     log_path : path-like
     given : iterable of path-like
         Outputs of the steps before, which must be those that the batch used.
+    attempt : int
+        From 1. The later ones end as the first did: the batch has tried twice, where there is memory (and a GPU).
 
     Returns
     -------
     bool
         False if the batch has nothing (any longer), or what it has was made with or from something else.
     """
-    receipt = _read_receipt(folder) if folder else {}
-    if not folder or receipt.get("Settings", {}).get(step) != _plain(settings):
+    if not folder:
         return False
+    receipt = _read_receipt(folder)
     said = Path(folder, f"{step}.log")
-    if not said.is_file():
+    if not said.is_file() or (receipt and receipt.get("Settings", {}).get(step) != _plain(settings)):
         return False
-    if error := last_error(said):
+    if (receipt or attempt > 1) and (error := last_error(said)):
         _link(said, log_path)
-        # so that it is tried again
-        Path(folder, RECEIPT).unlink()
+        # so that another run tries again
+        Path(folder, RECEIPT).unlink(missing_ok=True)
         sys.exit(f"{PREFIX}{error}")
+    if not receipt:
+        return False
     for path in given:
         if receipt["Between"].get(_within(folder, path)) != _sha256(Path(path)):
             return False
@@ -207,16 +231,19 @@ def run_batch(scans: Sequence[BatchScan], attempt: int = 1) -> None:
     ----------
     scans : sequence of BatchScan
     attempt : int
-        From 1. What an earlier attempt was killed at comes last, and is left out at the last attempt.
+        From 1. What an earlier attempt was killed at comes last, and is left out when that has happened twice.
     """
-    feared = {scan.folder for scan in scans if attempt > 1 and _mark(scan).exists()}
+    kills = {scan.folder: _size_and_time(str(_mark(scan)))[0] if attempt > 1 else 0 for scan in scans}
+    if attempt == 1:  # of an older run
+        for scan in scans:
+            _mark(scan).unlink(missing_ok=True)
     failed = []
     with contextlib.ExitStack() as stack:
         worker = None
-        for scan in sorted(scans, key=lambda scan: scan.folder in feared):
-            if scan.folder in feared and attempt >= ATTEMPTS:
+        for scan in sorted(scans, key=lambda scan: kills[scan.folder]):
+            if kills[scan.folder] >= KILLS:
+                shutil.rmtree(scan.folder, ignore_errors=True)
                 scan.folder.mkdir(parents=True)
-                scan.write_receipt()
                 scan.give_up("the job was killed whenever it came to this scan")
                 _mark(scan).unlink()
                 continue
@@ -238,7 +265,8 @@ def run_batch(scans: Sequence[BatchScan], attempt: int = 1) -> None:
 def _try(scan: BatchScan, scans: Sequence[BatchScan], worker: ProcessPoolExecutor) -> bool | None:
     """Whether it went well; None if the process came to an end."""
     _mark(scan).parent.mkdir(parents=True, exist_ok=True)
-    _mark(scan).touch()
+    with open(_mark(scan), "ab") as mark:
+        mark.write(b"x")
     try:
         return worker.submit(_work, scans.index(scan)).result()
     except BrokenProcessPool:
@@ -248,7 +276,7 @@ def _try(scan: BatchScan, scans: Sequence[BatchScan], worker: ProcessPoolExecuto
 
 
 def _mark(scan: BatchScan) -> Path:
-    """There as long as the scan is worked on: and afterwards, if the whole job was killed."""
+    """There as long as the scan is worked on, and afterwards a byte for each time that the whole job was killed."""
     return scan.folder.with_name(f".{scan.folder.name}.working")
 
 
