@@ -51,7 +51,7 @@ def make_study(folder):
     for seed, scan in enumerate(SCANS):
         save(folder / scan.image, head(SHAPE, seed))
     write_sheet(folder / "config" / "samples.tsv", SCANS)
-    changes = {"n4": {"shrink_factor": 1}, "reference": {"fraction": 0}, "qc": {"viewer_mb": 0.1}}
+    changes = {"batch": 2, "n4": {"shrink_factor": 1}, "reference": {"fraction": 0}, "qc": {"viewer_mb": 0.1}}
     write_config(folder, changes)
     return folder
 
@@ -68,11 +68,7 @@ def content_of(path):
 
 def contents(folder):
     """Every file of the results under its final name."""
-    return {
-        path.relative_to(folder).as_posix(): content_of(path)
-        for path in sorted((folder / "results").rglob("*"))
-        if path.is_file() and not path.name.endswith(".partial")
-    }
+    return {path.relative_to(folder).as_posix(): content_of(path) for path in sorted(finished(folder))}
 
 
 def why_incomplete(path):
@@ -162,8 +158,9 @@ def unlock(folder):
 
 
 def finished(folder):
-    """Files of the results that stand under their final names."""
-    return [path for path in (folder / "results").rglob("*") if path.is_file() and not path.name.endswith(".partial")]
+    """Files of the results that stand under their final names: not what batches have put aside."""
+    there = [path for path in (folder / "results").rglob("*") if path.is_file() and not path.name.endswith(".partial")]
+    return [path for path in there if ".batches" not in path.parts]
 
 
 def begin_anew(folder):
@@ -178,6 +175,22 @@ def study(tmp_path_factory):
     begun = time.monotonic()
     assert start(folder).wait() == 0, (folder / "terminal.txt").read_text()
     return folder, contents(folder), time.monotonic() - begun
+
+
+def test_scan_that_a_killed_batch_had_begun_is_done_by_the_next_run(study):
+    folder, reference, _ = study
+    begin_anew(folder)
+    run = start(folder)
+    while not any((folder / "results/.batches/fields").glob("*/n4.log")):
+        assert run.poll() is None
+        time.sleep(0.01)
+    for pid in members(run.pid):
+        kill(pid)
+    run.wait()
+    unlock(folder)
+    assert start(folder, "--rerun-incomplete").wait() == 0, (folder / "terminal.txt").read_text()
+    made = contents(folder)
+    assert {name for name in reference if made.get(name) != reference[name]} == set()
 
 
 def test_everything_is_whole_and_the_same_after_kills_at_random_moments(study):
