@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 
-DEFAULT_HISTOGRAM = {"histogram_bins": 200, "fwhm": 0.15, "wiener_noise": 0.01}
+from n4flow.parameters import N4Parameters
+
+DEFAULT_HISTOGRAM = {key: getattr(N4Parameters(), key) for key in ("histogram_bins", "fwhm", "wiener_noise")}
 
 
 def remembered(function):

@@ -63,6 +63,7 @@ SCHEDULES = [
 HISTOGRAMS = [
     pytest.param({"histogram_bins": 100}, id="100 bins"),
     pytest.param({"histogram_bins": 300}, id="300 bins"),
+    pytest.param({"fwhm": 0.15}, id="FWHM 0.15, as ITK has it"),
     pytest.param({"fwhm": 0.3}, id="FWHM 0.3"),
     pytest.param({"wiener_noise": 0.1}, id="Wiener noise 0.1"),
     pytest.param({"histogram_bins": 150, "fwhm": 0.1, "wiener_noise": 0.003}, id="all three"),
@@ -209,7 +210,7 @@ def test_two_dimensions_agree_with_simpleitk(head):
 
 
 def with_bar(schedule, name, shrink_factor):
-    part_of_t1w = name == "T1w" and shrink_factor > 1
+    part_of_t1w = name == "T1w" and shrink_factor == 2
     return REFINED_PART_OF_T1W if part_of_t1w and schedule is REFINED else schedule
 
 
@@ -236,14 +237,11 @@ def test_a_whole_t1w_agrees_with_simpleitk(scan):
 
 
 @pytest.mark.data
-@pytest.mark.parametrize(("shrink_factor", "threads"), [(2, 2), (4, 4)])
-def test_simpleitk_alone_moves_by_more_than_the_bar_on_part_of_a_t1w(scan, shrink_factor, threads):
-    image, mask = central(scan("T1w"), shrink_factor)
-    grid = np.ix_(*shrink_positions(image.shape, shrink_factor))
+def test_simpleitk_alone_moves_by_more_than_the_bar_on_part_of_a_t1w(scan):
+    image, mask = central(scan("T1w"), 2)
+    grid = np.ix_(*shrink_positions(image.shape, 2))
     image, mask = image[grid], mask[grid]
-    one, more = (
-        simpleitk_log_field(image, mask, REFINED.iterations, REFINED.spans, threads=n)[mask] for n in (1, threads)
-    )
+    one, more = (simpleitk_log_field(image, mask, REFINED.iterations, REFINED.spans, threads=n)[mask] for n in (1, 2))
     assert rms(more - one - (more - one).mean()) > REFINED.bar_rms
 
 

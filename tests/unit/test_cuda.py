@@ -119,7 +119,8 @@ def test_a_histogram_of_any_number_of_bins_is_sharpened(device, bins):
     values, step = kernels.sharpen().get().T
     low, high = log_image[mask].min(), log_image[mask].max()
     histogram = linear_histogram(log_image[mask], low, high, bins)
-    expected = np.linspace(low, high, bins) - expected_log_values(histogram, low, high, fwhm=0.15, wiener_noise=0.01)
+    settings = {"fwhm": parameters.fwhm, "wiener_noise": parameters.wiener_noise}
+    expected = np.linspace(low, high, bins) - expected_log_values(histogram, low, high, **settings)
     assert_allclose(values, expected[:-1], atol=2e-6)
     assert_allclose(step, np.diff(expected), atol=2e-6)
     assert not kernels.counts.get().any(), "the next iteration begins with an empty histogram"
@@ -149,7 +150,7 @@ def test_no_bit_depends_on_the_order_of_threads_or_blocks(device, weighted, monk
 def test_looking_at_the_flag_seldom_changes_nothing(device, threshold, strong, monkeypatch):
     shape = (20, 18, 22)
     case, mesh = random_case(shape), Mesh.of_grid(shape, (2, 2, 2))
-    parameters = N4Parameters(iterations=(21,), convergence_threshold=threshold, strong_field_log=strong)
+    parameters = N4Parameters(iterations=(21,), convergence_threshold=threshold, strong_field_log=strong, fwhm=0.15)
     found = []
     for every in (1, 8):
         monkeypatch.setattr(cuda, "LOOK_EVERY", every)

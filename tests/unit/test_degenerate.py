@@ -62,7 +62,7 @@ def test_few_distinct_values(strong):
     mask = levels > 2
     assert len(np.unique(levels[mask])) <= 10
     # ten spikes look like a sharp histogram: little is corrected, but nothing is made worse
-    assert error_ratio(levels, mask, truth, brain & mask) < 0.95
+    assert error_ratio(levels, mask, truth, brain & mask) < 0.98
 
 
 @pytest.mark.parametrize("count", [1, 20])
@@ -87,7 +87,7 @@ def test_huge_and_tiny_voxels(strong, scale, caplog):
     """With the mesh in proportion nothing changes; without, it is refused, or said to find next to nothing."""
     image, mask, truth, brain = part_of(strong, np.s_[:, :, :])
     size = (2.0 * scale,) * 3
-    fitting = N4Parameters(shrink_factor=2, spline_distance_mm=60 * scale)
+    fitting = N4Parameters(shrink_factor=2, spline_distance_mm=N4Parameters().spline_distance_mm * scale)
     assert error_ratio(image, mask, truth, brain, size, fitting) == pytest.approx(
         error_ratio(image, mask, truth, brain), rel=1e-6
     )
@@ -98,7 +98,7 @@ def test_huge_and_tiny_voxels(strong, scale, caplog):
         assert "times as long" not in caplog.text
         flat = correct(image, mask, voxel_size_mm=size, device="cpu")
         assert np.ptp(np.log(flat.bias)) < 1e-3
-        assert "a span of the mesh is 2564 times as long as the image" in caplog.text
+        assert "a span of the mesh is 2778 times as long as the image" in caplog.text
         assert "lower n4.spline_distance_mm, or mend the voxel size" in caplog.text
 
 

@@ -92,12 +92,11 @@ def test_a_strong_field_is_followed_further(tissues):
 
 def test_microscopy_is_to_millimetres_what_mri_head_is_to_heads(small_head):
     image, mask = small_head
-    lattices = [
-        estimate_field(
-            samples_of(image, mask, (6 * scale,) * 3), N4Parameters.from_mapping({"preset": preset})
-        ).field.lattice
-        for preset, scale in (("mri-head", 1), ("microscopy", 1 / 40))
-    ]
+    lattices = []
+    for preset in ("mri-head", "microscopy"):
+        parameters = N4Parameters.from_mapping({"preset": preset})
+        voxel_size_mm = (parameters.spline_distance_mm / 10,) * 3
+        lattices.append(estimate_field(samples_of(image, mask, voxel_size_mm), parameters).field.lattice)
     assert_allclose(*lattices, atol=1e-9)
 
 
