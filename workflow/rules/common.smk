@@ -229,7 +229,7 @@ def in_batches(is_done):
 
     The pieces hang on the sheet alone, so that a job on another machine finds them as they were.
     """
-    size = config.get("batch") or min(BATCH_SCANS, -(-len(SCANS) // BATCHES_AT_LEAST))
+    size = config.get("batch") or min(BATCH_SCANS, len(SCANS) // BATCHES_AT_LEAST + 1)
     pieces = {n // size + 1: SCANS[n : n + size] for n in range(0, len(SCANS), size)}
     todo = {number: [scan for scan in piece if not is_done(scan)] for number, piece in pieces.items()}
     return {number: scans for number, scans in todo.items() if scans}
