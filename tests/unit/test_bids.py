@@ -182,6 +182,12 @@ def test_what_is_no_scan_of_its_own_is_left_out_and_named(tmp_path, caplog):
     ]
 
 
+def test_scan_whose_label_is_none_is_left_out_so_that_the_others_are_done(tmp_path, caplog):
+    touch(tmp_path, "sub-01/anat/sub-01_T1w.nii.gz", "sub-bad-label/anat/sub-bad-label_T1w.nii.gz")
+    assert [scan.subject for scan in index_dataset(tmp_path, ["T1w"])] == ["01"]
+    assert "left out, subject 'bad-label' is no BIDS label, use letters and digits only" in caplog.text
+
+
 @pytest.fixture
 def study(tmp_path):
     """Sessions, runs, echoes and a contrast that not all have."""
@@ -221,7 +227,7 @@ def test_filters_choose_scans(study, suffixes, filters, count):
     ("filters", "line"),
     [
         ({"participants": ["01", "9", "10"]}, "holds no participant 10 9; check the labels"),
-        ({"sessions": ["x"]}, "holds no scan with the suffix T1w; check the folder and the filters"),
+        ({"sessions": ["x"]}, "holds no scan with the suffix T1w and x; check the folder and the filters"),
         ({"entities": ["acq-x", "run-7"]}, "holds no scan with the suffix T1w and acq-x and run-7; check the folder"),
         (
             {"entities": ["mprage"]},

@@ -345,6 +345,18 @@ def test_second_run_has_nothing_to_do(folder):
     assert "Nothing to be done" in done.stdout
 
 
+def test_what_somebody_removed_is_made_again(folder):
+    removed = results_of(SCANS["plain"])["corrected"]
+    aside = folder / "aside"
+    (folder / removed).rename(aside)
+    try:
+        done = snakemake(folder, "-n")
+    finally:
+        aside.rename(folder / removed)
+    assert done.returncode == 0, done.stdout
+    assert f"reason: Missing output files: {removed}" in done.stdout
+
+
 PAGES = [results_of(scan)["page"] for scan in SCANS.values()] + [
     "results/qc/index.html",
     "results/qc/guide.html",

@@ -6,6 +6,7 @@
 OVER_ALL = ["dataset_description.json", ".bidsignore", "qc/guide.html", "qc/index.html", "qc/metrics.tsv"]
 OVER_ALL += ["qc/metrics_mqc.tsv", "qc/distributions.png", "qc/worst.png"] + ["qc/exclude.tsv"] * bool(RATINGS_FILE)
 OVER_ALL = [f"<results>/{name}" for name in OVER_ALL]
+MANIFEST = "<results>/manifest.json"
 
 
 rule manifest:
@@ -14,7 +15,7 @@ rule manifest:
         scans=[path for scan in SCANS for path in products(scan).values()],
         dataset=OVER_ALL,
     output:
-        manifest="<results>/manifest.json",
+        manifest=MANIFEST,
     log:
         "<logs>/manifest.log",
     benchmark:

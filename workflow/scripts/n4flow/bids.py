@@ -179,12 +179,16 @@ def index_dataset(
                         log.warning("%s: left out, %s; %s", image, *missing)
                     elif not _left_out(image, parts, subject.name):
                         kept = [part for part in parts if not part.startswith(("sub-", "ses-"))]
-                        scans.append(Scan(subject.name[4:], session, "_".join([*kept, suffix]), str(image)))
+                        scan = Scan(subject.name[4:], session, "_".join([*kept, suffix]), str(image))
+                        if problems := scan.problems():
+                            log.warning("%s: left out, %s", image, problems[0])
+                        else:
+                            scans.append(scan)
     there = {subject.name[4:] for subject in subjects}
     if absent := sorted({label.removeprefix("sub-") for label in participants} - there):
         raise InputError(folder, f"holds no participant {' '.join(absent)}", "check the labels")
     if not scans:
-        chosen = " and ".join(filter(None, [" or ".join(suffixes), *map(" or ".join, wanted.values())]))
+        chosen = " and ".join(filter(None, [" or ".join(suffixes), *map(" or ".join, [*wanted.values(), sessions])]))
         raise InputError(folder, f"holds no scan with the suffix {chosen}", "check the folder and the filters")
     for suffix in suffixes:
         if without := sorted(there - {scan.subject for scan in scans if scan.suffix == suffix}):
