@@ -66,9 +66,17 @@ def content_of(path):
     return content
 
 
+def finished(folder):
+    """Every file of the results under its final name; what batches have on the way stands under others."""
+    files = []
+    for place, folders, names in os.walk(folder / "results"):
+        folders[:] = sorted(set(folders) - {".batches"})  # where folders vanish while a run is under way
+        files += [Path(place, name) for name in sorted(names) if not name.endswith(".partial")]
+    return files
+
+
 def contents(folder):
-    """Every file of the results under its final name."""
-    return {path.relative_to(folder).as_posix(): content_of(path) for path in sorted(finished(folder))}
+    return {path.relative_to(folder).as_posix(): content_of(path) for path in finished(folder)}
 
 
 def why_incomplete(path):
@@ -155,12 +163,6 @@ def unlock(folder):
     if any((folder / ".snakemake/locks").glob("*")):
         done = snakemake(folder, *TARGETS, "--unlock")
         assert done.returncode == 0, done.stdout
-
-
-def finished(folder):
-    """Files of the results that stand under their final names: not what batches have put aside."""
-    there = [path for path in (folder / "results").rglob("*") if path.is_file() and not path.name.endswith(".partial")]
-    return [path for path in there if ".batches" not in path.parts]
 
 
 def begin_anew(folder):
