@@ -22,7 +22,7 @@ rule manifest:
         "<benchmarks>/manifest.tsv"
     conda:
         "../../envs/n4.yaml"
-    threads: 4
+    threads: 2
     resources:
         mem_mb=500,
     params:
