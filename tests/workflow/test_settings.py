@@ -65,7 +65,6 @@ def lean(raw, code, tmp_path_factory):
     write_config(
         folder,
         {
-            "batch": 3,
             "reference": {"fraction": 0},
             "output": {"bias_field": False, "keep_dtype": True},
             "qc": {"viewer_mb": 0},
@@ -136,7 +135,7 @@ def test_a_touched_image_is_known_by_its_content(touched, code):
 def test_a_touched_image_that_is_too_large_to_be_compared_costs_its_own_jobs_alone(touched, code):
     limit = (touched / SCANS["int16"].image).stat().st_size - 1
     done = snakemake(touched, "-n", "--max-checksum-file-size", limit, workflow=code)
-    assert jobs_of(done) == sorted(["fields_1", "mask", "n4", "pages_1", "qc", *OVER_ALL])
+    assert jobs_of(done) == sorted(["fields", "mask", "n4", "pages", "qc", *OVER_ALL])
 
 
 each_integer = pytest.mark.parametrize("name", INTEGERS)
