@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import re
 import shutil
 import time
 from urllib.parse import quote
@@ -284,7 +285,8 @@ def test_stored_ratings_are_shown_and_stale_ones_are_marked(qc, visit, export, t
     page.keyboard.press("1")
     page.locator("#said", has_text="● pass").wait_for()
     page.keyboard.press("Escape")
-    assert rating_of(page, SCANS[0]) == "● pass"
+    row = page.locator("#scans tbody tr", has=page.get_by_text(SCANS[0], exact=True))
+    row.locator(".rating", has_text=re.compile(r"^● pass$")).wait_for()  # no longer stale
     ratings = read_ratings(export(page, tmp_path / "out.tsv"), known=SCANS.__contains__)
     assert [(r.scan, r.rating) for r in ratings] == [(SCANS[0], "pass"), (SCANS[2], "warn")]
 

@@ -63,12 +63,14 @@ def run(cluster, tmp_path_factory):
     folder = tmp_path_factory.mktemp("slurm")
     shutil.copytree(ROOT / "config", folder / "config")
 
-    def break_things():
-        cluster.power_off(first_running(cluster, POWER_LOST, "reference")["node"])
+    def cancel():
         cluster.ask("scancel", first_running(cluster, CANCELLED, "reference")["id"])
 
-    breaking = threading.Thread(target=break_things, daemon=True)
-    breaking.start()
+    def lose_power():
+        cluster.power_off(first_running(cluster, POWER_LOST, "reference")["node"])
+
+    for break_something in (cancel, lose_power):  # each at once: a job takes seconds
+        threading.Thread(target=break_something, daemon=True).start()
     command = [sys.executable, "-m", "snakemake", "-s", ROOT / "Snakefile", "--directory", folder]
     command += ["--profile", ROOT / "workflow/profiles/slurm", "--set-resources", MEMORY]
     command += ["--slurm-init-seconds-before-status-checks", "1", "--seconds-between-status-checks", "1"]
