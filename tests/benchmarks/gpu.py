@@ -108,7 +108,7 @@ def peak_of(device):
 def measure_estimate(cupy, bandwidth, peak):
     """An estimate, its kernels one by one, and the same on the CPU and with n4ax."""
     image, samples = head_samples(HEAD)
-    parameters = N4Parameters(shrink_factor=1, iterations=(ITERATIONS,), convergence_threshold=0)
+    parameters = N4Parameters(shrink_factor=1, iterations=(ITERATIONS,), convergence_threshold=0, fwhm=0.15)
     samples = samples.check().cropped()
     times = []
     for _ in range(RUNS + 1):
