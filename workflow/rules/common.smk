@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import time
+from functools import cache
 from pathlib import Path
 
 from snakemake.cli import parse_size_in_bytes
@@ -235,6 +236,7 @@ def in_batches(is_done):
     return {number: scans for number, scans in todo.items() if scans}
 
 
+@cache
 def fields_are_current(scan, steps=("mask", "n4")):
     folder = workflow.pathvars.apply(batch_folder("fields", scan))
     settings = field_settings(scan)
@@ -248,6 +250,7 @@ def with_page_batch(scan):
     return not (scan.field_from or with_reference(scan))
 
 
+@cache
 def pages_are_current(scan):
     folder = workflow.pathvars.apply(batch_folder("pages", scan))
     return not with_page_batch(scan) or (fields_are_current(scan) and is_current(folder, {"qc": SETTINGS["qc"]}))
