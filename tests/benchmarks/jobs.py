@@ -266,8 +266,9 @@ def fill(folder, scans):
     os.chdir(folder)
     for scan in scans:
         at = folder / "results" / ".batches"
-        BatchScan(at / "fields" / scan.name, settings | {"written": written}, [scan.image], {}).write_receipt()
-        BatchScan(at / "pages" / scan.name, pages, [], {}).write_receipt()
+        fields = BatchScan(at / "fields" / scan.name, settings | {"written": written}, [scan.image], {})
+        for done in (fields, BatchScan(at / "pages" / scan.name, pages, [], {})):
+            done.write_receipt(done.states(), True)
 
 
 def graph(arguments, folder):

@@ -3,6 +3,8 @@
 import os
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import nibabel as nib
 import numpy as np
@@ -102,7 +104,7 @@ def test_a_pass_of_any_set_is_that_of_the_definition(shape, spans, weighted, sha
     for name, make in SETS.items():
         made = make(log_image, weights)
         made.start_level(np.zeros(mesh.lattice_shape), bases)
-        assert_allclose(made.histogram(50), histogram, atol=1e-4 * mask.sum() ** 0.5)
+        assert_allclose(made.histogram(), histogram, atol=1e-4 * mask.sum() ** 0.5)
         assert_allclose(made.fit(table), update, atol=20 * TOLERANCE[name], err_msg=name)
 
 
@@ -120,11 +122,15 @@ def test_a_histogram_of_more_voxels_than_an_entry_holds(monkeypatch):
     """An entry has 24 bits for the count and 40 for the shares: it is emptied in time."""
     values = np.full((8, 1100, 1000), 5.0)  # 8.8 million in one bin
     values[0, 0, 0], values[0, 0, 1] = 4.0, 6.003
-    made = SETS["compiled"](values, np.ones(values.shape, dtype=bool))
-    expected = linear_histogram(values.ravel(), 4.0, 6.003, 50)
-    assert_allclose(made.histogram(50), expected, rtol=1e-4, atol=1e-3)
-    monkeypatch.setattr(compiled, "CHUNK_VOXELS", 2**30)
-    assert_array_equal(SETS["compiled"](values, np.ones(values.shape, dtype=bool)).histogram(50), made.histogram(50))
+    bases = Mesh.of_grid(values.shape, (1, 1, 1)).bases([np.arange(n) for n in values.shape])
+    found = []
+    for chunk_voxels in (200, 2**30):
+        monkeypatch.setattr(compiled, "CHUNK_VOXELS", chunk_voxels)
+        made = SETS["compiled"](values, np.ones(values.shape, dtype=bool))
+        made.start_level(np.zeros((4, 4, 4)), bases)
+        found.append(made.histogram())
+    assert_allclose(found[0], linear_histogram(values.ravel(), 4.0, 6.003, 50), rtol=1e-4, atol=1e-3)
+    assert_array_equal(found[1], found[0])
 
 
 @pytest.mark.parametrize("strength", [1e-3, 0.3, 3, 12])
@@ -158,6 +164,54 @@ def test_compiled_code_gives_the_same_bits_for_any_number_of_threads(head):
     assert len(made.rows.chunks) > 30
     for lattice in lattices[1:]:
         assert_array_equal(lattice, lattices[0])
+
+
+def iterated(field, threads, pause_s=0.0, iterations=200):
+    """The lattice after so many iterations on a small grid of many chunks, and the kernels."""
+    shape = (40, 6, 5)
+    log_image, weights, _ = scattered(shape, True, 0.7)
+    made = CompiledKernels(log_image, weights, PARAMETERS, threads)
+    made.start_level(np.zeros_like(field.lattice), Mesh.of_grid(shape, (2, 1, 1)).bases([np.arange(n) for n in shape]))
+    for _ in range(iterations):
+        made.subtract(made.fit(made.sharpen()))
+        time.sleep(pause_s)
+    return made.lattice, made
+
+
+def test_threads_that_have_waited_in_vain_are_called_back(field):
+    alone, _ = iterated(field, 1, iterations=5)
+    lattice, made = iterated(field, 3, 0.3, iterations=5)
+    assert all(helper.done() for helper in made.helpers.values())
+    made.sharpen()
+    assert not all(helper.done() for helper in made.helpers.values())
+    assert_array_equal(lattice, alone)
+
+
+def test_thousands_of_short_passes_lose_no_chunk_and_take_none_twice(field):
+    """More threads than cores, several sets of them at once, hardly any work to do."""
+    alone, _ = iterated(field, 1)
+    with ThreadPoolExecutor(4) as pool:
+        for lattice, made in pool.map(lambda threads: iterated(field, threads), (2, 3, 5, 8) * 3):
+            assert len(made.rows.chunks) > 4
+            assert_array_equal(lattice, alone)
+
+
+def test_a_process_that_fails_between_two_passes_ends_at_once(pytestconfig):
+    code = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import numpy as np
+from n4flow import N4Parameters
+from n4flow.field import Mesh
+from n4flow.kernels.compiled import CompiledKernels
+image = np.random.default_rng(0).uniform(4, 5, (30, 30, 30))
+made = CompiledKernels(image, image > 0, N4Parameters(), 4)
+made.start_level(np.zeros((4, 4, 4)), Mesh.of_grid(image.shape, (1, 1, 1)).bases([np.arange(30)] * 3))
+raise ValueError("on purpose")
+"""
+    command = [sys.executable, "-c", code, pytestconfig.rootpath / "workflow" / "scripts"]
+    ended = subprocess.run(command, stderr=subprocess.PIPE, text=True, timeout=60)
+    assert ended.stderr.endswith("on purpose\n")
 
 
 def test_large_and_small_scans_get_their_kernels_by_their_voxels_alone(head, monkeypatch):

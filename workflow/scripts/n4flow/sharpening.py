@@ -84,13 +84,13 @@ def expected_log_values(
     distance = np.minimum(np.arange(padded), padded - np.arange(padded))
     width = fwhm / slope
     gaussian = 2 * np.sqrt(np.log(2) / np.pi) / width * np.exp(-4 * np.log(2) * (distance / width) ** 2)
-    transfer = np.fft.fft(gaussian)
+    transfer = np.fft.rfft(gaussian)
     wiener = np.real(np.conj(transfer) / (np.abs(transfer) ** 2 + wiener_noise))
-    sharp = np.maximum(np.real(np.fft.ifft(np.fft.fft(blurred) * wiener)), 0)
+    sharp = np.maximum(np.fft.irfft(np.fft.rfft(blurred) * wiener, padded), 0)
 
     centres = low + (np.arange(padded) - offset) * slope
-    numerator = np.real(np.fft.ifft(transfer * np.fft.fft(centres * sharp)))
-    denominator = np.real(np.fft.ifft(transfer * np.fft.fft(sharp)))
+    numerator = np.fft.irfft(transfer * np.fft.rfft(centres * sharp), padded)
+    denominator = np.fft.irfft(transfer * np.fft.rfft(sharp), padded)
     empty = denominator == 0
     expected = np.where(empty, 0, numerator / np.where(empty, 1, denominator))
     return expected[offset : offset + bins]

@@ -5,16 +5,19 @@ mask, one behind the other. Every inner loop runs along a row and adds element b
 the line's length, so that it is vectorised without any sum changing its order: the bits hang neither
 on the width of the CPU's vectors nor, since planes form fixed chunks whose sums are added in order, on
 the threads.
+
+All indices are unsigned: with them a compiler need not ask whether they count from the end.
 """
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numba
 import numpy as np
@@ -22,7 +25,9 @@ from llvmlite.binding import get_host_cpu_name  # type: ignore[import-untyped]
 from numba import njit
 
 from n4flow.bspline import divide_where_seen, fit_matrices
+from n4flow.kernels import threads
 from n4flow.kernels.protocol import HostKernels, Oriented, Statistics
+from n4flow.kernels.threads import APART, add, give_way, publish, read, replace
 from n4flow.parameters import N4Parameters
 
 #: Rows begin and end at multiples of this, the widest vector of float32.
@@ -37,13 +42,27 @@ COUNT_BIT = 40
 SHARE_UNIT = 2**16
 ENTRY_VOXELS = 2**22
 
+#: Passes over the voxels.
+OMEGA, HISTOGRAM, DELTA, SUBTRACT = range(4)
+
+#: Where the numbers stand that tell the threads what to do: number and step of a pass, and chunks done, of all passes.
+PASS, DONE = 0, APART
+STEP_BITS = 2
+
+#: A thread that waits for the next pass looks so often (milliseconds: there is little to do between two passes).
+PATIENCE = 2**13
+
+ZERO, ONE, TWO, THREE, FOUR = (np.uint64(n) for n in range(5))
+
 #: A Taylor series of exp serves up to here; larger arguments are halved, and the result squared.
 SERIES_LIMIT = 0.25
 
-# a folder for each kind of CPU, since machines may share a home, and outside of the package, which may be read-only
+# A folder for each kind of CPU, since machines may share a home, and outside of the package, which may be read-only.
+# Numba looks for changes of this file alone, and not of the other one that goes into the compiled code.
 if not numba.config.CACHE_DIR:  # type: ignore[attr-defined]
     caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    folder = caches / "n4flow" / f"numba-{numba.__version__}-{get_host_cpu_name()}"
+    other = hashlib.sha256(Path(threads.__file__).read_bytes()).hexdigest()[:8]
+    folder = caches / "n4flow" / f"numba-{numba.__version__}-{get_host_cpu_name()}-{other}"
     numba.config.CACHE_DIR = str(folder)  # type: ignore[attr-defined]
 
 
@@ -70,7 +89,7 @@ class Rows(NamedTuple):
 class Taps(NamedTuple):
     """A basis matrix by its four entries per row that are not 0."""
 
-    column: np.ndarray  # (n,) int64: the first of the four
+    column: np.ndarray  # (n,) uint64: the first of the four
     weight: np.ndarray  # (n, 4) float32
 
 
@@ -78,7 +97,35 @@ def taps_of(matrix: np.ndarray) -> Taps:
     """The taps of a matrix (n, m); they may reach three columns beyond it, with weight 0."""
     column = (matrix != 0).argmax(axis=1)
     padded = np.pad(matrix, ((0, 0), (0, 3)))
-    return Taps(column, np.take_along_axis(padded, column[:, None] + np.arange(4), axis=1).astype(np.float32))
+    weight = np.take_along_axis(padded, column[:, None] + np.arange(4), axis=1)
+    return Taps(column.astype(np.uint64), weight.astype(np.float32))
+
+
+class Work(NamedTuple):
+    """What the threads share on a mesh. All memory is here: compiled code asks for none while it runs."""
+
+    rows: Rows
+    bases: tuple[Taps, Taps]  # of the first two axes
+    delta: tuple[Taps, Taps]
+    omega: tuple[Taps, Taps]
+    # what a pass is given
+    limits: np.ndarray  # (2,) float32: value of the first bin centre, and bins per unit
+    lines: np.ndarray  # (2, bins - 1) float32: the residual between two bin centres, offset and slope
+    along: np.ndarray  # (m0 + 3, m1 + 3, length) float32: the update, evaluated along the last axis
+    halvings: np.ndarray  # (1,) uint64
+    # what it finds, chunk by chunk
+    counts: np.ndarray  # (chunks, 2, bins) int64: voxels, and shares of the upper bins
+    parts: np.ndarray  # (chunks, reach, m1 + 3, length) float32: contraction onto the first two axes
+    found: np.ndarray  # (chunks, 4) float64: smallest and largest value, sums of expm1(-update) and its square
+    planes: np.ndarray  # (m0 + 3, m1 + 3, length) float64: the sum of the parts
+    # to work in, thread by thread; the last row stays free, so that threads do not write to one line of the cache
+    plane: np.ndarray  # (threads, m1 + 3 + 1, length) float32
+    line: np.ndarray  # (threads, 5 + 1, length) float32
+    indices: np.ndarray  # (threads, 2 + 1, length) int32
+    bins: np.ndarray  # (threads, 4 + 1, bins + 1) int64
+    # who does what, see `_take_part`
+    control: np.ndarray  # (2 * APART,) int64
+    taken: np.ndarray  # (chunks,) int64: number of the last pass for which a thread has claimed the chunk
 
 
 class CompiledKernels(HostKernels):
@@ -108,18 +155,40 @@ class CompiledKernels(HostKernels):
     def set_mesh(self, bases: Sequence[np.ndarray]) -> None:
         bases = [bases[axis] for axis in self.axes]
         self.lattice_shape = tuple(basis.shape[1] for basis in bases)
-        omega_matrices, delta_matrices = fit_matrices(bases)
-        self.taps = [taps_of(basis) for basis in bases]
-        self.delta_taps = [taps_of(matrix) for matrix in delta_matrices]
-        chunks, column = self.rows.chunks, self.taps[0].column
-        reach = max(column[end - 1] - column[start] for start, end in pairwise(chunks)) + 4
-        self.parts = np.empty((len(chunks) - 1, reach, self.lattice_shape[1] + 3, self.length), np.float32)
-        self.omega = self._contract(np.zeros((2, 0), np.float32), [taps_of(matrix) for matrix in omega_matrices])
+        of_bases, of_omega, of_delta = ([taps_of(matrix) for matrix in m] for m in (bases, *fit_matrices(bases)))
+        self.last_basis, self.last_delta = of_bases[2], of_delta[2]
+        m0, m1, _ = self.lattice_shape
+        column = of_bases[0].column.astype(int)
+        chunks, bins = len(self.rows.chunks) - 1, self.parameters.histogram_bins
+        reach = max(column[end - 1] - column[start] for start, end in pairwise(self.rows.chunks.astype(int))) + 4
+        self.work = Work(
+            rows=self.rows,
+            bases=(of_bases[0], of_bases[1]),
+            delta=(of_delta[0], of_delta[1]),
+            omega=(of_omega[0], of_omega[1]),
+            limits=np.zeros(2, np.float32),
+            lines=np.zeros((2, bins - 1), np.float32),
+            along=np.zeros((m0 + 3, m1 + 3, self.length), np.float32),
+            halvings=np.zeros(1, np.uint64),
+            counts=np.zeros((chunks, 2, bins), np.int64),
+            parts=np.zeros((chunks, reach, m1 + 3, self.length), np.float32),
+            found=np.zeros((chunks, 4)),
+            planes=np.zeros((m0 + 3, m1 + 3, self.length)),
+            plane=np.zeros((self.threads, m1 + 4, self.length), np.float32),
+            line=np.zeros((self.threads, 6, self.length), np.float32),
+            indices=np.zeros((self.threads, 3, self.length), np.int32),
+            bins=np.zeros((self.threads, 5, bins + 1), np.int64),
+            control=np.zeros(2 * APART, np.int64),
+            taken=np.zeros(chunks, np.int64),
+        )
+        self.helpers: dict[int, Future[None]] = {}
+        self._pass(OMEGA)
+        self.omega = self._onto_lattice(of_omega[2])
 
-    def histogram(self, bins: int) -> np.ndarray:
-        found = np.zeros((len(self.rows.chunks) - 1, 2, bins), dtype=np.int64)
-        self._share_out(_histogram, self.rows, *self._bin_scale(bins), bins, self.length, ENTRY_VOXELS, found)
-        counts, shares = found.sum(axis=0)
+    def histogram(self) -> np.ndarray:
+        self._set_limits()
+        self._pass(HISTOGRAM)
+        counts, shares = self.work.counts.sum(axis=0)
         shares = shares / SHARE_UNIT
         total = counts - shares
         total[1:] += shares[:-1]
@@ -130,17 +199,17 @@ class CompiledKernels(HostKernels):
         low, per_unit = self.low - self.centre, (len(table) - 1) / (self.high - self.low)
         slope = 1 - np.diff(table) * per_unit
         at_bin = low + np.arange(len(table) - 1) / per_unit
-        lines = np.stack([at_bin - (table[:-1] - self.centre) - slope * at_bin, slope]).astype(np.float32)
-        delta = self._contract(lines, self.delta_taps)
-        return divide_where_seen(delta, self.omega).transpose(np.argsort(self.axes))
+        self.work.lines[:] = at_bin - (table[:-1] - self.centre) - slope * at_bin, slope
+        self._set_limits()
+        self._pass(DELTA)
+        return divide_where_seen(self._onto_lattice(self.last_delta), self.omega).transpose(np.argsort(self.axes))
 
     def subtract_update(self, update: np.ndarray) -> Statistics:
         update = update.transpose(self.axes)
-        along = np.zeros((*(m + 3 for m in self.lattice_shape[:2]), self.length), dtype=np.float32)
-        _expand_rows(np.ascontiguousarray(update), self.taps[2], along)
-        halvings = max(0, int(np.ceil(np.log2(max(np.abs(update).max(), 1e-30) / SERIES_LIMIT))))
-        found = np.zeros((len(self.rows.chunks) - 1, 4))
-        self._share_out(_subtract, self.rows, along, self.taps[0], self.taps[1], halvings, found)
+        _expand_rows(np.ascontiguousarray(update), self.last_basis, self.work.along)
+        self.work.halvings[0] = max(0, int(np.ceil(np.log2(max(np.abs(update).max(), 1e-30) / SERIES_LIMIT))))
+        self._pass(SUBTRACT)
+        found = self.work.found
         total, squares = found[:, 2].sum(), found[:, 3].sum()
         variance = (squares - total**2 / self.count) / (self.count - 1)
         return Statistics(
@@ -149,29 +218,25 @@ class CompiledKernels(HostKernels):
             float(max(variance, 0) ** 0.5 / (1 + total / self.count)),
         )
 
-    def _contract(self, lines: np.ndarray, taps: Sequence[Taps]) -> np.ndarray:
-        """Contraction of the residual onto the lattice; of the weights, if it has no lines."""
-        first, second, third = taps
+    def _set_limits(self) -> None:
+        low, high = np.float32(self.low - self.centre), np.float32(self.high - self.centre)
+        bins = self.parameters.histogram_bins
+        self.work.limits[:] = low, (bins - 1) / (float(high) - float(low)) if high > low else 0
+
+    def _onto_lattice(self, last: Taps) -> np.ndarray:
+        """What the chunks have contracted, added and contracted along the last axis."""
         m0, m1, m2 = self.lattice_shape
-        scale = self._bin_scale(lines.shape[1] + 1)
-        self._share_out(_contract, self.rows, *scale, lines, first, second, self.parts)
-        planes = np.zeros((m0 + 3, m1 + 3, self.length))
-        _gather(self.parts, self.rows.chunks, first.column, planes)
+        _gather(self.work)
         result = np.zeros((m0, m1, m2 + 3))
-        _contract_rows(planes, third, result)
+        _contract_rows(self.work.planes, last, result)
         return result[:, :, :m2]
 
-    def _bin_scale(self, bins: int) -> tuple[np.float32, np.float32]:
-        """Value of the first bin centre, and bins per unit."""
-        low, high = np.float32(self.low - self.centre), np.float32(self.high - self.centre)
-        return low, np.float32((bins - 1) / (float(high) - float(low)) if high > low else 0)
-
-    def _share_out(self, kernel: Callable[..., None], *arguments: Any) -> None:
-        """Run a pass over all chunks; each thread, this one too, takes every n-th."""
-        others = [self.pool.submit(kernel, thread, self.threads, *arguments) for thread in range(1, self.threads)]
-        kernel(0, self.threads, *arguments)
-        for other in others:
-            other.result()
+    def _pass(self, step: int) -> None:
+        """Do a pass with all threads; those that have waited for it in vain, and have left, are called back."""
+        for thread in range(1, self.threads):
+            if thread not in self.helpers or self.helpers[thread].done():
+                self.helpers[thread] = self.pool.submit(_take_part, thread, step, self.work)
+        _take_part(0, step, self.work)
 
 
 def _rows(samples: Oriented) -> Rows:
@@ -191,17 +256,18 @@ def _rows(samples: Oriented) -> Rows:
     row_of_plane = np.searchsorted(plane, np.arange(n0 + 1))
     shares = np.linspace(0, offset[-1], min(CHUNKS, max(1, offset[-1] // CHUNK_VOXELS)) + 1)
     chunks = np.unique([0, *np.searchsorted(offset[row_of_plane], shares[1:-1]), n0])
-    return Rows(values, weights, row_of_plane, line, start * LANES, offset, chunks)
+    indices = (np.array(a, dtype=np.uint64) for a in (row_of_plane, line, start * LANES, offset, chunks))
+    return Rows(values, weights, *indices)
 
 
 @compiled
 def _expand_rows(lattice: np.ndarray, taps: Taps, along: np.ndarray) -> None:
     """Evaluate the lattice along its last axis."""
-    for a in range(lattice.shape[0]):
-        for b in range(lattice.shape[1]):
-            for k in range(len(taps.column)):
+    for a in range(np.uint64(lattice.shape[0])):
+        for b in range(np.uint64(lattice.shape[1])):
+            for k in range(np.uint64(len(taps.column))):
                 value = 0.0
-                for q in range(4):
+                for q in range(FOUR):
                     c = taps.column[k] + q
                     if c < lattice.shape[2]:
                         value += lattice[a, b, c] * taps.weight[k, q]
@@ -209,195 +275,194 @@ def _expand_rows(lattice: np.ndarray, taps: Taps, along: np.ndarray) -> None:
 
 
 @compiled
-def _gather(parts: np.ndarray, chunks: np.ndarray, column: np.ndarray, planes: np.ndarray) -> None:
-    """Add what the chunks found, in their order."""
-    for chunk in range(len(parts)):
+def _gather(work: Work) -> None:
+    """Add what the chunks contracted, in their order."""
+    chunks, column, parts, planes = work.rows.chunks, work.bases[0].column, work.parts, work.planes
+    planes[:] = 0
+    for chunk in range(np.uint64(len(parts))):
         first = column[chunks[chunk]]
-        for a in range(column[chunks[chunk + 1] - 1] - first + 4):
-            for b in range(planes.shape[1]):
-                part, total = parts[chunk, a, b], planes[first + a, b]
-                for k in range(len(total)):
-                    total[k] += part[k]
+        for a in range(column[chunks[chunk + ONE] - ONE] - first + FOUR):
+            for b in range(np.uint64(planes.shape[1])):
+                for k in range(np.uint64(planes.shape[2])):
+                    planes[first + a, b, k] += parts[chunk, a, b, k]
 
 
 @compiled
 def _contract_rows(along: np.ndarray, taps: Taps, lattice: np.ndarray) -> None:
     """The transpose of `_expand_rows`."""
-    for a in range(lattice.shape[0]):
-        for b in range(lattice.shape[1]):
-            for k in range(len(taps.column)):
-                for q in range(4):
+    for a in range(np.uint64(lattice.shape[0])):
+        for b in range(np.uint64(lattice.shape[1])):
+            for k in range(np.uint64(len(taps.column))):
+                for q in range(FOUR):
                     lattice[a, b, taps.column[k] + q] += along[a, b, k] * taps.weight[k, q]
 
 
 @compiled
-def _subtract(
-    thread: int,
-    threads: int,
-    rows: Rows,
-    along: np.ndarray,
-    first: Taps,
-    second: Taps,
-    halvings: int,
-    found: np.ndarray,
-) -> None:
+def _take_part(thread: int, step: int, work: Work) -> None:
+    """Do chunks of passes: thread 0 begins one and waits for its end; the others wait for passes, but not for ever.
+
+    A thread begins with the chunks that it had in the last pass, which its core may still hold, and goes on with
+    what others have left. It claims a chunk for the pass that it has read of, so that it cannot take one of the next
+    pass for that of another.
+    """
+    control, chunks = work.control, len(work.taken)
+    share, now = chunks * thread // len(work.plane), read(control, PASS)
+    if thread == 0:
+        now = (((now >> STEP_BITS) + 1) << STEP_BITS) + step
+        publish(control, PASS, now)
+    while True:
+        number, step = now >> STEP_BITS, now & ((1 << STEP_BITS) - 1)
+        for turn in range(chunks):
+            chunk = (share + turn) % chunks
+            if replace(work.taken, chunk, number - 1, number):
+                if step == HISTOGRAM:
+                    _histogram(np.uint64(chunk), np.uint64(thread), work)
+                elif step == SUBTRACT:
+                    _subtract(np.uint64(chunk), np.uint64(thread), work)
+                else:
+                    _contract(np.uint64(chunk), np.uint64(thread), work, step == DELTA)
+                add(control, DONE, 1)
+        if thread == 0:
+            while read(control, DONE) < number * chunks:
+                give_way()
+            return
+        turns, last = 0, now
+        while now == last:
+            give_way()
+            now = read(control, PASS)
+            turns += 1
+            if turns == PATIENCE:
+                return
+
+
+@compiled
+def _subtract(chunk: int, thread: int, work: Work) -> None:
     """Subtract the update; find smallest and largest value, and the sums of expm1(-update) and its square."""
-    length = along.shape[2]
-    plane = np.empty((along.shape[1], length), np.float32)
-    smallest, largest, sums, squares, changes = np.empty((5, length), np.float32)
+    rows, (first, second) = work.rows, work.bases
+    along, plane, found = work.along, work.plane[thread], work.found
+    halvings, length = work.halvings[ZERO], np.uint64(along.shape[2])
+    smallest, largest, changes = work.line[thread, ZERO], work.line[thread, ONE], work.line[thread, TWO]
+    sums, squares = work.line[thread, THREE], work.line[thread, FOUR]
     one, two, zero, infinity = np.float32(1), np.float32(2), np.float32(0), np.float32(np.inf)
     c2, c3, c4 = np.float32(1 / 2), np.float32(1 / 6), np.float32(1 / 24)
     c5, c6 = np.float32(1 / 120), np.float32(1 / 720)
     scale = np.float32(-(0.5**halvings))
-    for chunk in range(thread, len(rows.chunks) - 1, threads):
-        smallest[:], largest[:] = infinity, -infinity
-        for i in range(rows.chunks[chunk], rows.chunks[chunk + 1]):
-            _expand_plane(along, first.column[i], first.weight[i], plane)
-            sums[:], squares[:] = zero, zero
-            for row in range(rows.plane[i], rows.plane[i + 1]):
-                j, at, end = rows.place[row], rows.offset[row], rows.offset[row + 1]
-                n, k0 = end - at, rows.start[row]
-                values, weights = rows.values[at:end], rows.weights[at:end]
-                w0, w1, w2, w3 = second.weight[j]
-                b = second.column[j]
-                p0, p1, p2, p3 = (
-                    plane[b, k0 : k0 + n],
-                    plane[b + 1, k0 : k0 + n],
-                    plane[b + 2, k0 : k0 + n],
-                    plane[b + 3, k0 : k0 + n],
-                )
-                low, high = smallest[k0 : k0 + n], largest[k0 : k0 + n]
-                total, square = sums[k0 : k0 + n], squares[k0 : k0 + n]
-                for k in range(n):
-                    field = w0 * p0[k] + w1 * p1[k] + w2 * p2[k] + w3 * p3[k]
-                    value = values[k] - field
-                    values[k] = value
-                    inside = weights[k] > zero
-                    low[k] = min(low[k], value if inside else infinity)
-                    high[k] = max(high[k], value if inside else -infinity)
-                    x = field * scale
-                    series = x * (one + x * (c2 + x * (c3 + x * (c4 + x * (c5 + x * c6)))))
-                    changes[k] = series if inside else zero
-                for _ in range(halvings):
-                    for k in range(n):
-                        changes[k] = changes[k] * (two + changes[k])
-                for k in range(n):
-                    total[k] += changes[k]
-                    square[k] += changes[k] * changes[k]
+    smallest[:], largest[:] = infinity, -infinity
+    total, total_squares = 0.0, 0.0
+    for i in range(rows.chunks[chunk], rows.chunks[chunk + ONE]):
+        a = first.column[i]
+        w0, w1, w2, w3 = first.weight[i]
+        for b in range(np.uint64(along.shape[1])):
             for k in range(length):
-                found[chunk, 2] += sums[k]
-                found[chunk, 3] += squares[k]
-        found[chunk, 0], found[chunk, 1] = smallest.min(), largest.max()
+                plane[b, k] = (
+                    w0 * along[a, b, k]
+                    + w1 * along[a + ONE, b, k]
+                    + w2 * along[a + TWO, b, k]
+                    + w3 * along[a + THREE, b, k]
+                )
+        sums[:], squares[:] = zero, zero
+        for row in range(rows.plane[i], rows.plane[i + ONE]):
+            j, k0, at = rows.place[row], rows.start[row], rows.offset[row]
+            n = rows.offset[row + ONE] - at
+            b = second.column[j]
+            w0, w1, w2, w3 = second.weight[j]
+            for k in range(n):
+                field = (
+                    w0 * plane[b, k0 + k]
+                    + w1 * plane[b + ONE, k0 + k]
+                    + w2 * plane[b + TWO, k0 + k]
+                    + w3 * plane[b + THREE, k0 + k]
+                )
+                value = rows.values[at + k] - field
+                rows.values[at + k] = value
+                inside = rows.weights[at + k] > zero
+                smallest[k0 + k] = min(smallest[k0 + k], value if inside else infinity)
+                largest[k0 + k] = max(largest[k0 + k], value if inside else -infinity)
+                x = field * scale
+                series = x * (one + x * (c2 + x * (c3 + x * (c4 + x * (c5 + x * c6)))))
+                changes[k] = series if inside else zero
+            for _ in range(halvings):
+                for k in range(n):
+                    changes[k] = changes[k] * (two + changes[k])
+            for k in range(n):
+                sums[k0 + k] += changes[k]
+                squares[k0 + k] += changes[k] * changes[k]
+        for k in range(length):
+            total += sums[k]
+            total_squares += squares[k]
+    found[chunk, ZERO], found[chunk, ONE] = smallest.min(), largest.max()
+    found[chunk, TWO], found[chunk, THREE] = total, total_squares
 
 
 @compiled
-def _expand_plane(along: np.ndarray, column: int, weight: np.ndarray, plane: np.ndarray) -> None:
-    """Evaluate the lattice along its first axis, for one plane."""
-    w0, w1, w2, w3 = weight
-    for b in range(plane.shape[0]):
-        l0, l1, l2, l3 = along[column, b], along[column + 1, b], along[column + 2, b], along[column + 3, b]
-        out = plane[b]
-        for k in range(len(out)):
-            out[k] = w0 * l0[k] + w1 * l1[k] + w2 * l2[k] + w3 * l3[k]
-
-
-@compiled
-def _histogram(
-    thread: int,
-    threads: int,
-    rows: Rows,
-    low: np.float32,
-    scale: np.float32,
-    bins: int,
-    length: int,
-    entry_voxels: int,
-    found: np.ndarray,
-) -> None:
+def _histogram(chunk: int, thread: int, work: Work) -> None:
     """Count and share of each bin in one number; four histograms in turn, so that none waits for its memory."""
-    index, share = np.empty(length, np.int32), np.empty(length, np.int32)
-    parts = np.empty((4, bins + 1), np.int64)
+    rows, (low, scale) = work.rows, work.limits
+    found, parts = work.counts[chunk], work.bins[thread]
+    index, share = work.indices[thread, ZERO], work.indices[thread, ONE]
+    bins = found.shape[1]
     zero, top, first, last = np.float32(0), np.float32(bins - 1), np.int32(0), np.int32(bins - 2)
     unit, half, one = np.float32(SHARE_UNIT), np.float32(0.5), np.int64(1) << COUNT_BIT
-    for chunk in range(thread, len(rows.chunks) - 1, threads):
-        parts[:] = 0
-        held = 0
-        end_row = rows.plane[rows.chunks[chunk + 1]]
-        for row in range(rows.plane[rows.chunks[chunk]], end_row):
-            at, end = rows.offset[row], rows.offset[row + 1]
-            values, weights = rows.values[at:end], rows.weights[at:end]
-            for k in range(end - at):
-                position = min(max((values[k] - low) * scale, zero), top)
-                bin_ = max(min(np.int32(position), last), first)
-                share[k] = np.int32((position - np.float32(bin_)) * unit + half)
-                index[k] = bin_ if weights[k] > zero else np.int32(bins)
-            for k in range(0, end - at, 4):
-                parts[0, np.uint32(index[k])] += one + share[k]
-                parts[1, np.uint32(index[k + 1])] += one + share[k + 1]
-                parts[2, np.uint32(index[k + 2])] += one + share[k + 2]
-                parts[3, np.uint32(index[k + 3])] += one + share[k + 3]
-            held += end - at
-            if held > entry_voxels or row == end_row - 1:
-                for part in range(4):
-                    for b in range(bins):
-                        found[chunk, 0, b] += parts[part, b] >> COUNT_BIT
-                        found[chunk, 1, b] += parts[part, b] & (one - 1)
-                parts[:] = 0
-                held = 0
+    found[:] = 0
+    parts[:] = 0
+    held = ZERO
+    end = rows.plane[rows.chunks[chunk + ONE]]
+    for row in range(rows.plane[rows.chunks[chunk]], end):
+        at = rows.offset[row]
+        n = rows.offset[row + ONE] - at
+        for k in range(n):
+            position = min(max((rows.values[at + k] - low) * scale, zero), top)
+            bin_ = max(min(np.int32(position), last), first)
+            share[k] = np.int32((position - np.float32(bin_)) * unit + half)
+            index[k] = bin_ if rows.weights[at + k] > zero else np.int32(bins)
+        for k in range(ZERO, n, FOUR):
+            parts[ZERO, np.uint32(index[k])] += one + share[k]
+            parts[ONE, np.uint32(index[k + ONE])] += one + share[k + ONE]
+            parts[TWO, np.uint32(index[k + TWO])] += one + share[k + TWO]
+            parts[THREE, np.uint32(index[k + THREE])] += one + share[k + THREE]
+        held += n
+        if held > ENTRY_VOXELS or row == end - ONE:
+            for part in range(FOUR):
+                for b in range(np.uint64(bins)):
+                    found[ZERO, b] += parts[part, b] >> COUNT_BIT
+                    found[ONE, b] += parts[part, b] & (one - 1)
+            parts[:] = 0
+            held = ZERO
 
 
 @compiled
-def _contract(
-    thread: int,
-    threads: int,
-    rows: Rows,
-    low: np.float32,
-    scale: np.float32,
-    lines: np.ndarray,
-    first: Taps,
-    second: Taps,
-    parts: np.ndarray,
-) -> None:
-    """Sum of the weighted residual (of the weights, without lines) onto two axes of the lattice."""
-    length = parts.shape[3]
-    plane = np.empty_like(parts[0, 0], np.float32)
-    residual, index = np.empty(length, np.float32), np.empty(length, np.int32)
-    offset, slope = lines
-    zero, last = np.float32(0), np.float32(len(slope) - 1)
-    for chunk in range(thread, len(rows.chunks) - 1, threads):
-        start = rows.chunks[chunk]
-        parts[chunk] = zero
-        for i in range(start, rows.chunks[chunk + 1]):
-            plane[:] = zero
-            for row in range(rows.plane[i], rows.plane[i + 1]):
-                j, at, end = rows.place[row], rows.offset[row], rows.offset[row + 1]
-                n, k0 = end - at, rows.start[row]
-                values, weights = rows.values[at:end], rows.weights[at:end]
-                if len(slope):
-                    for k in range(n):
-                        index[k] = max(np.int32(min(max((values[k] - low) * scale, zero), last)), np.int32(0))
-                    for k in range(n):
-                        line = np.uint32(index[k])
-                        residual[k] = (offset[line] + values[k] * slope[line]) * weights[k]
-                else:
-                    for k in range(n):
-                        residual[k] = weights[k]
-                w0, w1, w2, w3 = second.weight[j]
-                b = second.column[j]
-                p0, p1, p2, p3 = (
-                    plane[b, k0 : k0 + n],
-                    plane[b + 1, k0 : k0 + n],
-                    plane[b + 2, k0 : k0 + n],
-                    plane[b + 3, k0 : k0 + n],
-                )
+def _contract(chunk: int, thread: int, work: Work, of_residual: bool) -> None:
+    """Sum of the weighted residual, or of the weights alone, onto two axes of the lattice."""
+    rows, lines, (low, scale) = work.rows, work.lines, work.limits
+    first, second = work.delta if of_residual else work.omega
+    parts, plane = work.parts[chunk], work.plane[thread]
+    residual, index = work.line[thread, ZERO], work.indices[thread, ZERO]
+    zero, last = np.float32(0), np.float32(lines.shape[1] - 1)
+    start = rows.chunks[chunk]
+    parts[:] = zero
+    for i in range(start, rows.chunks[chunk + ONE]):
+        plane[:] = zero
+        for row in range(rows.plane[i], rows.plane[i + ONE]):
+            j, k0, at = rows.place[row], rows.start[row], rows.offset[row]
+            n = rows.offset[row + ONE] - at
+            if of_residual:
                 for k in range(n):
-                    p0[k] += w0 * residual[k]
-                    p1[k] += w1 * residual[k]
-                    p2[k] += w2 * residual[k]
-                    p3[k] += w3 * residual[k]
-            for q in range(4):
-                weight = first.weight[i, q]
-                for b in range(plane.shape[0]):
-                    total = parts[chunk, first.column[i] - first.column[start] + q, b]
-                    line = plane[b]
-                    for k in range(length):
-                        total[k] += weight * line[k]
+                    index[k] = max(np.int32(min(max((rows.values[at + k] - low) * scale, zero), last)), np.int32(0))
+                for k in range(n):
+                    line = np.uint32(index[k])
+                    residual[k] = (lines[ZERO, line] + rows.values[at + k] * lines[ONE, line]) * rows.weights[at + k]
+            else:
+                for k in range(n):
+                    residual[k] = rows.weights[at + k]
+            b = second.column[j]
+            w0, w1, w2, w3 = second.weight[j]
+            for k in range(n):
+                plane[b, k0 + k] += w0 * residual[k]
+                plane[b + ONE, k0 + k] += w1 * residual[k]
+                plane[b + TWO, k0 + k] += w2 * residual[k]
+                plane[b + THREE, k0 + k] += w3 * residual[k]
+        for q in range(FOUR):
+            weight, a = first.weight[i, q], first.column[i] - first.column[start] + q
+            for b in range(np.uint64(parts.shape[1])):
+                for k in range(np.uint64(plane.shape[1])):
+                    parts[a, b, k] += weight * plane[b, k]

@@ -46,7 +46,8 @@ class PlainKernels(HostKernels):
             contract(self.weights[block].astype(np.float64), (a[block], b, c)) for block in self.blocks
         )
 
-    def histogram(self, bins: int) -> np.ndarray:
+    def histogram(self) -> np.ndarray:
+        bins = self.parameters.histogram_bins
         parts = [linear_histogram(values, self.low, self.high, bins) for values, _, _ in self._inside()]
         return np.sum(parts, axis=0)
 

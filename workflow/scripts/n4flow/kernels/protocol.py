@@ -101,7 +101,7 @@ class HostKernels(ABC):
 
     def sharpen(self) -> np.ndarray:
         given = self.parameters
-        histogram = self.histogram(given.histogram_bins)
+        histogram = self.histogram()
         return expected_log_values(histogram, self.low, self.high, fwhm=given.fwhm, wiener_noise=given.wiener_noise)
 
     def subtract(self, update: np.ndarray) -> None:
@@ -126,7 +126,7 @@ class HostKernels(ABC):
         """Take the basis matrices of a level; compute ``omega`` once."""
 
     @abstractmethod
-    def histogram(self, bins: int) -> np.ndarray:
+    def histogram(self) -> np.ndarray:
         """Histogram of ``u - B`` as `sharpening.linear_histogram` defines it."""
 
     @abstractmethod
