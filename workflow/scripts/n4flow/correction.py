@@ -123,9 +123,10 @@ def _shift_to_mean(field: BiasField, parts: Iterable[tuple[Any, Any, Any]]) -> B
     sums = np.zeros(2)
     for values, ratio, inside in parts:
         usable, _ = usable_voxels(values, inside)
+        before = array_module(values).where(usable, values, 0).astype(np.float64)
+        after = before / ratio
         for k in range(values.shape[2]):
-            before = values[:, :, k][usable[:, :, k]].astype(np.float64)
-            sums += [float(before.sum()), float((before / ratio[:, :, k][usable[:, :, k]]).sum())]
+            sums += [float(before[:, :, k].sum()), float(after[:, :, k].sum())]
     return field.shifted(np.log(sums[1] / sums[0]))
 
 
@@ -202,12 +203,21 @@ def _largest_error(values: np.ndarray, written: np.ndarray, ratio: np.ndarray, r
 
     Voxels below a millionth of the slab's brightest count as that, or noise around 0 would decide.
     """
-    original = np.where(np.isfinite(values), values, 0).astype(np.float64)
-    floor = 1e-6 * float(np.abs(original).max())
+    original = np.asarray(values, dtype=np.float64)
+    error = np.multiply(written, ratio, dtype=np.float64)
+    if not (finite := np.isfinite(original)).all():
+        original, error = np.where(finite, original, 0), np.where(finite, error, 0)
+    size = np.abs(original)
+    floor = 1e-6 * float(size.max())
     if floor == 0:
         return 0.0
-    error = np.abs(np.where(np.isfinite(values), written * ratio.astype(np.float64), 0) - original)
-    return float(np.nan_to_num((error - rounding * ratio) / np.maximum(np.abs(original), floor), nan=np.inf).max())
+    error -= original
+    np.abs(error, out=error)
+    if rounding:
+        error -= rounding * ratio
+    error /= np.maximum(size, floor, out=size)
+    largest = float(error.max())
+    return largest if np.isfinite(largest) else np.inf
 
 
 def _corrected_slabs(
