@@ -293,8 +293,8 @@ def subject(name, image, runs):
                 if turn:
                     seconds[what].append(time.perf_counter() - start)
                 elif what.startswith("n4flow"):
-                    for name in ("f", "c"):
-                        np.save(out / f"{name}.npy", np.asarray(nib.load(out / f"{name}.nii.gz").dataobj))
+                    for made in ("f", "c"):
+                        np.save(out / f"{made}.npy", np.asarray(nib.load(out / f"{made}.nii.gz").dataobj))
     ours = statistics.median(seconds["n4flow: mask and n4"])
     return [
         [name, what, f"{statistics.median(taken):.2f} s", f"{statistics.median(taken) / ours:.1f}"]
