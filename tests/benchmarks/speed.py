@@ -9,7 +9,7 @@
 3. A subject: from a compressed file to a corrected file and its field, process start included, beside a plain SimpleITK
    script, and beside a script that merely reads the image with nibabel and writes the same two outputs (which it has
    from uncompressed .npy files: some 20 ms).
-4. A large volume (``--large``: needs 30 GB of disk): time per voxel and memory of a job at 0.1, 1 and 8 GB.
+4. A large volume (``--large``, alone: needs 30 GB of disk): time per voxel and memory of a job at 0.1, 1 and 8 GB.
 
 What counts are the ratios. Memory is the most that a process took beyond what it held when it had its data.
 """
@@ -246,6 +246,7 @@ def same_work(name, image, mask, runs):
                 f"{runner.memory_mb:.0f} MB",
             ]
         )
+        print(*rows[-1], sep=", ", file=sys.stderr, flush=True)
     return rows
 
 
@@ -307,6 +308,7 @@ def make_large(path, shape):
     header = nib.Nifti1Header()
     header.set_data_shape(shape)
     header.set_data_dtype(np.float32)
+    header.set_zooms((0.01,) * 3)
     header.set_sform(np.diag([0.01, 0.01, 0.01, 1]), 1)
     header["magic"] = header.single_magic
     header.set_data_offset(352)
@@ -366,10 +368,18 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, default=REPOSITORY.parent / "shared" / "data", help="holds bids/")
     parser.add_argument("--runs", type=int, default=3)
-    parser.add_argument("--large", action="store_true", help="volumes of up to 8 GB, too")
+    parser.add_argument("--large", action="store_true", help="the last table, with volumes of up to 8 GB, and no other")
     parser.add_argument("--quick", action="store_true", help="without the full resolution")
     parser.add_argument("--output", type=Path, help="Markdown file; standard output by default")
     given = parser.parse_args()
+    if given.large:
+        print(f"""## A large volume
+
+{date.today()}, {_machine()}. `python tests/benchmarks/speed.py --large`. Mask and correction of a float32 volume, .nii to
+.nii, in one process on one core; memory beyond the interpreter with its imports. What the disk does is in the wall time.
+
+{table(["", "wall", "ns / voxel", "CPU ns / voxel", "memory"], large())}""")
+        return
     t1w = given.data / "bids" / "sub-01" / "anat" / "sub-01_T1w.nii.gz"
     image = np.asarray(nib.load(t1w).dataobj).astype(np.float32)
     mask = image > otsu_threshold(image.ravel())
@@ -380,12 +390,10 @@ def main():
             work += same_work(f"every {ordinal} voxel".replace("  ", " "), image[part].copy(), mask[part], given.runs)
     cost = cost_of_a_voxel(image, mask, given.runs)
     subjects = subject("real T1w, 9.1M voxels", t1w, given.runs)
-    packages = ["numpy", "numba", "SimpleITK", "antspyx", "jax", "n4ax", "nibabel", "isal"]
-    versions = ", ".join(f"{name} {version(name)}" for name in packages if installed(name))
     header = ["real T1w", "", "median (range)", "ns / voxel / iteration", "SimpleITK / this"]
     text = f"""# Results
 
-{date.today()}, {available_cores()} cores of {_processor()}, Python {platform.python_version()}, {versions}.
+{date.today()}, {_machine()}.
 `python tests/benchmarks/speed.py`, {given.runs} in turns after one to warm up.
 
 ## The same work
@@ -410,27 +418,22 @@ corrected image and the field that n4flow found.
 
 {table(["", "", "median", "this / n4flow"], subjects)}
 """
-    if given.large:
-        text += f"""
-## A large volume
-
-Mask and correction of a float32 volume, .nii to .nii, in one process on one core; memory beyond the interpreter with
-its imports. What the disk does is in the wall time.
-
-{table(["", "wall", "ns / voxel", "CPU ns / voxel", "memory"], large())}
-"""
     if given.output:
         given.output.write_text(text)
     else:
         print(text)
 
 
-def _processor():
+def _machine():
+    """Cores and versions."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+        processor = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
-        return platform.machine()
+        processor = platform.machine()
+    packages = ["numpy", "numba", "SimpleITK", "antspyx", "jax", "n4ax", "nibabel", "isal"]
+    versions = ", ".join(f"{name} {version(name)}" for name in packages if installed(name))
+    return f"{available_cores()} cores of {processor}, Python {platform.python_version()}, {versions}"
 
 
 if __name__ == "__main__":

@@ -19,8 +19,14 @@ SUBJECTS = ("01", "02", "03", "04")
 #: Subjects whose jobs meet a fault.
 POWER_LOST, CANCELLED, MEMORY_EXCEEDED = "01", "02", "03"
 
-#: For that subject less memory than Snakemake itself takes, until the third attempt: one may fall to the lost node.
-MEMORY = f"reference:mem_mb=60 if attempt < 3 and wildcards.entities == 'sub-{MEMORY_EXCEEDED}' else 900"
+#: Batches of two subjects that meet a fault.
+BATCH_CANCELLED, BATCH_MEMORY_EXCEEDED = "fields_1", "fields_2"
+
+#: For these less memory than Snakemake itself takes, until the third attempt: one may fall to the lost node.
+MEMORY = [
+    f"reference:mem_mb=60 if attempt < 3 and wildcards.entities == 'sub-{MEMORY_EXCEEDED}' else 900",
+    f"{BATCH_MEMORY_EXCEEDED}:mem_mb=60 if attempt < 2 else 900",
+]
 
 
 @pytest.fixture(scope="module")
@@ -46,15 +52,21 @@ class Run(NamedTuple):
     jobs: list
 
 
-def first_running(cluster, subject, rule, seconds=900):
-    """The first job of a rule on a subject, once it runs."""
+def jobs_of(jobs, rule, subject=None):
+    """Those of a rule, on a subject if one is given, in their order."""
+    wanted = re.compile(rf"rule_{rule}" + (rf"_wildcards_sub-{subject}" if subject else r"\b"))
+    return sorted((job for job in jobs if wanted.match(job["comment"])), key=lambda job: int(job["id"]))
+
+
+def first_running(cluster, rule, subject=None, seconds=900):
+    """The first job of a rule (on a subject), once it runs."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
-        for job in cluster.jobs():
-            if job["state"] == "RUNNING" and job["comment"].startswith(f"rule_{rule}_wildcards_sub-{subject}"):
+        for job in jobs_of(cluster.jobs(), rule, subject):
+            if job["state"] == "RUNNING":
                 return job
         time.sleep(0.5)
-    raise TimeoutError(f"no job of {rule} on {subject} runs")
+    raise TimeoutError(f"no job of {rule} runs")
 
 
 @pytest.fixture(scope="module")
@@ -64,15 +76,19 @@ def run(cluster, tmp_path_factory):
     shutil.copytree(ROOT / "config", folder / "config")
 
     def cancel():
-        cluster.ask("scancel", first_running(cluster, CANCELLED, "reference")["id"])
+        cluster.ask("scancel", first_running(cluster, "reference", CANCELLED)["id"])
+
+    def cancel_batch():
+        cluster.ask("scancel", first_running(cluster, BATCH_CANCELLED)["id"])
 
     def lose_power():
-        cluster.power_off(first_running(cluster, POWER_LOST, "reference")["node"])
+        cluster.power_off(first_running(cluster, "reference", POWER_LOST)["node"])
 
-    for break_something in (cancel, lose_power):  # each at once: a job takes seconds
+    for break_something in (cancel, cancel_batch, lose_power):  # each at once: a job takes seconds
         threading.Thread(target=break_something, daemon=True).start()
     command = [sys.executable, "-m", "snakemake", "-s", ROOT / "Snakefile", "--directory", folder]
-    command += ["--profile", ROOT / "workflow/profiles/slurm", "--set-resources", MEMORY]
+    command += ["--profile", ROOT / "workflow/profiles/slurm", "--set-resources", *MEMORY]
+    command += ["--config", "batch=2"]
     command += ["--slurm-init-seconds-before-status-checks", "1", "--seconds-between-status-checks", "1"]
     done = subprocess.run(
         list(map(str, command)),
@@ -86,14 +102,12 @@ def run(cluster, tmp_path_factory):
     return folder, Run(done.returncode, done.stdout, cluster.jobs())
 
 
-def states(run, rule, subject):
-    """How the jobs of a rule on a subject ended, in their order."""
-    wanted = f"rule_{rule}_wildcards_sub-{subject}"
-    jobs = sorted(run[1].jobs, key=lambda job: int(job["id"]))
-    return [job["state"] for job in jobs if job["comment"].startswith(wanted)]
+def states(run, rule, subject=None):
+    """How the jobs of a rule (on a subject) ended, in their order."""
+    return [job["state"] for job in jobs_of(run[1].jobs, rule, subject)]
 
 
-def test_run_ends_well_in_spite_of_three_faults(run):
+def test_run_ends_well_in_spite_of_five_faults(run):
     assert run[1].code == 0, run[1].terminal
 
 
@@ -111,6 +125,14 @@ def test_job_that_exceeded_its_memory_is_done_with_more(run):
     assert len(ended) == 3
     assert {"OUT_OF_MEMORY", "FAILED"} & set(ended)
     assert ended[-1] == "COMPLETED"
+
+
+def test_batches_are_done_again(run):
+    assert states(run, BATCH_CANCELLED) == ["CANCELLED", "COMPLETED"]
+    ended = states(run, BATCH_MEMORY_EXCEEDED)
+    assert len(ended) == 2
+    assert ended[0] in {"OUT_OF_MEMORY", "FAILED"}
+    assert ended[1] == "COMPLETED"
 
 
 def test_every_scan_is_done_and_nothing_is_half_written(run):

@@ -34,6 +34,7 @@ PACKAGE_FILES = [
     "kernels/cuda.py",
     "kernels/plain.py",
     "kernels/protocol.py",
+    "kernels/threads.py",
     "manifest.py",
     "mask.py",
     "metrics.py",

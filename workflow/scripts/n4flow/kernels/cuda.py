@@ -421,18 +421,22 @@ class FieldDivision:
         cupy.cuda.get_current_stream().synchronize()  # what the lattice came on
         staged = [_Staged(self), _Staged(self)]
         waiting: _Staged | None = None
-        for n, (tile, values) in enumerate(tiles):
-            if isinstance(values, cupy.ndarray):
-                results = [cupy.empty(values.shape, dtype=np.float32) for _ in range(2)]
-                self.divide(tile, values.astype(np.float32, copy=False), *results)
-                yield results[0], results[1]
-                continue
-            staged[n % 2].enqueue(tile, values)
+        try:
+            for n, (tile, values) in enumerate(tiles):
+                if isinstance(values, cupy.ndarray):
+                    results = [cupy.empty(values.shape, dtype=np.float32) for _ in range(2)]
+                    self.divide(tile, values.astype(np.float32, copy=False), *results)
+                    yield results[0], results[1]
+                    continue
+                staged[n % 2].enqueue(tile, values)
+                if waiting:
+                    yield waiting.finished()
+                waiting = staged[n % 2]
             if waiting:
                 yield waiting.finished()
-            waiting = staged[n % 2]
-        if waiting:
-            yield waiting.finished()
+        finally:  # whoever has had enough of it frees memory that copies may still be under way to
+            for stage in staged:
+                stage.stream.synchronize()
 
 
 class _Staged:
