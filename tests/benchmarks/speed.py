@@ -375,8 +375,9 @@ def main():
     if given.large:
         print(f"""## A large volume
 
-{date.today()}, {_machine()}. `python tests/benchmarks/speed.py --large`. Mask and correction of a float32 volume, .nii to
-.nii, in one process on one core; memory beyond the interpreter with its imports. What the disk does is in the wall time.
+{date.today()}, {_machine()}.
+`python tests/benchmarks/speed.py --large`: mask and correction of a float32 volume, .nii to .nii, in one process on one
+core; memory beyond the interpreter with its imports. What the disk does is in the wall time.
 
 {table(["", "wall", "ns / voxel", "CPU ns / voxel", "memory"], large())}""")
         return
