@@ -6,7 +6,7 @@ import pytest
 from numpy.testing import assert_array_equal
 
 from n4flow import InputError
-from n4flow.volume import Volume, VolumeWriter
+from n4flow.volume import Volume, VolumeWriter, _decompressed
 
 OBLIQUE = nib.affines.from_matvec(
     nib.eulerangles.euler2mat(0.3, -0.2, 0.1) @ np.diag([1.0, 2.0, 3.5]) @ np.eye(3)[[2, 0, 1]], [-10, 20, 30]
@@ -141,3 +141,13 @@ def test_a_wrong_suffix_is_named_as_such(tmp_path):
         Volume(tmp_path / "b.nii.gz")
     with pytest.raises(InputError, match=r"is compressed, .* rename it to \.nii\.gz"):
         Volume(tmp_path / "c.nii")
+
+
+def test_a_compressed_image_is_decompressed_once_by_two_steps_and_anew_when_it_has_changed(tmp_path):
+    _decompressed.cache_clear()
+    path = save(tmp_path / "a.nii.gz", np.full((5, 4, 3), 1, np.float32))
+    for _ in range(2):
+        assert Volume(path).mean().max() == 1
+    assert (_decompressed.cache_info().misses, _decompressed.cache_info().hits) == (1, 1)
+    save(path, np.full((5, 4, 3), 2, np.float32))
+    assert Volume(path).mean().max() == 2

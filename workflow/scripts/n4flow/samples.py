@@ -77,8 +77,7 @@ class Samples:
                 + describe_dropped(self.dropped),
                 "give a larger mask or a smaller n4.shrink_factor",
             )
-        values = self.log_image[used]
-        if values.min() == values.max():
+        if self.log_image.min(initial=np.inf, where=used) == self.log_image.max(initial=-np.inf, where=used):
             raise InputError(
                 self.source,
                 "all voxels inside the mask have the same intensity",

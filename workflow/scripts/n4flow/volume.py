@@ -8,6 +8,7 @@ import math
 import sys
 import zlib
 from collections.abc import Iterator
+from functools import lru_cache
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -228,8 +229,9 @@ class Volume:
     def _keep(self) -> None:
         """Decompress a small file once for all passes over it."""
         if self.path.suffix == ".gz" and not self._kept and self._bytes <= KEPT_BYTES:
-            with self._errors(), igzip.open(self.path, "rb") as stream:
-                self._kept = stream.read(self._bytes)
+            with self._errors():
+                found = self.path.stat()
+                self._kept = _decompressed(self.path, self._bytes, found.st_size, found.st_mtime_ns)
 
     def _slab_slices(self, planes: int | None) -> Iterator[slice]:
         planes = planes or max(1, SLAB_VOXELS // (self.shape[0] * self.shape[1]))
@@ -304,6 +306,13 @@ class Volume:
                 f"the affine of the {role} differs from that of its image {self.path.name}",
                 f"resample the {role} to the image",
             )
+
+
+@lru_cache(maxsize=1)
+def _decompressed(path: Path, length: int, size: int, time_ns: int) -> bytes:
+    """The first bytes of a compressed file, which one step after the other reads; of the file as it is now."""
+    with igzip.open(path, "rb") as stream:
+        return stream.read(length)
 
 
 class VolumeWriter:
