@@ -146,7 +146,8 @@ class CompiledKernels(HostKernels):
         self.axes, self.centre = samples.axes, samples.centre
         self.rows = _rows(samples)
         self.count = int(samples.inside.sum())
-        self.threads, self.pool = threads, ThreadPoolExecutor(max(1, threads - 1))
+        self.threads = min(threads, len(self.rows.chunks) - 1)
+        self.pool = ThreadPoolExecutor(max(1, self.threads - 1))
         self.length = -(-samples.log_image.shape[2] // LANES) * LANES
         # the extremes as they are in float32
         extremes = (float(np.float32(v - self.centre)) + self.centre for v in (samples.low, samples.high))
@@ -314,7 +315,7 @@ def _take_part(thread: int, step: int, work: Work) -> None:
         number, step = now >> STEP_BITS, now & ((1 << STEP_BITS) - 1)
         for turn in range(chunks):
             chunk = (share + turn) % chunks
-            if replace(work.taken, chunk, number - 1, number):
+            if read(work.taken, chunk) < number and replace(work.taken, chunk, number - 1, number):
                 if step == HISTOGRAM:
                     _histogram(np.uint64(chunk), np.uint64(thread), work)
                 elif step == SUBTRACT:
