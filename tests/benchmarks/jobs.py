@@ -14,6 +14,7 @@ done yet, and everything done.
 """
 
 import argparse
+import base64
 import csv
 import multiprocessing
 import os
@@ -36,10 +37,10 @@ sys.path.insert(0, str(SCRIPTS))
 from n4flow.batches import BatchScan  # noqa: E402
 from n4flow.bids import Scan  # noqa: E402
 from n4flow.inputs import load_schema, with_defaults  # noqa: E402
-from n4flow.phantom import demo_dataset  # noqa: E402
+from n4flow.phantom import demo_dataset, load_tissues  # noqa: E402
 from n4flow.provenance import package_digest  # noqa: E402
 
-TISSUES = REPOSITORY / "workflow" / "resources" / "mni152" / "tissues_2mm.nii.gz"
+TISSUES = REPOSITORY / "workflow" / "resources" / "mni152" / "tissues_2mm.nii.gz.base64"
 SNAKEMAKE = [sys.executable, "-m", "snakemake", "-s", REPOSITORY / "Snakefile"]
 CORES = 2
 MEASURED = 4  # subjects that the work is measured on: one of each head
@@ -54,11 +55,13 @@ def heads_of_1mm(folder):
     """The built-in dataset on the grid of 1 mm, made once."""
     if not (folder / "dataset_description.json").is_file():
         folder.mkdir(parents=True, exist_ok=True)
-        coarse = nib.load(TISSUES)
+        coarse = load_tissues(TISSUES)
         fine = np.asarray(coarse.dataobj).repeat(2, 0).repeat(2, 1).repeat(2, 2)
         affine = coarse.affine @ np.diag([0.5, 0.5, 0.5, 1.0])
         nib.save(nib.Nifti1Image(fine, affine), folder / "tissues.nii.gz")
-        demo_dataset(folder / "tissues.nii.gz", folder)
+        encoded = folder / "tissues.nii.gz.base64"
+        encoded.write_bytes(base64.encodebytes((folder / "tissues.nii.gz").read_bytes()))
+        demo_dataset(encoded, folder)
     return [folder / f"sub-0{n}" / "anat" / f"sub-0{n}_T1w.nii.gz" for n in (1, 2, 3, 4)]
 
 
