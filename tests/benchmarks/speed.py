@@ -11,7 +11,7 @@
    from uncompressed .npy files: some 20 ms).
 4. A large volume (``--large``, alone: needs 30 GB of disk): time per voxel and memory of a job at 0.1, 1 and 8 GB.
 
-What counts are the ratios. Memory is the most that a process took beyond what it held when it had its data.
+What counts are the ratios. Memory is the most that a process took, in all turns, beyond what it held with its data.
 """
 
 import argparse
@@ -186,9 +186,9 @@ def serve(connection, method, image, mask):
     """Run a method whenever asked; send seconds, field and memory."""
     small = np.random.default_rng(0).uniform(50, 100, (20, 20, 20)).astype(np.float32)
     method(small, small > 0)  # imports, and compiles
+    before = memory_mb("VmRSS")
+    forget_peak()
     while connection.recv():
-        forget_peak()
-        before = memory_mb("VmRSS")
         start = time.perf_counter()
         field = method(image, mask)
         connection.send((time.perf_counter() - start, field.astype(np.float32), memory_mb("VmHWM") - before))
@@ -396,7 +396,7 @@ core; memory beyond the interpreter with its imports. What the disk does is in t
     text = f"""# Results
 
 {date.today()}, {_machine()}.
-`python tests/benchmarks/speed.py`, {given.runs} in turns after one to warm up.
+`python tests/benchmarks/speed.py {" ".join(sys.argv[1:])}`, {given.runs} in turns after one to warm up.
 
 ## The same work
 

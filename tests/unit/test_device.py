@@ -1,4 +1,5 @@
 import importlib.util
+import os
 import subprocess
 import sys
 
@@ -6,7 +7,7 @@ import numpy as np
 import pytest
 
 from n4flow import InputError
-from n4flow.device import claim_gpu, select_device
+from n4flow.device import available_cores, claim_gpu, select_device
 
 HOLD = """
 import sys, pathlib
@@ -94,3 +95,11 @@ def test_the_lock_of_another_user_can_be_taken(tmp_path, monkeypatch):
     assert index == 0
     assert held is not None
     held.close()
+
+
+@pytest.mark.parametrize(("limit", "cores"), [("150000 100000", 2), ("50000 100000", 1), ("max 100000", None)])
+def test_a_container_counts_the_cores_that_it_may_use(tmp_path, monkeypatch, limit, cores):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(64), raising=False)
+    (tmp_path / "cpu.max").write_text(f"{limit}\n")
+    assert available_cores(tmp_path / "cpu.max") == (cores or 64)
+    assert available_cores(tmp_path / "nowhere") == 64

@@ -151,6 +151,22 @@ def test_the_change_of_an_update_of_any_size_is_exact(strength):
     assert cvs[2] == cvs[1]
 
 
+@pytest.mark.parametrize("mean", [0.05, 0.3, -0.5])
+def test_a_change_far_from_0_with_little_spread_is_measured(mean):
+    """A difference of large sums would be 0, and an estimate over that is not."""
+    shape = (20, 20, 20)
+    mesh = Mesh.of_grid(shape, (2, 2, 2))
+    log_image, weights, _ = scattered(shape, False, 0.7)
+    update = mean + 1e-4 * np.random.default_rng(1).uniform(-1, 1, mesh.lattice_shape)
+    cvs = []
+    for make in SETS.values():
+        made = make(log_image, weights)
+        made.start_level(np.zeros_like(update), mesh.bases([np.arange(n) for n in shape]))
+        made.subtract(update)
+        cvs += made.cvs
+    assert cvs[1] == pytest.approx(cvs[0], rel=2e-3)
+
+
 def test_compiled_code_gives_the_same_bits_for_any_number_of_threads(head):
     samples = samples_of(head.image[::2, ::2, ::2], head.image[::2, ::2, ::2] > 300, (4.0, 4.0, 4.0))
     parameters = N4Parameters(mesh="refined", iterations=(3, 3), spline_distance_mm=80, shrink_factor=1)
@@ -166,7 +182,7 @@ def test_compiled_code_gives_the_same_bits_for_any_number_of_threads(head):
         assert_array_equal(lattice, lattices[0])
 
 
-def iterated(field, threads, pause_s=0.0, iterations=200):
+def iterated(field, threads, iterations=200):
     """The lattice after so many iterations on a small grid of many chunks, and the kernels."""
     shape = (40, 6, 5)
     log_image, weights, _ = scattered(shape, True, 0.7)
@@ -174,17 +190,32 @@ def iterated(field, threads, pause_s=0.0, iterations=200):
     made.start_level(np.zeros_like(field.lattice), Mesh.of_grid(shape, (2, 1, 1)).bases([np.arange(n) for n in shape]))
     for _ in range(iterations):
         made.subtract(made.fit(made.sharpen()))
-        time.sleep(pause_s)
     return made.lattice, made
 
 
+def eventually(condition, seconds=60):
+    end = time.monotonic() + seconds
+    while not condition() and time.monotonic() < end:
+        time.sleep(0.05)
+    return condition()
+
+
 def test_threads_that_have_waited_in_vain_are_called_back(field):
-    alone, _ = iterated(field, 1, iterations=5)
-    lattice, made = iterated(field, 3, 0.3, iterations=5)
-    assert all(helper.done() for helper in made.helpers.values())
-    made.sharpen()
-    assert not all(helper.done() for helper in made.helpers.values())
-    assert_array_equal(lattice, alone)
+    _, made = iterated(field, 3, iterations=5)
+    assert eventually(lambda: all(helper.done() for helper in made.helpers.values()))
+    left = dict(made.helpers)
+    made.subtract(made.fit(made.sharpen()))
+    assert set(made.helpers) == {1, 2}
+    assert not set(made.helpers.values()) & set(left.values())
+    assert_array_equal(made.lattice, iterated(field, 1, iterations=6)[0])
+
+
+def test_no_thread_waits_beyond_the_end_of_a_level(field):
+    """It would wait for seconds where others keep its core busy."""
+    _, made = iterated(field, 3, iterations=5)
+    made.end_level()
+    assert made.work.control[compiled.PASS] % 2**compiled.STEP_BITS == compiled.LEAVE
+    assert eventually(lambda: all(helper.done() for helper in made.helpers.values()))
 
 
 def test_thousands_of_short_passes_lose_no_chunk_and_take_none_twice(field):
@@ -257,6 +288,28 @@ def test_many_processes_may_compile_at_once_and_where_nothing_can_be_cached(pyte
     again, error = in_a_process(pytestconfig, 0, {"NUMBA_CACHE_DIR": str(tmp_path)}).communicate()
     assert again == outputs[0][0], error
     assert again.split()[1] == "True"
+
+
+@pytest.mark.parametrize("ending", [".nbc", ".nbi"])
+def test_a_damaged_cache_is_made_anew(pytestconfig, tmp_path, ending):
+    whole, error = in_a_process(pytestconfig, 0, {"NUMBA_CACHE_DIR": str(tmp_path)}).communicate()
+    assert whole, error
+    for path in tmp_path.rglob(f"*{ending}"):
+        path.write_bytes(path.read_bytes()[:100] if ending == ".nbi" else b"")
+    for _ in range(2):
+        again, error = in_a_process(pytestconfig, 0, {"NUMBA_CACHE_DIR": str(tmp_path)}).communicate()
+        assert again == whole, error
+    assert "cannot be read" not in error
+
+
+def test_a_cache_without_room_is_done_without(pytestconfig, tmp_path):
+    limited = f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))\n{ESTIMATE}"
+    command = [sys.executable, "-c", limited, pytestconfig.rootpath / "workflow" / "scripts", "0"]
+    made = subprocess.run(
+        command, env=os.environ | {"NUMBA_CACHE_DIR": str(tmp_path)}, capture_output=True, text=True, check=False
+    )
+    assert made.stdout.endswith("True\n"), made.stderr
+    assert "cannot be kept" in made.stderr
 
 
 def test_one_and_two_blas_threads_give_the_same_bits():

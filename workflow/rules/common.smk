@@ -210,7 +210,7 @@ def batch_folder(kind, scan):
 
 
 # Batches unless config has a size: few enough scans for many cores to have work, and no more than pay.
-BATCHES_AT_LEAST, BATCH_SCANS = 8, 8
+BATCHES_AT_LEAST, BATCH_SCANS = 8, 16
 
 # As Snakemake compares files by their content, whose own settings of this are not there yet while it reads the rules.
 asked = argparse.ArgumentParser(add_help=False, allow_abbrev=False)

@@ -10,19 +10,20 @@ import contextlib
 import hashlib
 import json
 import logging
-import multiprocessing
 import os
 import shutil
 import sys
-import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from n4flow.console import PREFIX, last_error, reporting
 from n4flow.files import write_json
+
+if (
+    TYPE_CHECKING
+):  # loaded where a batch is worked on: three jobs of every scan take from one, and each would wait for it
+    from concurrent.futures import ProcessPoolExecutor
 
 log = logging.getLogger(__name__)
 
@@ -264,6 +265,8 @@ def run_batch(scans: Sequence[BatchScan], attempt: int = 1) -> None:
 
 def _try(scan: BatchScan, scans: Sequence[BatchScan], worker: ProcessPoolExecutor) -> bool | None:
     """Whether it went well; None if the process came to an end."""
+    from concurrent.futures.process import BrokenProcessPool
+
     _mark(scan).parent.mkdir(parents=True, exist_ok=True)
     with open(_mark(scan), "ab") as mark:
         mark.write(b"x")
@@ -281,6 +284,9 @@ def _mark(scan: BatchScan) -> Path:
 
 
 def _worker(scans: Sequence[BatchScan]) -> ProcessPoolExecutor:
+    import multiprocessing
+    from concurrent.futures import ProcessPoolExecutor
+
     # forked: there is little to fork yet, neither a numeric library nor a GPU
     return ProcessPoolExecutor(1, multiprocessing.get_context("fork"), _begin, (scans,))
 
@@ -289,6 +295,9 @@ _scans: Sequence[BatchScan] = ()  # of the worker's process
 
 
 def _begin(scans: Sequence[BatchScan]) -> None:
+    import multiprocessing
+    import threading
+
     global _scans
     _scans = scans
     logging.getLogger("n4flow").handlers.clear()  # the log of the batch; each step has its own

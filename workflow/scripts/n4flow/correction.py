@@ -209,10 +209,10 @@ def _largest_error(values: np.ndarray, written: np.ndarray, ratio: np.ndarray, r
         original, error = np.where(finite, original, 0), np.where(finite, error, 0)
     size = np.abs(original)
     floor = 1e-6 * float(size.max())
-    if floor == 0:
-        return 0.0
     error -= original
     np.abs(error, out=error)
+    if floor == 0:
+        return np.inf if error.any() else 0.0
     if rounding:
         error -= rounding * ratio
     error /= np.maximum(size, floor, out=size)
@@ -234,7 +234,9 @@ def _corrected_slabs(
         ratio = kept[slab.start] if frame else field.ratio_tile(_planes(slab))
         if volume.frames > 1:
             kept[slab.start] = ratio
-        yield slab, frame, values, np.asarray(values, dtype=np.float32) / ratio, ratio
+        with np.errstate(over="ignore"):  # what float32 does not hold is refused when it is written
+            corrected = np.asarray(values).astype(np.float32, copy=False) / ratio
+        yield slab, frame, values, corrected, ratio
 
 
 #: Slices of a tile of an image, and the values there.
@@ -246,7 +248,7 @@ def _planes(slab: slice) -> tuple[slice, slice, slice]:
 
 
 def _divided(field: BiasField, tiles: Tiles, xp: Any) -> Iterator[tuple[Any, Any]]:
-    """Tiles divided by the field, and the field there, where the tiles are; to be used before the next but one."""
+    """Tiles divided by the field, and the field there, where the tiles are; to be used before the next."""
     if xp is not np:
         from n4flow.kernels.cuda import FieldDivision
 

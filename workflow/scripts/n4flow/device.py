@@ -106,9 +106,20 @@ def claim_gpu(count: int, folder: Path | None = None) -> tuple[int, IO[str] | No
     return 0, None
 
 
-def available_cores() -> int:
-    """Cores that this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def available_cores(quota: Path = Path("/sys/fs/cgroup/cpu.max")) -> int:
+    """Cores that this process may run on, in a container no more than it may use.
+
+    Parameters
+    ----------
+    quota : Path
+        Where Linux's control groups (version 2) tell how many microseconds may be used in how many.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        used, of = map(int, quota.read_text().split())
+    except (OSError, ValueError):  # other systems have no such file; without a limit it begins with the word max
+        return cores
+    return min(cores, max(1, -(-used // of)))
 
 
 def array_module(array: Any) -> ModuleType:

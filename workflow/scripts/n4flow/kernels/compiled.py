@@ -11,24 +11,29 @@ All indices are unsigned: with them a compiler need not ask whether they count f
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import logging
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numba
 import numpy as np
 from llvmlite.binding import get_host_cpu_name  # type: ignore[import-untyped]
 from numba import njit
+from numba.core.caching import FunctionCache
 
 from n4flow.bspline import divide_where_seen, fit_matrices
 from n4flow.kernels import threads
 from n4flow.kernels.protocol import HostKernels, Oriented, Statistics
-from n4flow.kernels.threads import APART, add, give_way, publish, read, replace
+from n4flow.kernels.threads import APART, add, give_way, publish, read, replace, seconds
 from n4flow.parameters import N4Parameters
+
+log = logging.getLogger(__name__)
 
 #: Rows begin and end at multiples of this, the widest vector of float32.
 LANES = 16
@@ -42,36 +47,69 @@ COUNT_BIT = 40
 SHARE_UNIT = 2**16
 ENTRY_VOXELS = 2**22
 
-#: Passes over the voxels.
-OMEGA, HISTOGRAM, DELTA, SUBTRACT = range(4)
+#: Passes over the voxels; the last one is none, but the end of the threads that wait.
+OMEGA, HISTOGRAM, DELTA, SUBTRACT, LEAVE = range(5)
 
-#: Where the numbers stand that tell the threads what to do: number and step of a pass, and chunks done, of all passes.
+#: Where the numbers stand that tell the threads what to do: number and step of a pass, and how many chunks are done.
 PASS, DONE = 0, APART
-STEP_BITS = 2
+STEP_BITS = 3
 
-#: A thread that waits for the next pass looks so often (milliseconds: there is little to do between two passes).
-PATIENCE = 2**13
+#: A thread that waits for the next pass looks so often (milliseconds: there is little to do between two passes), and
+#: no longer than so many seconds (where others keep the core busy).
+PATIENCE, PATIENCE_S = 2**13, 2
 
 ZERO, ONE, TWO, THREE, FOUR = (np.uint64(n) for n in range(5))
 
 #: A Taylor series of exp serves up to here; larger arguments are halved, and the result squared.
 SERIES_LIMIT = 0.25
 
-# A folder for each kind of CPU, since machines may share a home, and outside of the package, which may be read-only.
-# Numba looks for changes of this file alone, and not of the other one that goes into the compiled code.
-if not numba.config.CACHE_DIR:  # type: ignore[attr-defined]
-    caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+
+def cache_folder() -> str:
+    """Where compiled code is kept: a folder for each kind of CPU, since machines may share a home.
+
+    It is outside of the package, which may be read-only. Numba looks for changes of this file alone, and not of the
+    other one that goes into the compiled code, so that its content is part of the name.
+    """
+    caches = numba.config.CACHE_DIR  # type: ignore[attr-defined]
+    if not caches:
+        caches = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "n4flow")
     other = hashlib.sha256(Path(threads.__file__).read_bytes()).hexdigest()[:8]
-    folder = caches / "n4flow" / f"numba-{numba.__version__}-{get_host_cpu_name()}-{other}"
-    numba.config.CACHE_DIR = str(folder)  # type: ignore[attr-defined]
+    return str(Path(caches, f"numba-{numba.__version__}-{get_host_cpu_name()}-{other}"))
+
+
+class Cache(FunctionCache):
+    """Numba's cache on disk, that of each function; whatever is wrong with it, the code is compiled once more."""
+
+    def load_overload(self, *arguments: Any) -> Any:
+        """Compiled code, or None."""
+        try:
+            return super().load_overload(*arguments)  # type: ignore[no-untyped-call]
+        except Exception as error:  # a file that was cut off, by anything
+            log.warning("%s: compiled code cannot be read (%r); it is made anew", self.cache_path, error)
+            with contextlib.suppress(Exception):
+                self.flush()  # type: ignore[no-untyped-call]
+            return None
+
+    def save_overload(self, *arguments: Any) -> None:
+        """Keep compiled code, if there is room."""
+        try:
+            super().save_overload(*arguments)  # type: ignore[no-untyped-call]
+        except Exception as error:
+            log.warning("%s: compiled code cannot be kept there (%r)", self.cache_path, error)
 
 
 def compiled(function: Callable[..., None]) -> Callable[..., None]:
     """Compile a function when it is first called, once a machine; once a process where no cache can be written."""
+    made = njit(function, nogil=True, error_model="numpy")
+    of_user = numba.config.CACHE_DIR  # type: ignore[attr-defined]
     try:
-        return njit(function, cache=True, nogil=True, error_model="numpy")
+        numba.config.CACHE_DIR = cache_folder()  # type: ignore[attr-defined]
+        made._cache = Cache(function)  # type: ignore[no-untyped-call]
     except (RuntimeError, OSError):
-        return njit(function, nogil=True, error_model="numpy")
+        pass
+    finally:
+        numba.config.CACHE_DIR = of_user  # type: ignore[attr-defined]
+    return made
 
 
 class Rows(NamedTuple):
@@ -113,10 +151,13 @@ class Work(NamedTuple):
     lines: np.ndarray  # (2, bins - 1) float32: the residual between two bin centres, offset and slope
     along: np.ndarray  # (m0 + 3, m1 + 3, length) float32: the update, evaluated along the last axis
     halvings: np.ndarray  # (1,) uint64
+    shift: np.ndarray  # (1,) float32: about the mean of expm1(-update), which is counted from there
     # what it finds, chunk by chunk
     counts: np.ndarray  # (chunks, 2, bins) int64: voxels, and shares of the upper bins
     parts: np.ndarray  # (chunks, reach, m1 + 3, length) float32: contraction onto the first two axes
-    found: np.ndarray  # (chunks, 4) float64: smallest and largest value, sums of expm1(-update) and its square
+    found: (
+        np.ndarray
+    )  # (chunks, 4) float64: smallest and largest value, sums of expm1(-update) less `shift`, and of its square
     planes: np.ndarray  # (m0 + 3, m1 + 3, length) float64: the sum of the parts
     # to work in, thread by thread; the last row stays free, so that threads do not write to one line of the cache
     plane: np.ndarray  # (threads, m1 + 3 + 1, length) float32
@@ -171,6 +212,7 @@ class CompiledKernels(HostKernels):
             lines=np.zeros((2, bins - 1), np.float32),
             along=np.zeros((m0 + 3, m1 + 3, self.length), np.float32),
             halvings=np.zeros(1, np.uint64),
+            shift=np.zeros(1, np.float32),
             counts=np.zeros((chunks, 2, bins), np.int64),
             parts=np.zeros((chunks, reach, m1 + 3, self.length), np.float32),
             found=np.zeros((chunks, 4)),
@@ -185,6 +227,11 @@ class CompiledKernels(HostKernels):
         self.helpers: dict[int, Future[None]] = {}
         self._pass(OMEGA)
         self.omega = self._onto_lattice(of_omega[2])
+
+    def end_level(self) -> tuple[np.ndarray, list[float]]:
+        ended = super().end_level()
+        _take_part(0, LEAVE, self.work)
+        return ended
 
     def histogram(self) -> np.ndarray:
         self._set_limits()
@@ -209,6 +256,7 @@ class CompiledKernels(HostKernels):
         update = update.transpose(self.axes)
         _expand_rows(np.ascontiguousarray(update), self.last_basis, self.work.along)
         self.work.halvings[0] = max(0, int(np.ceil(np.log2(max(np.abs(update).max(), 1e-30) / SERIES_LIMIT))))
+        self.work.shift[0] = shift = np.float32(np.expm1(-update.mean()))
         self._pass(SUBTRACT)
         found = self.work.found
         total, squares = found[:, 2].sum(), found[:, 3].sum()
@@ -216,7 +264,7 @@ class CompiledKernels(HostKernels):
         return Statistics(
             float(found[:, 0].min()) + self.centre,
             float(found[:, 1].max()) + self.centre,
-            float(max(variance, 0) ** 0.5 / (1 + total / self.count)),
+            float(max(variance, 0) ** 0.5 / (1 + float(shift) + total / self.count)),
         )
 
     def _set_limits(self) -> None:
@@ -310,12 +358,16 @@ def _take_part(thread: int, step: int, work: Work) -> None:
     share, now = chunks * thread // len(work.plane), read(control, PASS)
     if thread == 0:
         now = (((now >> STEP_BITS) + 1) << STEP_BITS) + step
+        publish(control, DONE, 0)
         publish(control, PASS, now)
+        if step == LEAVE:
+            return
     while True:
         number, step = now >> STEP_BITS, now & ((1 << STEP_BITS) - 1)
         for turn in range(chunks):
             chunk = (share + turn) % chunks
-            if read(work.taken, chunk) < number and replace(work.taken, chunk, number - 1, number):
+            before = read(work.taken, chunk)
+            if before < number and replace(work.taken, chunk, before, number):
                 if step == HISTOGRAM:
                     _histogram(np.uint64(chunk), np.uint64(thread), work)
                 elif step == SUBTRACT:
@@ -324,24 +376,26 @@ def _take_part(thread: int, step: int, work: Work) -> None:
                     _contract(np.uint64(chunk), np.uint64(thread), work, step == DELTA)
                 add(control, DONE, 1)
         if thread == 0:
-            while read(control, DONE) < number * chunks:
+            while read(control, DONE) < chunks:
                 give_way()
             return
-        turns, last = 0, now
+        turns, begun, last = 0, seconds(), now
         while now == last:
             give_way()
             now = read(control, PASS)
             turns += 1
-            if turns == PATIENCE:
+            if turns == PATIENCE or seconds() > begun + PATIENCE_S:
                 return
+        if now & ((1 << STEP_BITS) - 1) == LEAVE:
+            return
 
 
 @compiled
 def _subtract(chunk: int, thread: int, work: Work) -> None:
-    """Subtract the update; find smallest and largest value, and the sums of expm1(-update) and its square."""
+    """Subtract the update; find smallest and largest value, and the sums of expm1(-update) - shift and its square."""
     rows, (first, second) = work.rows, work.bases
     along, plane, found = work.along, work.plane[thread], work.found
-    halvings, length = work.halvings[ZERO], np.uint64(along.shape[2])
+    halvings, shift, length = work.halvings[ZERO], work.shift[ZERO], np.uint64(along.shape[2])
     smallest, largest, changes = work.line[thread, ZERO], work.line[thread, ONE], work.line[thread, TWO]
     sums, squares = work.line[thread, THREE], work.line[thread, FOUR]
     one, two, zero, infinity = np.float32(1), np.float32(2), np.float32(0), np.float32(np.inf)
@@ -381,13 +435,14 @@ def _subtract(chunk: int, thread: int, work: Work) -> None:
                 largest[k0 + k] = max(largest[k0 + k], value if inside else -infinity)
                 x = field * scale
                 series = x * (one + x * (c2 + x * (c3 + x * (c4 + x * (c5 + x * c6)))))
-                changes[k] = series if inside else zero
+                changes[k] = series
             for _ in range(halvings):
                 for k in range(n):
                     changes[k] = changes[k] * (two + changes[k])
             for k in range(n):
-                sums[k0 + k] += changes[k]
-                squares[k0 + k] += changes[k] * changes[k]
+                change = (changes[k] - shift) if rows.weights[at + k] > zero else zero
+                sums[k0 + k] += change
+                squares[k0 + k] += change * change
         for k in range(length):
             total += sums[k]
             total_squares += squares[k]

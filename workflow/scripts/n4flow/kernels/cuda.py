@@ -414,7 +414,7 @@ class FieldDivision:
         Yields
         ------
         corrected, ratio : float32 arrays
-            Valid until the next tile but one is asked for.
+            Valid until the next tile is asked for.
         """
         import cupy
 

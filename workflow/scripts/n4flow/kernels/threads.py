@@ -74,8 +74,23 @@ def give_way(typing: Any) -> Any:
     """Let another thread of this core run, if one waits."""
 
     def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        kind = ir.FunctionType(ir.IntType(32), [])
-        builder.call(builder.module.globals.get("sched_yield") or ir.Function(builder.module, kind, "sched_yield"), [])
+        builder.call(_of_libc(builder, "sched_yield", ir.FunctionType(ir.IntType(32), [])), [])
         return context.get_dummy_value()
 
     return types.void(), build
+
+
+@instruction
+def seconds(typing: Any) -> Any:
+    """The clock, in whole seconds."""
+
+    def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        pointer = ir.IntType(64).as_pointer()
+        function = _of_libc(builder, "time", ir.FunctionType(ir.IntType(64), [pointer]))
+        return builder.call(function, [ir.Constant(pointer, None)])
+
+    return types.int64(), build
+
+
+def _of_libc(builder: Any, name: str, kind: Any) -> Any:
+    return builder.module.globals.get(name) or ir.Function(builder.module, kind, name)
