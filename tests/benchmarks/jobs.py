@@ -16,6 +16,7 @@ done yet, and everything done.
 import argparse
 import base64
 import csv
+import json
 import multiprocessing
 import os
 import resource
@@ -37,6 +38,7 @@ sys.path.insert(0, str(SCRIPTS))
 from n4flow.batches import BatchScan  # noqa: E402
 from n4flow.bids import Scan  # noqa: E402
 from n4flow.inputs import load_schema, with_defaults  # noqa: E402
+from n4flow.manifest import write_manifest  # noqa: E402
 from n4flow.phantom import demo_dataset, load_tissues  # noqa: E402
 from n4flow.provenance import package_digest  # noqa: E402
 
@@ -198,6 +200,18 @@ def work(scans, config, folder):
     }
 
 
+def manifest_work(study, subjects):
+    """Wall and CPU seconds a subject of hashing everything that was made, as the rule does, on as many cores."""
+    made = json.loads((study / "results" / "manifest.json").read_text())
+    results = study / "results"
+    scans = {name: [results / path for path in scan["Files"]] for name, scan in made["Scans"].items()}
+    start, before = time.perf_counter(), cpu_seconds(resource.RUSAGE_SELF)
+    write_manifest(results / "again.json", scans, [], threads=CORES)
+    spent = time.perf_counter() - start, cpu_seconds(resource.RUSAGE_SELF) - before
+    print(f"manifest: {spent[0] / subjects:.3f} s, {spent[1] / subjects:.3f} s")
+    return spent[0] / subjects, spent[1] / subjects
+
+
 def say(name, count, wall, cpu, work_wall, work_cpu):
     def share(spent, part):
         return f"{spent - part:.1f} s ({(spent - part) / spent:.0%})"
@@ -233,6 +247,7 @@ def measure(arguments, folder):
             did = arguments.subjects * sum(np.array(per_subject[part]) for part in parts)
             say(name + ", without planning", arguments.subjects, *(took - start), *did)
     total += snakemake(study)
+    per_subject["manifest"] = manifest_work(study, arguments.subjects)
     say("the whole run", arguments.subjects, *total, *(arguments.subjects * sum(map(np.array, per_subject.values()))))
     print(f"planning alone: wall {start[0]:.1f} s, CPU {start[1]:.1f} s")
 
