@@ -1,6 +1,6 @@
 """Jobs and Snakemake are killed at random moments: what is there is whole, and a rerun makes the same bytes.
 
-The suite kills four times or more. For 50, with a line for each: `N4FLOW_KILLS=50 pytest -s tests/workflow/test_restart.py`.
+The suite kills four times or more. 50, with a line each: `N4FLOW_KILLS=50 pytest -s tests/workflow/test_restart.py`.
 """
 
 import contextlib
