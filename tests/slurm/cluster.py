@@ -195,8 +195,8 @@ def wait_for(condition, seconds, problem):
 if __name__ == "__main__":
     if problem := what_is_missing():
         sys.exit(problem)
-    ended = {signal.SIGINT, signal.SIGTERM}
-    signal.pthread_sigmask(signal.SIG_BLOCK, ended)
     with Cluster() as cluster:
+        ended = {signal.SIGINT, signal.SIGTERM}
+        signal.pthread_sigmask(signal.SIG_BLOCK, ended)  # not before: the daemons would inherit it, and not end either
         print(f"SLURM is up, its files are in {cluster.folder}; Ctrl-C ends it", flush=True)
         signal.sigwait(ended)

@@ -405,3 +405,22 @@ def test_arrays_that_cannot_be_meant_are_refused_and_nan_in_a_mask_is_outside(he
     expected = correct(head.image, mask_of_head, voxel_size_mm=(2, 2, 2), device="cpu")
     result = correct(head.image, with_nan, voxel_size_mm=(2, 2, 2), device="cpu")
     assert_array_equal(result.bias, expected.bias)
+
+
+@pytest.mark.parametrize(
+    ("volume", "given", "said"),
+    [
+        ([[1.0, 2.0]], {}, "NumPy or CuPy array"),
+        (np.ma.masked_equal(np.ones((20, 20, 20)), 1), {}, "mask of a masked one"),
+        (np.ones((20, 20, 20)), {"parameters": {"shrink_factor": 1}}, "from_mapping"),
+    ],
+)
+def test_what_is_no_array_and_no_parameters_is_named(volume, given, said):
+    with pytest.raises(TypeError, match=said):
+        correct(volume, voxel_size_mm=(1, 1, 1), **given)
+
+
+@pytest.mark.parametrize(("shape", "size", "said"), [((0, 20, 20), (1, 1, 1), "no voxel"), ((20, 20), 2, "per axis")])
+def test_an_array_without_voxels_or_voxel_sizes_is_named(shape, size, said):
+    with pytest.raises(ValueError, match=said):
+        correct(np.ones(shape), voxel_size_mm=size)

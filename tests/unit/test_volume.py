@@ -133,6 +133,21 @@ def test_grids_are_compared_in_voxels_whatever_the_unit(tmp_path, unit, scale):
         volume("c.nii", 0).check_same_grid(volume("d.nii", 0.5), "mask")
 
 
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"", "is empty; copy it again"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "Git LFS, not the image; fetch it: git lfs pull"),
+        (b"/annex/objects/SHA256E-s1--0.nii.gz\n", "git-annex, not the image; fetch it: git annex get"),
+    ],
+)
+@pytest.mark.parametrize("name", ["a.nii", "a.nii.gz"])
+def test_a_file_without_an_image_is_named_as_such(tmp_path, name, content, said):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(InputError, match=said):
+        Volume(tmp_path / name)
+
+
 def test_a_wrong_suffix_is_named_as_such(tmp_path):
     path = save(tmp_path / "a.nii", ARRAY.astype(np.uint8))
     (tmp_path / "b.nii.gz").write_bytes(path.read_bytes())

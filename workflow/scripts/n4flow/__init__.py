@@ -20,6 +20,10 @@ _ROOMS = {
 __all__ = sorted(_ROOMS)
 
 
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
 def __getattr__(name: str) -> Any:
     if name not in _ROOMS:
         raise AttributeError(f"module 'n4flow' has no attribute {name!r}")

@@ -336,9 +336,18 @@ def correct(
         The array holds nothing a field can be estimated from.
     ValueError
         A shape, dtype or voxel size does not fit, the affine cannot be inverted, or a weight is negative or not finite.
+    TypeError
+        The volume is no plain array, or the parameters are no `N4Parameters`.
     """
     parameters = parameters or N4Parameters()
+    if not isinstance(parameters, N4Parameters):
+        raise TypeError("parameters must be N4Parameters, which N4Parameters.from_mapping makes of a dict")
+    if not hasattr(volume, "shape") or isinstance(volume, np.ma.MaskedArray):
+        raise TypeError("need a NumPy or CuPy array, and the mask of a masked one as `mask`")
+    voxel_size_mm = tuple(np.atleast_1d(voxel_size_mm))
     shape = tuple(volume.shape)
+    if 0 in shape:
+        raise ValueError(f"an array of shape {shape} holds no voxel")
     if volume.ndim not in (2, 3) or len(voxel_size_mm) != volume.ndim:
         raise ValueError(f"need a 2-D or 3-D array and a voxel size per axis, got {shape} and {voxel_size_mm}")
     if not all(np.isfinite(size) and size > 0 for size in voxel_size_mm):

@@ -47,6 +47,9 @@ HELD_VOXELS = 2**28
 
 GZIP_MAGIC = b"\x1f\x8b"
 
+#: How files begin that stand for another one, which is to be fetched: the name of the tool, and its command.
+POINTERS = {b"version https://git-lfs": ("Git LFS", "git lfs pull"), b"/annex/objects/": ("git-annex", "git annex get")}
+
 #: A NIfTI header starts with its own size, in either byte order: 348 (NIfTI-1) or 540 (NIfTI-2).
 HEADER_SIZES = {n: {n.to_bytes(4, order) for order in ("little", "big")} for n in (348, 540)}
 
@@ -120,7 +123,13 @@ class Volume:
         """
         opener: Any = igzip.open if self.path.suffix == ".gz" else open
         with self._errors(), open(self.path, "rb") as file:
-            start = file.read(4)
+            start = file.read(32)
+        if not start:
+            raise InputError(self.path, "is empty", "copy it again")
+        for pointer, (tool, command) in POINTERS.items():
+            if start.startswith(pointer):
+                raise InputError(self.path, f"is a pointer of {tool}, not the image", f"fetch it: {command}")
+        start = start[:4]
         if opener is igzip.open and start in HEADER_SIZES[348] | HEADER_SIZES[540]:
             raise InputError(self.path, "is not compressed, though its name says so", "rename it to .nii")
         if opener is open and start[:2] == GZIP_MAGIC:
