@@ -125,7 +125,7 @@ BROKEN = {
     "textgz": Broken(text_in_gzip, "mask", "is no NIfTI image"),
     "cutgz": Broken(cut_off, "mask", "end too early"),
     "cutnii": Broken(cut_off, "mask", "is cut off", ".nii"),
-    "empty": Broken(lambda path: path.write_bytes(b""), "mask", "is no NIfTI image", ".nii"),
+    "empty": Broken(lambda path: path.write_bytes(b""), "mask", "is empty", ".nii"),
     "complex": Broken(of_complex_numbers, "mask", "holds complex values"),
     "rgb": Broken(in_colour, "mask", "holds colour values"),
     "zero": Broken(all_zero, "mask", "no voxel is above 0"),
