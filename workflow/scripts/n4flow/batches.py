@@ -20,9 +20,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from n4flow.console import PREFIX, last_error, reporting
 from n4flow.files import write_json
 
-if (
-    TYPE_CHECKING
-):  # loaded where a batch is worked on: three jobs of every scan take from one, and each would wait for it
+# loaded where a batch is worked on: three jobs of every scan take from one, and each would wait for it
+if TYPE_CHECKING:
     from concurrent.futures import ProcessPoolExecutor
 
 log = logging.getLogger(__name__)
