@@ -22,7 +22,11 @@ POWER_LOST, CANCELLED, MEMORY_EXCEEDED = "01", "02", "03"
 #: Batches of two subjects that meet a fault.
 BATCH_CANCELLED, BATCH_MEMORY_EXCEEDED = "fields_1", "fields_2"
 
-#: For these less memory than Snakemake itself takes, until the third attempt: one may fall to the lost node.
+#: How jobs end that exceeded their memory: as Snakemake, or SLURM for it, says so.
+WITHOUT_MEMORY = {"OUT_OF_MEMORY", "FAILED"}
+
+#: For these less memory than Snakemake itself takes. A reference has it until its third attempt, since one may fall to
+#: the lost node; a batch has run before the node is lost.
 MEMORY = [
     f"reference:mem_mb=60 if attempt < 3 and wildcards.entities == 'sub-{MEMORY_EXCEEDED}' else 900",
     f"{BATCH_MEMORY_EXCEEDED}:mem_mb=60 if attempt < 2 else 900",
@@ -88,6 +92,7 @@ def run(cluster, tmp_path_factory):
         threading.Thread(target=break_something, daemon=True).start()
     command = [sys.executable, "-m", "snakemake", "-s", ROOT / "Snakefile", "--directory", folder]
     command += ["--profile", ROOT / "workflow/profiles/slurm", "--set-resources", *MEMORY]
+    command += ["--retries", "3"]  # once more than the profile: each job may fall to the lost node besides its own faults
     command += ["--config", "batch=2"]
     command += ["--slurm-init-seconds-before-status-checks", "1", "--seconds-between-status-checks", "1"]
     done = subprocess.run(
@@ -107,6 +112,13 @@ def states(run, rule, subject=None):
     return [job["state"] for job in jobs_of(run[1].jobs, rule, subject)]
 
 
+def states_but_lost(run, rule, subject=None):
+    """As `states`, but that at most one attempt may have been on the node that was lost, whichever that was."""
+    ended = states(run, rule, subject)
+    assert ended.count("NODE_FAIL") <= 1
+    return [state for state in ended if state != "NODE_FAIL"]
+
+
 def test_run_ends_well_in_spite_of_five_faults(run):
     assert run[1].code == 0, run[1].terminal
 
@@ -121,18 +133,17 @@ def test_cancelled_job_is_done_again(run):
 
 
 def test_job_that_exceeded_its_memory_is_done_with_more(run):
-    ended = states(run, "reference", MEMORY_EXCEEDED)
-    assert len(ended) == 3
-    assert {"OUT_OF_MEMORY", "FAILED"} & set(ended)
-    assert ended[-1] == "COMPLETED"
+    *before, last = states_but_lost(run, "reference", MEMORY_EXCEEDED)
+    assert len(before) in {1, 2}
+    assert set(before) <= WITHOUT_MEMORY
+    assert last == "COMPLETED"
 
 
 def test_batches_are_done_again(run):
-    assert states(run, BATCH_CANCELLED) == ["CANCELLED", "COMPLETED"]
-    ended = states(run, BATCH_MEMORY_EXCEEDED)
-    assert len(ended) == 2
-    assert ended[0] in {"OUT_OF_MEMORY", "FAILED"}
-    assert ended[1] == "COMPLETED"
+    assert states_but_lost(run, BATCH_CANCELLED) == ["CANCELLED", "COMPLETED"]
+    first, last = states_but_lost(run, BATCH_MEMORY_EXCEEDED)
+    assert first in WITHOUT_MEMORY
+    assert last == "COMPLETED"
 
 
 def test_every_scan_is_done_and_nothing_is_half_written(run):
