@@ -92,7 +92,8 @@ def run(cluster, tmp_path_factory):
         threading.Thread(target=break_something, daemon=True).start()
     command = [sys.executable, "-m", "snakemake", "-s", ROOT / "Snakefile", "--directory", folder]
     command += ["--profile", ROOT / "workflow/profiles/slurm", "--set-resources", *MEMORY]
-    command += ["--retries", "3"]  # once more than the profile: each job may fall to the lost node besides its own faults
+    # once more than the profile: each job may fall to the lost node besides its own faults
+    command += ["--retries", "3"]
     command += ["--config", "batch=2"]
     command += ["--slurm-init-seconds-before-status-checks", "1", "--seconds-between-status-checks", "1"]
     done = subprocess.run(

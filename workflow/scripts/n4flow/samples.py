@@ -69,7 +69,7 @@ class Samples:
             Too few of them, or all of one intensity.
         """
         used = self.confidence > 0
-        count = int(used.sum())
+        count = int(np.count_nonzero(used))
         if count < MINIMUM_SAMPLES:
             raise InputError(
                 self.source,
@@ -77,7 +77,9 @@ class Samples:
                 + describe_dropped(self.dropped),
                 "give a larger mask or a smaller n4.shrink_factor",
             )
-        if self.log_image.min(initial=np.inf, where=used) == self.log_image.max(initial=-np.inf, where=used):
+        one = self.log_image[np.unravel_index(used.argmax(), used.shape)]
+        # plane by plane: as a rule the first one has another intensity
+        if not any(np.any(plane[inside] != one) for plane, inside in zip(self.log_image, used, strict=True)):
             raise InputError(
                 self.source,
                 "all voxels inside the mask have the same intensity",
@@ -87,10 +89,9 @@ class Samples:
 
     def cropped(self) -> Self:
         """Without the outer planes that hold no sample of the mask: nothing depends on them."""
-        box = []
-        for axis in range(3):
-            hit = np.flatnonzero(self.mask.any(axis=tuple(a for a in range(3) if a != axis)))
-            box.append(slice(hit[0], hit[-1] + 1))
+        lines, columns = np.any(self.mask, axis=2), np.any(self.mask, axis=0)
+        hits = [np.flatnonzero(np.any(part, axis=axis)) for part, axis in ((lines, 1), (lines, 0), (columns, 0))]
+        box = [slice(hit[0], hit[-1] + 1) for hit in hits]
         return replace(
             self,
             log_image=self.log_image[tuple(box)],

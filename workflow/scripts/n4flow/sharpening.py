@@ -6,6 +6,7 @@ The work is on a few hundred bins, in float64, on the host: single precision is 
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -76,24 +77,40 @@ def expected_log_values(
     """
     bins = len(histogram)
     slope = (high - low) / (bins - 1)
-    padded = 2 ** (int(np.ceil(np.log2(bins))) + 1)
-    offset = (padded - bins) // 2
-
+    padded, offset, places, exponents = _padding(bins)
     blurred = np.zeros(padded)
     blurred[offset : offset + bins] = histogram
-    distance = np.minimum(np.arange(padded), padded - np.arange(padded))
     width = fwhm / slope
-    gaussian = 2 * np.sqrt(np.log(2) / np.pi) / width * np.exp(-4 * np.log(2) * (distance / width) ** 2)
+    gaussian = 2 * np.sqrt(np.log(2) / np.pi) / width * np.exp(exponents / width**2)
     transfer = np.fft.rfft(gaussian)
-    wiener = np.real(np.conj(transfer) / (np.abs(transfer) ** 2 + wiener_noise))
+    wiener = transfer.real / (transfer.real**2 + transfer.imag**2 + wiener_noise)
     sharp = np.maximum(np.fft.irfft(np.fft.rfft(blurred) * wiener, padded), 0)
 
-    centres = low + (np.arange(padded) - offset) * slope
-    numerator = np.fft.irfft(transfer * np.fft.rfft(centres * sharp), padded)
-    denominator = np.fft.irfft(transfer * np.fft.rfft(sharp), padded)
+    # in bins from the first one; that of the value is added after the division
+    numerator, denominator = np.fft.irfft(transfer * np.fft.rfft([places * sharp, sharp]), padded)[:, offset:][:, :bins]
     empty = denominator == 0
-    expected = np.where(empty, 0, numerator / np.where(empty, 1, denominator))
-    return expected[offset : offset + bins]
+    return np.where(empty, 0, low + slope * (numerator / np.where(empty, 1, denominator)))
+
+
+@lru_cache
+def _padding(bins: int) -> tuple[int, int, np.ndarray, np.ndarray]:
+    """What hangs on the number of bins alone.
+
+    Returns
+    -------
+    padded : int
+        Bins of the padded histogram: a power of two, at least twice as many.
+    offset : int
+        Index of the first bin there.
+    places : (padded,) array
+        Bins from the first one.
+    exponents : (padded,) array
+        Exponents of a Gaussian around 0, periodic, of FWHM 1 in bins.
+    """
+    padded = 2 ** (int(np.ceil(np.log2(bins))) + 1)
+    offset = (padded - bins) // 2
+    index = np.arange(padded)
+    return padded, offset, index - float(offset), -4 * np.log(2) * np.minimum(index, padded - index) ** 2.0
 
 
 def look_up(values: Any, table: Any, low: float, high: float) -> Any:

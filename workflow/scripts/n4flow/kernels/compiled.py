@@ -15,7 +15,7 @@ import contextlib
 import hashlib
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
@@ -38,6 +38,9 @@ log = logging.getLogger(__name__)
 #: Rows begin and end at multiples of this, the widest vector of float32.
 LANES = 16
 
+#: Lines along either of the first two axes that are brought into rows at a time.
+BLOCK = 16
+
 #: Planes form chunks of so many voxels, which threads share; more than so many chunks would only cost memory.
 CHUNK_VOXELS, CHUNKS = 2**14, 64
 
@@ -47,10 +50,14 @@ COUNT_BIT = 40
 SHARE_UNIT = 2**16
 ENTRY_VOXELS = 2**22
 
-#: Passes over the voxels; the last one is none, but the end of the threads that wait.
-OMEGA, HISTOGRAM, DELTA, SUBTRACT, LEAVE = range(5)
+#: What a voxel outside of the mask holds: no field moves it, and no table reaches it.
+OUTSIDE, BEYOND = np.float32(1e30), np.float32(1e29)
 
-#: Where the numbers stand that tell the threads what to do: number and step of a pass, and how many chunks are done.
+#: Steps that threads share, over chunks of voxels or over planes of the lattice; the last is none, but the end of the
+#: threads that wait.
+OMEGA, ONTO_OMEGA, DELTA, ONTO_DELTA, HISTOGRAM, EXPAND, SUBTRACT, LEAVE = range(8)
+
+#: Where the numbers stand that tell the threads what to do: number and step of a pass, and how many parts are done.
 PASS, DONE = 0, APART
 STEP_BITS = 3
 
@@ -115,8 +122,8 @@ def compiled(function: Callable[..., None]) -> Callable[..., None]:
 class Rows(NamedTuple):
     """Voxels of the mask, with those between them along a row; a line of the grid may hold several rows."""
 
-    values: np.ndarray  # (voxels,) float32: u - B, less a constant
-    weights: np.ndarray  # (voxels,) float32: 0 outside the mask
+    values: np.ndarray  # (voxels,) float32: u - B, less a constant; OUTSIDE outside of the mask
+    weights: np.ndarray  # (voxels,) float32: 0 outside of the mask; empty where all others are 1
     plane: np.ndarray  # (planes + 1,): first row of each plane
     place: np.ndarray  # (rows,): index of its line in the plane
     start: np.ndarray  # (rows,): index of its first voxel along the line
@@ -139,16 +146,35 @@ def taps_of(matrix: np.ndarray) -> Taps:
     return Taps(column.astype(np.uint64), weight.astype(np.float32))
 
 
+class Bands(NamedTuple):
+    """A basis matrix by the rows that each column acts on."""
+
+    start: np.ndarray  # (m,) uint64
+    stop: np.ndarray  # (m,) uint64
+    weight: np.ndarray  # (m, length) float32
+
+
+def bands_of(matrix: np.ndarray, length: int) -> Bands:
+    """The bands of a matrix (n, m), whose rows are filled up with zeros to a length."""
+    acts = matrix != 0
+    start, stop = acts.argmax(axis=0), len(matrix) - acts[::-1].argmax(axis=0)
+    weight = np.zeros((matrix.shape[1], length), np.float32)
+    weight[:, : len(matrix)] = matrix.T
+    return Bands(start.astype(np.uint64), np.where(acts.any(axis=0), stop, start).astype(np.uint64), weight)
+
+
 class Work(NamedTuple):
     """What the threads share on a mesh. All memory is here: compiled code asks for none while it runs."""
 
     rows: Rows
     bases: tuple[Taps, Taps]  # of the first two axes
-    delta: tuple[Taps, Taps]
-    omega: tuple[Taps, Taps]
+    last_basis: Bands  # of the third
+    delta: tuple[Taps, Taps, Taps]
+    omega: tuple[Taps, Taps, Taps]
     # what a pass is given
     limits: np.ndarray  # (2,) float32: value of the first bin centre, and bins per unit
-    lines: np.ndarray  # (2, bins - 1) float32: the residual between two bin centres, offset and slope
+    lines: np.ndarray  # (2, bins + 1) float32: the residual from a bin centre on, offset and slope; 0 outside the mask
+    update: np.ndarray  # (m0, m1, m2) float64
     along: np.ndarray  # (m0 + 3, m1 + 3, length) float32: the update, evaluated along the last axis
     halvings: np.ndarray  # (1,) uint64
     shift: np.ndarray  # (1,) float32: about the mean of expm1(-update), which is counted from there
@@ -158,7 +184,8 @@ class Work(NamedTuple):
     found: (
         np.ndarray
     )  # (chunks, 4) float64: smallest and largest value, sums of expm1(-update) less `shift`, and of its square
-    planes: np.ndarray  # (m0 + 3, m1 + 3, length) float64: the sum of the parts
+    planes: np.ndarray  # (m0, m1, length) float64: the sum of the parts
+    lattice: np.ndarray  # (m0, m1, m2 + 3) float64: the same, contracted along the last axis
     # to work in, thread by thread; the last row stays free, so that threads do not write to one line of the cache
     plane: np.ndarray  # (threads, m1 + 3 + 1, length) float32
     line: np.ndarray  # (threads, 5 + 1, length) float32
@@ -166,7 +193,7 @@ class Work(NamedTuple):
     bins: np.ndarray  # (threads, 4 + 1, bins + 1) int64
     # who does what, see `_take_part`
     control: np.ndarray  # (2 * APART,) int64
-    taken: np.ndarray  # (chunks,) int64: number of the last pass for which a thread has claimed the chunk
+    taken: np.ndarray  # (chunks or m0,) int64: number of the last step for which a thread has claimed the part
 
 
 class CompiledKernels(HostKernels):
@@ -186,7 +213,7 @@ class CompiledKernels(HostKernels):
         samples = Oriented.of(log_image, weights)
         self.axes, self.centre = samples.axes, samples.centre
         self.rows = _rows(samples)
-        self.count = int(samples.inside.sum())
+        self.count = int(np.count_nonzero(samples.inside))
         self.threads = min(threads, len(self.rows.chunks) - 1)
         self.pool = ThreadPoolExecutor(max(1, self.threads - 1))
         self.length = -(-samples.log_image.shape[2] // LANES) * LANES
@@ -197,36 +224,40 @@ class CompiledKernels(HostKernels):
     def set_mesh(self, bases: Sequence[np.ndarray]) -> None:
         bases = [bases[axis] for axis in self.axes]
         self.lattice_shape = tuple(basis.shape[1] for basis in bases)
-        of_bases, of_omega, of_delta = ([taps_of(matrix) for matrix in m] for m in (bases, *fit_matrices(bases)))
-        self.last_basis, self.last_delta = of_bases[2], of_delta[2]
-        m0, m1, _ = self.lattice_shape
-        column = of_bases[0].column.astype(int)
+        first, second = map(taps_of, bases[:2])
+        omega, delta = ((taps_of(a), taps_of(b), taps_of(c)) for a, b, c in fit_matrices(bases))
+        m0, m1, m2 = self.lattice_shape
+        column = first.column.astype(int)
         chunks, bins = len(self.rows.chunks) - 1, self.parameters.histogram_bins
         reach = max(column[end - 1] - column[start] for start, end in pairwise(self.rows.chunks.astype(int))) + 4
         self.work = Work(
             rows=self.rows,
-            bases=(of_bases[0], of_bases[1]),
-            delta=(of_delta[0], of_delta[1]),
-            omega=(of_omega[0], of_omega[1]),
+            bases=(first, second),
+            last_basis=bands_of(bases[2], self.length),
+            delta=delta,
+            omega=omega,
             limits=np.zeros(2, np.float32),
-            lines=np.zeros((2, bins - 1), np.float32),
+            lines=np.zeros((2, bins + 1), np.float32),
+            update=np.zeros(self.lattice_shape),
             along=np.zeros((m0 + 3, m1 + 3, self.length), np.float32),
             halvings=np.zeros(1, np.uint64),
             shift=np.zeros(1, np.float32),
             counts=np.zeros((chunks, 2, bins), np.int64),
             parts=np.zeros((chunks, reach, m1 + 3, self.length), np.float32),
             found=np.zeros((chunks, 4)),
-            planes=np.zeros((m0 + 3, m1 + 3, self.length)),
+            planes=np.zeros((m0, m1, self.length)),
+            lattice=np.zeros((m0, m1, m2 + 3)),
             plane=np.zeros((self.threads, m1 + 4, self.length), np.float32),
             line=np.zeros((self.threads, 6, self.length), np.float32),
             indices=np.zeros((self.threads, 3, self.length), np.int32),
             bins=np.zeros((self.threads, 5, bins + 1), np.int64),
             control=np.zeros(2 * APART, np.int64),
-            taken=np.zeros(chunks, np.int64),
+            taken=np.zeros(max(chunks, m0), np.int64),
         )
         self.helpers: dict[int, Future[None]] = {}
-        self._pass(OMEGA)
-        self.omega = self._onto_lattice(of_omega[2])
+        self._do(OMEGA)
+        self._do(ONTO_OMEGA)
+        self.omega = self.work.lattice[:, :, :m2].copy()
 
     def end_level(self) -> tuple[np.ndarray, list[float]]:
         ended = super().end_level()
@@ -235,30 +266,38 @@ class CompiledKernels(HostKernels):
 
     def histogram(self) -> np.ndarray:
         self._set_limits()
-        self._pass(HISTOGRAM)
+        self._do(HISTOGRAM)
         counts, shares = self.work.counts.sum(axis=0)
-        shares = shares / SHARE_UNIT
-        total = counts - shares
-        total[1:] += shares[:-1]
+        shares = shares[:-1] / SHARE_UNIT  # the last bin has none above it
+        total = counts.astype(np.float64)
+        total[:-1] -= shares
+        total[1:] += shares
         return total
 
     def fit(self, table: np.ndarray) -> np.ndarray:
         # between two bin centres the residual is a line of the value, which is relative to the centre
-        low, per_unit = self.low - self.centre, (len(table) - 1) / (self.high - self.low)
+        bins = len(table)
+        low, per_unit = self.low - self.centre, (bins - 1) / (self.high - self.low)
         slope = 1 - np.diff(table) * per_unit
-        at_bin = low + np.arange(len(table) - 1) / per_unit
-        self.work.lines[:] = at_bin - (table[:-1] - self.centre) - slope * at_bin, slope
+        at_bin = low + np.arange(bins - 1) / per_unit
+        lines = self.work.lines
+        lines[:, : bins - 1] = at_bin - (table[:-1] - self.centre) - slope * at_bin, slope
+        lines[:, bins - 1] = lines[:, bins - 2]  # for the largest value, which is on the last bin centre
         self._set_limits()
-        self._pass(DELTA)
-        return divide_where_seen(self._onto_lattice(self.last_delta), self.omega).transpose(np.argsort(self.axes))
+        self._do(DELTA)
+        self._do(ONTO_DELTA)
+        delta = self.work.lattice[:, :, : self.lattice_shape[2]]
+        return divide_where_seen(delta, self.omega).transpose(np.argsort(self.axes))
 
     def subtract_update(self, update: np.ndarray) -> Statistics:
-        update = update.transpose(self.axes)
-        _expand_rows(np.ascontiguousarray(update), self.last_basis, self.work.along)
-        self.work.halvings[0] = max(0, int(np.ceil(np.log2(max(np.abs(update).max(), 1e-30) / SERIES_LIMIT))))
-        self.work.shift[0] = shift = np.float32(np.expm1(-update.mean()))
-        self._pass(SUBTRACT)
-        found = self.work.found
+        work = self.work
+        work.update[:] = update.transpose(self.axes)
+        largest = max(update.max(), -update.min(), 1e-30)
+        work.halvings[0] = max(0, int(np.ceil(np.log2(largest / SERIES_LIMIT))))
+        work.shift[0] = shift = np.float32(np.expm1(-update.mean()))
+        self._do(EXPAND)
+        self._do(SUBTRACT)
+        found = work.found
         total, squares = found[:, 2].sum(), found[:, 3].sum()
         variance = (squares - total**2 / self.count) / (self.count - 1)
         return Statistics(
@@ -272,16 +311,8 @@ class CompiledKernels(HostKernels):
         bins = self.parameters.histogram_bins
         self.work.limits[:] = low, (bins - 1) / (float(high) - float(low)) if high > low else 0
 
-    def _onto_lattice(self, last: Taps) -> np.ndarray:
-        """What the chunks have contracted, added and contracted along the last axis."""
-        m0, m1, m2 = self.lattice_shape
-        _gather(self.work)
-        result = np.zeros((m0, m1, m2 + 3))
-        _contract_rows(self.work.planes, last, result)
-        return result[:, :, :m2]
-
-    def _pass(self, step: int) -> None:
-        """Do a pass with all threads; those that have waited for it in vain, and have left, are called back."""
+    def _do(self, step: int) -> None:
+        """Do a step with all threads; those that have waited for it in vain, and have left, are called back."""
         for thread in range(1, self.threads):
             if thread not in self.helpers or self.helpers[thread].done():
                 self.helpers[thread] = self.pool.submit(_take_part, thread, step, self.work)
@@ -291,14 +322,19 @@ class CompiledKernels(HostKernels):
 def _rows(samples: Oriented) -> Rows:
     n0, n1, n2 = samples.inside.shape
     pieces = -(-n2 // LANES)
-    grid = np.zeros((n0, n1, pieces * LANES), dtype=np.float32)
-    lanes = grid.reshape(n0, n1, pieces, LANES)
-    grid[:, :, :n2] = samples.weights
-    held = lanes.any(axis=3)
-    weights = lanes[held].ravel()
-    np.subtract(samples.log_image, samples.centre, out=grid[:, :, :n2], casting="same_kind")
-    values = lanes[held].ravel()
-    values[weights == 0] = 0
+    inside = np.zeros((n0, n1, pieces * LANES), dtype=bool)
+    for block in _blocks(n0, n1):
+        inside[block][..., :n2] = samples.inside[block]
+    halves = inside.reshape(n0, n1, pieces, LANES).view(np.uint64)
+    held = (halves[..., 0] | halves[..., 1]) != 0
+
+    def kept(grid: np.ndarray, less: float, elsewhere: float) -> np.ndarray:
+        """Voxels of the pieces that hold one of the mask, less a constant."""
+        voxels = np.full((n0, n1, pieces * LANES), elsewhere, dtype=np.float32)
+        for block in _blocks(n0, n1):
+            voxels[block][..., :n2] = np.where(samples.inside[block], grid[block] - less, elsewhere)
+        return voxels.reshape(n0, n1, pieces, LANES)[held].ravel()
+
     edges = np.diff(held.astype(np.int8), axis=2, prepend=0, append=0)
     (plane, line, start), end = np.nonzero(edges == 1), np.nonzero(edges == -1)[2]
     offset = np.concatenate([[0], np.cumsum((end - start) * LANES)])
@@ -306,56 +342,59 @@ def _rows(samples: Oriented) -> Rows:
     shares = np.linspace(0, offset[-1], min(CHUNKS, max(1, offset[-1] // CHUNK_VOXELS)) + 1)
     chunks = np.unique([0, *np.searchsorted(offset[row_of_plane], shares[1:-1]), n0])
     indices = (np.array(a, dtype=np.uint64) for a in (row_of_plane, line, start * LANES, offset, chunks))
+    values = kept(samples.log_image, samples.centre, float(OUTSIDE))
+    weights = np.empty(0, np.float32) if samples.weights.dtype == bool else kept(samples.weights, 0, 0)
     return Rows(values, weights, *indices)
 
 
-@compiled
-def _expand_rows(lattice: np.ndarray, taps: Taps, along: np.ndarray) -> None:
-    """Evaluate the lattice along its last axis."""
-    for a in range(np.uint64(lattice.shape[0])):
-        for b in range(np.uint64(lattice.shape[1])):
-            for k in range(np.uint64(len(taps.column))):
-                value = 0.0
-                for q in range(FOUR):
-                    c = taps.column[k] + q
-                    if c < lattice.shape[2]:
-                        value += lattice[a, b, c] * taps.weight[k, q]
-                along[a, b, k] = value
+def _blocks(n0: int, n1: int) -> Iterator[tuple[slice, slice]]:
+    """Parts of a grid that lie in the cache in whatever order its axes do."""
+    for i in range(0, n0, BLOCK):
+        for j in range(0, n1, BLOCK):
+            yield slice(i, i + BLOCK), slice(j, j + BLOCK)
 
 
 @compiled
-def _gather(work: Work) -> None:
-    """Add what the chunks contracted, in their order."""
-    chunks, column, parts, planes = work.rows.chunks, work.bases[0].column, work.parts, work.planes
-    planes[:] = 0
+def _expand(a: int, work: Work) -> None:
+    """Evaluate a plane of the update along its last axis."""
+    bands, update, along = work.last_basis, work.update, work.along
+    for b in range(np.uint64(update.shape[1])):
+        for k in range(np.uint64(along.shape[2])):
+            along[a, b, k] = 0
+        for c in range(np.uint64(update.shape[2])):
+            value = np.float32(update[a, b, c])
+            for k in range(bands.start[c], bands.stop[c]):
+                along[a, b, k] += value * bands.weight[c, k]
+
+
+@compiled
+def _onto_lattice(a: int, work: Work, of_residual: bool) -> None:
+    """Add what the chunks contracted onto a plane of the lattice, in their order; contract that along the last axis."""
+    chunks, parts, planes, lattice = work.rows.chunks, work.parts, work.planes, work.lattice
+    first, _, last = work.delta if of_residual else work.omega
+    planes[a] = 0
+    lattice[a] = 0
     for chunk in range(np.uint64(len(parts))):
-        first = column[chunks[chunk]]
-        for a in range(column[chunks[chunk + ONE] - ONE] - first + FOUR):
+        start = first.column[chunks[chunk]]
+        if start <= a < first.column[chunks[chunk + ONE] - ONE] + FOUR:
             for b in range(np.uint64(planes.shape[1])):
                 for k in range(np.uint64(planes.shape[2])):
-                    planes[first + a, b, k] += parts[chunk, a, b, k]
-
-
-@compiled
-def _contract_rows(along: np.ndarray, taps: Taps, lattice: np.ndarray) -> None:
-    """The transpose of `_expand_rows`."""
-    for a in range(np.uint64(lattice.shape[0])):
-        for b in range(np.uint64(lattice.shape[1])):
-            for k in range(np.uint64(len(taps.column))):
-                for q in range(FOUR):
-                    lattice[a, b, taps.column[k] + q] += along[a, b, k] * taps.weight[k, q]
+                    planes[a, b, k] += parts[chunk, a - start, b, k]
+    for b in range(np.uint64(lattice.shape[1])):
+        for k in range(np.uint64(len(last.column))):
+            for q in range(FOUR):
+                lattice[a, b, last.column[k] + q] += planes[a, b, k] * last.weight[k, q]
 
 
 @compiled
 def _take_part(thread: int, step: int, work: Work) -> None:
-    """Do chunks of passes: thread 0 begins one and waits for its end; the others wait for passes, but not for ever.
+    """Do parts of steps: thread 0 begins one and waits for its end; the others wait for steps, but not for ever.
 
-    A thread begins with the chunks that it had in the last pass, which its core may still hold, and goes on with
-    what others have left. It claims a chunk for the pass that it has read of, so that it cannot take one of the next
-    pass for that of another.
+    A thread begins with the chunks that it had in the last step, which its core may still hold, and goes on with
+    what others have left. It claims a part for the step that it has read of, so that it cannot take one of the next
+    step for that of another.
     """
-    control, chunks = work.control, len(work.taken)
-    share, now = chunks * thread // len(work.plane), read(control, PASS)
+    control, now = work.control, read(work.control, PASS)
     if thread == 0:
         now = (((now >> STEP_BITS) + 1) << STEP_BITS) + step
         publish(control, DONE, 0)
@@ -364,19 +403,26 @@ def _take_part(thread: int, step: int, work: Work) -> None:
             return
     while True:
         number, step = now >> STEP_BITS, now & ((1 << STEP_BITS) - 1)
-        for turn in range(chunks):
-            chunk = (share + turn) % chunks
-            before = read(work.taken, chunk)
-            if before < number and replace(work.taken, chunk, before, number):
+        on_lattice = step in (ONTO_OMEGA, ONTO_DELTA, EXPAND)
+        parts = len(work.planes) if on_lattice else len(work.parts)
+        share = parts * thread // len(work.plane)
+        for turn in range(parts):
+            part = (share + turn) % parts
+            before = read(work.taken, part)
+            if before < number and replace(work.taken, part, before, number):
                 if step == HISTOGRAM:
-                    _histogram(np.uint64(chunk), np.uint64(thread), work)
+                    _histogram(np.uint64(part), np.uint64(thread), work)
                 elif step == SUBTRACT:
-                    _subtract(np.uint64(chunk), np.uint64(thread), work)
+                    _subtract(np.uint64(part), np.uint64(thread), work)
+                elif step == EXPAND:
+                    _expand(np.uint64(part), work)
+                elif on_lattice:
+                    _onto_lattice(np.uint64(part), work, step == ONTO_DELTA)
                 else:
-                    _contract(np.uint64(chunk), np.uint64(thread), work, step == DELTA)
+                    _contract(np.uint64(part), np.uint64(thread), work, step == DELTA)
                 add(control, DONE, 1)
         if thread == 0:
-            while read(control, DONE) < chunks:
+            while read(control, DONE) < parts:
                 give_way()
             return
         turns, begun, last = 0, seconds(), now
@@ -430,9 +476,8 @@ def _subtract(chunk: int, thread: int, work: Work) -> None:
                 )
                 value = rows.values[at + k] - field
                 rows.values[at + k] = value
-                inside = rows.weights[at + k] > zero
-                smallest[k0 + k] = min(smallest[k0 + k], value if inside else infinity)
-                largest[k0 + k] = max(largest[k0 + k], value if inside else -infinity)
+                smallest[k0 + k] = min(smallest[k0 + k], value)
+                largest[k0 + k] = max(largest[k0 + k], value if value < BEYOND else -infinity)
                 x = field * scale
                 series = x * (one + x * (c2 + x * (c3 + x * (c4 + x * (c5 + x * c6)))))
                 changes[k] = series
@@ -440,7 +485,7 @@ def _subtract(chunk: int, thread: int, work: Work) -> None:
                 for k in range(n):
                     changes[k] = changes[k] * (two + changes[k])
             for k in range(n):
-                change = (changes[k] - shift) if rows.weights[at + k] > zero else zero
+                change = (changes[k] - shift) if rows.values[at + k] < BEYOND else zero
                 sums[k0 + k] += change
                 squares[k0 + k] += change * change
         for k in range(length):
@@ -457,7 +502,7 @@ def _histogram(chunk: int, thread: int, work: Work) -> None:
     found, parts = work.counts[chunk], work.bins[thread]
     index, share = work.indices[thread, ZERO], work.indices[thread, ONE]
     bins = found.shape[1]
-    zero, top, first, last = np.float32(0), np.float32(bins - 1), np.int32(0), np.int32(bins - 2)
+    zero, outside = np.float32(0), np.float32(bins)
     unit, half, one = np.float32(SHARE_UNIT), np.float32(0.5), np.int64(1) << COUNT_BIT
     found[:] = 0
     parts[:] = 0
@@ -467,10 +512,10 @@ def _histogram(chunk: int, thread: int, work: Work) -> None:
         at = rows.offset[row]
         n = rows.offset[row + ONE] - at
         for k in range(n):
-            position = min(max((rows.values[at + k] - low) * scale, zero), top)
-            bin_ = max(min(np.int32(position), last), first)
+            position = min(max((rows.values[at + k] - low) * scale, zero), outside)
+            bin_ = np.int32(position)
             share[k] = np.int32((position - np.float32(bin_)) * unit + half)
-            index[k] = bin_ if rows.weights[at + k] > zero else np.int32(bins)
+            index[k] = bin_
         for k in range(ZERO, n, FOUR):
             parts[ZERO, np.uint32(index[k])] += one + share[k]
             parts[ONE, np.uint32(index[k + ONE])] += one + share[k + ONE]
@@ -490,11 +535,11 @@ def _histogram(chunk: int, thread: int, work: Work) -> None:
 def _contract(chunk: int, thread: int, work: Work, of_residual: bool) -> None:
     """Sum of the weighted residual, or of the weights alone, onto two axes of the lattice."""
     rows, lines, (low, scale) = work.rows, work.lines, work.limits
-    first, second = work.delta if of_residual else work.omega
+    first, second, _ = work.delta if of_residual else work.omega
     parts, plane = work.parts[chunk], work.plane[thread]
     residual, index = work.line[thread, ZERO], work.indices[thread, ZERO]
-    zero, last = np.float32(0), np.float32(lines.shape[1] - 1)
-    start = rows.chunks[chunk]
+    zero, one, outside = np.float32(0), np.float32(1), np.float32(lines.shape[1] - 1)
+    weighted, start = len(rows.weights) > 0, rows.chunks[chunk]
     parts[:] = zero
     for i in range(start, rows.chunks[chunk + ONE]):
         plane[:] = zero
@@ -503,13 +548,16 @@ def _contract(chunk: int, thread: int, work: Work, of_residual: bool) -> None:
             n = rows.offset[row + ONE] - at
             if of_residual:
                 for k in range(n):
-                    index[k] = max(np.int32(min(max((rows.values[at + k] - low) * scale, zero), last)), np.int32(0))
+                    index[k] = np.int32(min(max((rows.values[at + k] - low) * scale, zero), outside))
                 for k in range(n):
                     line = np.uint32(index[k])
-                    residual[k] = (lines[ZERO, line] + rows.values[at + k] * lines[ONE, line]) * rows.weights[at + k]
+                    residual[k] = lines[ZERO, line] + rows.values[at + k] * lines[ONE, line]
             else:
                 for k in range(n):
-                    residual[k] = rows.weights[at + k]
+                    residual[k] = one if rows.values[at + k] < BEYOND else zero
+            if weighted:
+                for k in range(n):
+                    residual[k] *= rows.weights[at + k]
             b = second.column[j]
             w0, w1, w2, w3 = second.weight[j]
             for k in range(n):

@@ -61,7 +61,8 @@ class Oriented(NamedTuple):
     def of(cls, log_image: np.ndarray, weights: np.ndarray) -> Oriented:
         axes = tuple(np.argsort(log_image.shape, kind="stable"))
         inside = weights > 0
-        used = log_image[inside]
+        in_memory = np.argsort(log_image.strides)[::-1]  # an index in another order than the array's is slow
+        used = log_image.transpose(in_memory)[inside.transpose(in_memory)]
         log_image, weights, inside = log_image.transpose(axes), weights.transpose(axes), inside.transpose(axes)
         return cls(axes, log_image, weights, inside, float(used.min()), float(used.max()))
 
