@@ -82,7 +82,7 @@ def foreground_threshold(volume: Volume, method: MaskMethod = "otsu", percentile
     stride = max(1, int(np.ceil((np.prod(volume.shape) / THRESHOLD_VOXELS) ** (1 / 3))))
     parts, positive = [], 0
     for slab, values in volume.mean_slabs():
-        positive += int((values > 0).sum())
+        positive += int(np.count_nonzero(values > 0))
         planes = np.arange(slab.start, slab.stop)
         parts.append(values[::stride, ::stride, planes % stride == 0].ravel())
     if positive == 0:
