@@ -47,6 +47,17 @@ def run(tmp_path_factory):
     return folder, snakemake(folder, "--cores", 2)
 
 
+def test_threads_set_for_n4_are_those_of_its_batches(tmp_path):
+    save(tmp_path / GOOD[0].image, head(SMALL))
+    write_sheet(tmp_path / "config/samples.tsv", GOOD[:1])
+    write_config(tmp_path, {"reference": {"fraction": 0}})
+    planned = snakemake(tmp_path, "--cores", 2, "--set-threads", "n4=2", "-n").stdout
+    blocks = re.findall(r"^rule (\w+):\n((?:    .+\n)*)", planned, re.M)
+    threads = {rule: re.findall(r"threads: (\d+)", text) for rule, text in blocks}
+    assert threads["fields_1"] == threads["n4"] == ["2"]
+    assert threads["pages_1"] == []
+
+
 def test_neighbours_of_a_bad_scan_are_done(run):
     folder, done = run
     assert [path for scan in GOOD for path in outputs_of(folder, scan).values() if not path.is_file()] == []

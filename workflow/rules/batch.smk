@@ -61,10 +61,13 @@ for number, scans in PAGE_BATCHES.items():
             "../scripts/pages.py"
 
 
-# What a profile or the command line sets for n4 and qc (--set-resources) is meant for those that do their work, too. A
-# workflow that imports this one may have given the rules other names, or have taken only some of them.
+# What a profile or the command line sets for n4 and qc (--set-resources, --set-threads) is meant for those that do their
+# work, too. A workflow that imports this one may have given the rules other names, or have taken only some of them.
 for step, kind, batches in (("n4", "fields", FIELD_BATCHES), ("qc", "pages", PAGE_BATCHES)):
-    given = workflow.resource_settings.overwrite_resources.get(workflow.modifier.modify_rulename(step), {})
+    asked, name_of_step = workflow.resource_settings, workflow.modifier.modify_rulename(step)
+    given, threads = asked.overwrite_resources.get(name_of_step, {}), asked.overwrite_threads.get(name_of_step)
     for name in (workflow.modifier.modify_rulename(f"{kind}_{number}") for number in batches):
         if workflow.is_rule(name):
             workflow.get_rule(name).resources.update(given)
+            if threads is not None:
+                workflow.get_rule(name).resources["_cores"] = threads
