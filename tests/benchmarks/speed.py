@@ -80,7 +80,7 @@ image, folder = Path(sys.argv[1]), Path(sys.argv[2])
 mask = folder / "mask.nii.gz"
 mask_scan(image, None, mask, folder / "mask.json", method="otsu", percentile=50)
 files = CorrectionFiles(*(folder / name for name in ("c.nii.gz", "c.json", "f.json", "f.nii.gz")))
-correct_scan(image, mask, files, parameters=N4Parameters(), device="cpu", threads=int(sys.argv[4]))
+correct_scan(image, mask, files, parameters=N4Parameters(), device="cpu")
 """
 
 LARGE_SCRIPT = """
@@ -280,7 +280,7 @@ def subject(name, image, runs):
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder)
         commands = {
-            "n4flow: mask and n4": ["-c", N4FLOW_SCRIPT, image, out, SCRIPTS, str(available_cores())],
+            "n4flow: mask and n4": ["-c", N4FLOW_SCRIPT, image, out, SCRIPTS],
             "SimpleITK script": ["-c", SIMPLEITK_SCRIPT, image, out / "sf.nii.gz", out / "sc.nii.gz"],
             "nibabel: read, write the same": ["-c", NIBABEL_SCRIPT, image, out / "f.npy", out / "c.npy"],
         }
@@ -415,8 +415,8 @@ axis.
 
 ## A subject
 
-From .nii.gz to .nii.gz, process start included; n4flow and SimpleITK on all cores. nibabel reads the image, and writes
-the corrected image and the field that n4flow found.
+From .nii.gz to .nii.gz, process start included; one core except for SimpleITK. nibabel reads the image, and writes the
+corrected image and the field that n4flow found.
 
 {table(["", "", "median", "this / n4flow"], subjects)}
 """

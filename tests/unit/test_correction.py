@@ -9,7 +9,7 @@ import pytest
 from numpy.testing import assert_allclose, assert_array_equal
 
 from n4flow import InputError, N4Parameters, correct
-from n4flow.correction import in_threads, keep_mean_intensity, write_corrected
+from n4flow.correction import write_corrected
 from n4flow.derivatives import CorrectionFiles, apply_scan, correct_scan
 from n4flow.field import BiasField, Mesh
 from n4flow.mask import mask_scan
@@ -285,38 +285,6 @@ def test_self_check_notices_what_was_lost_in_writing(head, head_file, tmp_path, 
     assert 0 < write_corrected(volume, field, tmp_path / "a.nii") < 3e-7
     monkeypatch.setattr(VolumeWriter, "write", lambda self, values: np.where(values > 1000, 0, values))
     assert write_corrected(volume, field, tmp_path / "b.nii") == pytest.approx(1)
-
-
-@pytest.mark.parametrize("keep_dtype", [False, True])
-def test_any_number_of_threads_writes_the_same_bytes(head, tmp_path, monkeypatch, keep_dtype):
-    monkeypatch.setattr("n4flow.volume.SLAB_VOXELS", 3 * head.image[:, :, 0].size)
-    series, mask = tmp_path / "series.nii.gz", tmp_path / "mask.nii.gz"
-    frames = np.stack([head.image, 2 * head.image, head.image[::-1]], axis=3).astype(np.int16)
-    nib.save(nib.Nifti1Image(frames, np.diag([2.0, 2, 2, 1])), series)
-    nib.save(nib.Nifti1Image((head.image > 300).astype(np.uint8), np.diag([2.0, 2, 2, 1])), mask)
-    volume, inside = Volume(series), Volume(mask)
-    mesh = Mesh.of_grid(volume.shape, (2, 2, 2))
-    field = BiasField(np.random.default_rng(3).normal(0, 0.1, mesh.lattice_shape), mesh, volume.shape, volume.affine)
-    lattices, files = [], []
-    for threads in (1, 2, 5):
-        kept = keep_mean_intensity(field, volume, inside, threads=threads)
-        paths = tmp_path / "corrected.nii.gz", tmp_path / "bias.nii.gz"
-        write_corrected(volume, kept, *paths, keep_dtype=keep_dtype, threads=threads)
-        lattices.append(kept.lattice)
-        files.append([path.read_bytes() for path in paths])
-    assert all(np.array_equal(lattice, lattices[0]) for lattice in lattices)
-    assert files[1:] == files[:1] * 2
-
-
-def test_threads_keep_the_order_take_few_items_ahead_and_pass_errors_on():
-    taken = []
-    items = (taken.append(item) or item for item in range(100))
-    results = in_threads(lambda item: 1 / (item - 7), items, 3)
-    for item in range(7):
-        assert next(results) == 1 / (item - 7)
-        assert len(taken) <= item + 3
-    with pytest.raises(ZeroDivisionError):
-        next(results)
 
 
 def test_world_coordinates_are_in_mm_whatever_the_unit_of_a_file(head_file, tmp_path):

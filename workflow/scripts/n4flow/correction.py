@@ -5,9 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import logging
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -82,7 +80,7 @@ def read_samples(image: str | Path | Volume, mask: str | Path | Volume, shrink_f
 
 
 @one_blas_thread
-def keep_mean_intensity(field: BiasField, volume: Volume, mask: Volume, xp: Any = np, threads: int = 1) -> BiasField:
+def keep_mean_intensity(field: BiasField, volume: Volume, mask: Volume, xp: Any = np) -> BiasField:
     """Fix the constant of the field so that the mean intensity inside the mask does not change.
 
     A constant factor may move freely between image and field: N4 leaves it to drift.
@@ -94,8 +92,6 @@ def keep_mean_intensity(field: BiasField, volume: Volume, mask: Volume, xp: Any 
         The image that the field belongs to, and its mask.
     xp : module
         numpy or cupy: where to compute.
-    threads : int
-        On the CPU; the result does not depend on it.
 
     Returns
     -------
@@ -107,69 +103,30 @@ def keep_mean_intensity(field: BiasField, volume: Volume, mask: Volume, xp: Any 
     InputError
         A file cannot be read.
     """
-    slabs: Iterable[Any] = zip(volume.mean_slabs(), mask.mean_slabs(), strict=True)
-    if xp is np:
-        parts = in_threads(
-            lambda both: _plane_sums(both[0][1], field.ratio_tile(_planes(both[0][0])), inside_mask(both[1][1])),
-            slabs,
-            threads,
-        )
-    else:
-        slabs, ahead = itertools.tee(slabs)
-        ratios = _ratios(field, ((_planes(slab), values) for (slab, values), _ in ahead), xp)
-        parts = (
-            _plane_sums(values, ratio, inside_mask(mask_values))
-            for ((_, values), (_, mask_values)), ratio in zip(slabs, ratios, strict=True)
-        )
-    return _shift_to_mean(field, parts)
+    slabs, ahead = itertools.tee(volume.mean_slabs())
+    ratios = _ratios(field, ((_planes(slab), values) for slab, values in ahead), xp)
+    return _shift_to_mean(
+        field,
+        (
+            (values, ratio, inside_mask(mask_values))
+            for (_, values), ratio, (_, mask_values) in zip(slabs, ratios, mask.mean_slabs(), strict=True)
+        ),
+    )
 
 
-def in_threads(function: Callable[[Any], Any], items: Iterable[Any], threads: int) -> Iterator[Any]:
-    """As ``map``, with threads that work on the next few items meanwhile; items are taken in this thread.
-
-    Parameters
-    ----------
-    function : callable
-    items : iterable
-    threads : int
-        One is this thread alone.
-
-    Yields
-    ------
-    object
-        What the function makes of each item, in their order.
-    """
-    if threads <= 1:
-        yield from map(function, items)
-        return
-    waiting: deque[Future[Any]] = deque()
-    with ThreadPoolExecutor(threads - 1) as pool:
-        for item in items:
-            waiting.append(pool.submit(function, item))
-            if len(waiting) >= threads:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
-
-
-def _plane_sums(values: Any, ratio: Any, inside: Any) -> list[tuple[float, float]]:
-    """Sums of the usable voxels of each plane, before and after the division; all arrays on one device."""
-    usable, _ = usable_voxels(values, inside)
-    before = array_module(values).where(usable, values, 0).astype(np.float64)
-    after = before / ratio
-    return [(float(before[:, :, k].sum()), float(after[:, :, k].sum())) for k in range(values.shape[2])]
-
-
-def _shift_to_mean(field: BiasField, parts: Iterable[list[tuple[float, float]]]) -> BiasField:
+def _shift_to_mean(field: BiasField, parts: Iterable[tuple[Any, Any, Any]]) -> BiasField:
     """The field plus the constant that keeps the mean of the usable voxels.
 
-    Parts are the `_plane_sums` of slabs or tiles, added plane by plane: so the order of the additions is the image's,
-    and not that of its slabs or tiles.
+    Parts are intensities, field and mask, slab by slab or tile by tile, on one device. They are summed plane by
+    plane: so the order of the additions is the image's, and not that of its slabs or tiles.
     """
     sums = np.zeros(2)
-    for of_planes in parts:
-        for of_plane in of_planes:
-            sums += of_plane
+    for values, ratio, inside in parts:
+        usable, _ = usable_voxels(values, inside)
+        before = array_module(values).where(usable, values, 0).astype(np.float64)
+        after = before / ratio
+        for k in range(values.shape[2]):
+            sums += [float(before[:, :, k].sum()), float(after[:, :, k].sum())]
     return field.shifted(np.log(sums[1] / sums[0]))
 
 
@@ -182,7 +139,6 @@ def write_corrected(
     *,
     keep_dtype: bool = False,
     xp: Any = np,
-    threads: int = 1,
 ) -> float:
     """Divide an image by the field and write it, slab by slab.
 
@@ -200,8 +156,6 @@ def write_corrected(
         range; otherwise float32.
     xp : module
         numpy or cupy: where to compute.
-    threads : int
-        On the CPU; the result does not depend on it.
 
     Returns
     -------
@@ -215,7 +169,7 @@ def write_corrected(
     """
     dtype = volume.dtype.newbyteorder("=") if keep_dtype else np.dtype(np.float32)
     integers = np.issubdtype(dtype, np.integer)
-    slope, intercept = _scaling(volume, field, dtype, xp, threads) if integers else (1.0, 0.0)
+    slope, intercept = _scaling(volume, field, dtype, xp) if integers else (1.0, 0.0)
     rounding = slope / 2 if integers else 0.0
     worst = 0.0
     with contextlib.ExitStack() as files:
@@ -224,7 +178,7 @@ def write_corrected(
         bias_writer = (
             files.enter_context(VolumeWriter(bias_output, volume, np.float32, frames=1)) if bias_output else None
         )
-        for slab, frame, values, corrected, ratio in _corrected_slabs(volume, field, xp, threads):
+        for slab, frame, values, corrected, ratio in _corrected_slabs(volume, field, xp):
             written = writer.write(corrected)
             if bias_writer and frame == 0:
                 bias_writer.write(ratio)
@@ -267,7 +221,7 @@ def _largest_error(values: np.ndarray, written: np.ndarray, ratio: np.ndarray, r
 
 
 def _corrected_slabs(
-    volume: Volume, field: BiasField, xp: Any, threads: int
+    volume: Volume, field: BiasField, xp: Any
 ) -> Iterator[tuple[slice, int, np.ndarray, np.ndarray, np.ndarray]]:
     if xp is not np:
         slabs, ahead = itertools.tee(volume.slabs())
@@ -276,19 +230,13 @@ def _corrected_slabs(
             yield slab, frame, values, corrected, ratio
         return
     kept: dict[int, Any] = {}  # of a series: every frame is divided by the one field
-
-    def divide(part: tuple[slice, int, np.ndarray]) -> tuple[slice, int, np.ndarray, np.ndarray, np.ndarray]:
-        slab, frame, values = part
-        ratio = kept.get(slab.start)
-        if ratio is None:
-            ratio = field.ratio_tile(_planes(slab))
+    for slab, frame, values in volume.slabs():
+        ratio = kept[slab.start] if frame else field.ratio_tile(_planes(slab))
         if volume.frames > 1:
             kept[slab.start] = ratio
         with np.errstate(over="ignore"):  # what float32 does not hold is refused when it is written
             corrected = np.asarray(values).astype(np.float32, copy=False) / ratio
-        return slab, frame, values, corrected, ratio
-
-    yield from in_threads(divide, volume.slabs(), threads)
+        yield slab, frame, values, corrected, ratio
 
 
 #: Slices of a tile of an image, and the values there.
@@ -318,10 +266,10 @@ def _ratios(field: BiasField, tiles: Tiles, xp: Any) -> Iterator[Any]:
     return (ratio for _, ratio in _divided(field, tiles, xp))
 
 
-def _scaling(volume: Volume, field: BiasField, dtype: np.dtype, xp: Any, threads: int) -> tuple[float, float]:
+def _scaling(volume: Volume, field: BiasField, dtype: np.dtype, xp: Any) -> tuple[float, float]:
     """The scl_slope and scl_inter with which the corrected image just fits the integer type."""
     low = high = 0.0
-    for _, _, _, corrected, _ in _corrected_slabs(volume, field, xp, threads):
+    for _, _, _, corrected, _ in _corrected_slabs(volume, field, xp):
         finite = corrected[np.isfinite(corrected)]
         low = min(low, float(finite.min(initial=0)))
         high = max(high, float(finite.max(initial=0)))
@@ -454,7 +402,7 @@ def correct(
     field = _shift_to_mean(
         field,
         (
-            _plane_sums(values, ratio, inside_tile(tile, ratio))
+            (values, ratio, inside_tile(tile, ratio))
             for (tile, values), ratio in zip(parts(), _ratios(field, parts(), xp), strict=True)
         ),
     )

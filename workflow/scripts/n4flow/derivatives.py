@@ -70,21 +70,10 @@ def correct_scan(
     volume, inside = Volume(image), Volume(mask)
     samples = read_samples(volume, inside, parameters.shrink_factor)
     estimate = estimate_field(samples, parameters, xp=chosen.xp, threads=threads)
-    field = keep_mean_intensity(estimate.field, volume, inside, chosen.xp, threads)
+    field = keep_mean_intensity(estimate.field, volume, inside, chosen.xp)
     facts = {**estimate_facts(estimate, samples, parameters), "Device": chosen.name, "DeviceReason": chosen.reason}
     packages = ("cupy",) if chosen.kind == "gpu" else ("numba",)
-    write_derivatives(
-        volume,
-        {"mask": mask},
-        files,
-        field,
-        facts,
-        packages,
-        start,
-        keep_dtype=keep_dtype,
-        xp=chosen.xp,
-        threads=threads,
-    )
+    write_derivatives(volume, {"mask": mask}, files, field, facts, packages, start, keep_dtype=keep_dtype, xp=chosen.xp)
 
 
 def apply_scan(image: Path, lattice: Path, files: CorrectionFiles, *, keep_dtype: bool = False) -> None:
@@ -140,7 +129,6 @@ def write_derivatives(
     *,
     keep_dtype: bool,
     xp: Any,
-    threads: int = 1,
 ) -> None:
     """Divide a scan by a field and write all `CorrectionFiles`, wherever the field comes from.
 
@@ -161,11 +149,8 @@ def write_derivatives(
         When the work began, by ``time.perf_counter``.
     keep_dtype : bool
     xp : module
-    threads : int
     """
-    self_check = write_corrected(
-        volume, field, files.corrected, files.bias, keep_dtype=keep_dtype, xp=xp, threads=threads
-    )
+    self_check = write_corrected(volume, field, files.corrected, files.bias, keep_dtype=keep_dtype, xp=xp)
     if files.bias is None:
         # one of an earlier run would be of another field
         files.lattice.with_suffix(".nii.gz").unlink(missing_ok=True)
