@@ -1,6 +1,7 @@
 """The passes over the voxels one by one, in every set of kernels, and the threads that they run in."""
 
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -266,8 +267,9 @@ print(field.lattice.tobytes().hex(), "numba" in sys.modules)
 """
 
 
-def in_a_process(pytestconfig, limit, environment):
-    command = [sys.executable, "-c", ESTIMATE, pytestconfig.rootpath / "workflow" / "scripts", str(limit)]
+def in_a_process(pytestconfig, limit, environment, scripts=None):
+    scripts = scripts or pytestconfig.rootpath / "workflow" / "scripts"
+    command = [sys.executable, "-c", ESTIMATE, scripts, str(limit)]
     return subprocess.Popen(
         command, env=os.environ | environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
@@ -288,6 +290,21 @@ def test_many_processes_may_compile_at_once_and_where_nothing_can_be_cached(pyte
     again, error = in_a_process(pytestconfig, 0, {"NUMBA_CACHE_DIR": str(tmp_path)}).communicate()
     assert again == outputs[0][0], error
     assert again.split()[1] == "True"
+
+
+def test_copies_of_the_package_share_what_is_compiled(pytestconfig, tmp_path):
+    """Snakemake makes one for each run, in a folder with a random name."""
+    found = []
+    for name in ("first", "second"):
+        scripts = tmp_path / name
+        shutil.copytree(
+            pytestconfig.rootpath / "workflow/scripts/n4flow", scripts / "n4flow", copy_function=shutil.copy
+        )
+        cache = {"NUMBA_CACHE_DIR": str(tmp_path / "cache")}
+        out, error = in_a_process(pytestconfig, 0, cache, scripts).communicate()
+        found.append((out, {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.nb[ic]")}))
+        assert found[0][1], error
+    assert found[0] == found[1]
 
 
 @pytest.mark.parametrize("ending", [".nbc", ".nbi"])

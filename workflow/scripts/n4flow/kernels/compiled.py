@@ -25,7 +25,7 @@ import numba
 import numpy as np
 from llvmlite.binding import get_host_cpu_name  # type: ignore[import-untyped]
 from numba import njit
-from numba.core.caching import FunctionCache
+from numba.core.caching import CompileResultCacheImpl, FunctionCache, UserProvidedCacheLocator
 
 from n4flow.bspline import divide_where_seen, fit_matrices
 from n4flow.kernels import threads
@@ -74,18 +74,50 @@ SERIES_LIMIT = 0.25
 def cache_folder() -> str:
     """Where compiled code is kept: a folder for each kind of CPU, since machines may share a home.
 
-    It is outside of the package, which may be read-only. Numba looks for changes of this file alone, and not of the
-    other one that goes into the compiled code, so that its content is part of the name.
+    It is outside of the package, which may be read-only, and a copy that Snakemake makes for a run. So the name holds
+    the content of the two files that go into the compiled code, and not where they lie or how old they are.
     """
     caches = numba.config.CACHE_DIR  # type: ignore[attr-defined]
     if not caches:
         caches = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "n4flow")
-    other = hashlib.sha256(Path(threads.__file__).read_bytes()).hexdigest()[:8]
-    return str(Path(caches, f"numba-{numba.__version__}-{get_host_cpu_name()}-{other}"))
+    content = b"".join(Path(file).read_bytes() for file in (__file__, threads.__file__))
+    return str(
+        Path(caches, f"numba-{numba.__version__}-{get_host_cpu_name()}-{hashlib.sha256(content).hexdigest()[:16]}")
+    )
+
+
+class Locator(UserProvidedCacheLocator):
+    """Tells Numba to keep compiled code in `cache_folder`, and to take what is there for that of this very source."""
+
+    def __init__(self, function: Callable[..., None], file: str) -> None:
+        super().__init__(function, file)  # type: ignore[no-untyped-call]
+        self._cache_path = cache_folder()
+
+    def get_source_stamp(self) -> str:
+        """The folder's name holds the content."""
+        return self._cache_path
+
+    @classmethod
+    def from_function(cls, function: Callable[..., None], file: str) -> Locator | None:
+        """The locator, or None where nothing can be written."""
+        found = cls(function, file)
+        try:
+            found.ensure_cache_path()  # type: ignore[no-untyped-call]
+        except OSError:
+            return None
+        return found
+
+
+class InFolder(CompileResultCacheImpl):
+    """What Numba does to compiled functions, in the place that is ours."""
+
+    _locator_classes = [Locator]  # noqa: RUF012 (as Numba has it)
 
 
 class Cache(FunctionCache):
     """Numba's cache on disk, that of each function; whatever is wrong with it, the code is compiled once more."""
+
+    _impl_class = InFolder
 
     def load_overload(self, *arguments: Any) -> Any:
         """Compiled code, or None."""
@@ -108,14 +140,8 @@ class Cache(FunctionCache):
 def compiled(function: Callable[..., None]) -> Callable[..., None]:
     """Compile a function when it is first called, once a machine; once a process where no cache can be written."""
     made = njit(function, nogil=True, error_model="numpy")
-    of_user = numba.config.CACHE_DIR  # type: ignore[attr-defined]
-    try:
-        numba.config.CACHE_DIR = cache_folder()  # type: ignore[attr-defined]
+    with contextlib.suppress(RuntimeError, OSError):
         made._cache = Cache(function)  # type: ignore[no-untyped-call]
-    except (RuntimeError, OSError):
-        pass
-    finally:
-        numba.config.CACHE_DIR = of_user  # type: ignore[attr-defined]
     return made
 
 
