@@ -10,7 +10,7 @@ import time
 from typing import NamedTuple
 
 import pytest
-from cluster import Cluster, what_is_missing
+from cluster import Cluster, wait_for, what_is_missing
 
 from tests.workflow.study import ROOT, partial_files, snakemake
 
@@ -26,7 +26,7 @@ BATCH_CANCELLED, BATCH_MEMORY_EXCEEDED = "fields_1", "fields_2"
 WITHOUT_MEMORY = {"OUT_OF_MEMORY", "FAILED"}
 
 #: For these less memory than Snakemake itself takes. A reference has it until its third attempt, since one may fall to
-#: the lost node; a batch has run before the node is lost.
+#: the lost node; a batch is past its first before the node is lost.
 MEMORY = [
     f"reference:mem_mb=60 if attempt < 3 and wildcards.entities == 'sub-{MEMORY_EXCEEDED}' else 900",
     f"{BATCH_MEMORY_EXCEEDED}:mem_mb=60 if attempt < 2 else 900",
@@ -86,13 +86,16 @@ def run(cluster, tmp_path_factory):
         cluster.ask("scancel", first_running(cluster, BATCH_CANCELLED)["id"])
 
     def lose_power():
-        cluster.power_off(first_running(cluster, "reference", POWER_LOST)["node"])
+        job = first_running(cluster, "reference", POWER_LOST)
+        # as a rule it is long past it: this reference waits for a batch that was cancelled
+        wait_for(lambda: len(jobs_of(cluster.jobs(), BATCH_MEMORY_EXCEEDED)) > 1, 60, "the batch has memory enough")
+        cluster.power_off(job["node"])
 
     for break_something in (cancel, cancel_batch, lose_power):  # each at once: a job takes seconds
         threading.Thread(target=break_something, daemon=True).start()
     command = [sys.executable, "-m", "snakemake", "-s", ROOT / "Snakefile", "--directory", folder]
     command += ["--profile", ROOT / "workflow/profiles/slurm", "--set-resources", *MEMORY]
-    # once more than the profile: each job may fall to the lost node besides its own faults
+    # once more than the profile: a reference may fall to the lost node besides its own faults
     command += ["--retries", "3"]
     command += ["--config", "batch=2"]
     command += ["--slurm-init-seconds-before-status-checks", "1", "--seconds-between-status-checks", "1"]
