@@ -246,6 +246,27 @@ raise ValueError("on purpose")
     assert ended.stderr.endswith("on purpose\n")
 
 
+def test_a_thread_that_comes_after_the_end_of_a_level_does_nothing():
+    made = SETS["compiled, 3 threads"](np.random.default_rng(0).normal(4, 1, (30, 20, 20)), np.ones((30, 20, 20), bool))
+    made.start_level(
+        np.zeros((4, 4, 4)), Mesh.of_grid((30, 20, 20), (1, 1, 1)).bases([np.arange(n) for n in (30, 20, 20)])
+    )
+    made.end_level()
+    for helper in made.helpers.values():
+        helper.result(timeout=60)
+    compiled._take_part(1, 0, made.work)
+    assert made.work.control[compiled.DONE] == 0
+
+
+def test_voxels_outside_are_in_no_bin_even_where_all_values_are_the_same():
+    mask = np.zeros((20, 20, 20), dtype=bool)
+    mask[:10] = True
+    mask[::2, ::2, ::2] = False
+    made = SETS["compiled"](np.full(mask.shape, 4.5), mask)
+    made.start_level(np.zeros((4, 4, 4)), Mesh.of_grid(mask.shape, (1, 1, 1)).bases([np.arange(20)] * 3))
+    assert made.histogram().sum() == mask.sum()
+
+
 def test_large_and_small_scans_get_their_kernels_by_their_voxels_alone(head, monkeypatch):
     samples = samples_of(head.image, head.image > 300)
     count = int(samples.mask.sum())

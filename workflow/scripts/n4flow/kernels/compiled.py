@@ -335,7 +335,7 @@ class CompiledKernels(HostKernels):
     def _set_limits(self) -> None:
         low, high = np.float32(self.low - self.centre), np.float32(self.high - self.centre)
         bins = self.parameters.histogram_bins
-        self.work.limits[:] = low, (bins - 1) / (float(high) - float(low)) if high > low else 0
+        self.work.limits[:] = low, (bins - 1) / (float(high) - float(low)) if high > low else 1
 
     def _do(self, step: int) -> None:
         """Do a step with all threads; those that have waited for it in vain, and have left, are called back."""
@@ -416,19 +416,19 @@ def _onto_lattice(a: int, work: Work, of_residual: bool) -> None:
 def _take_part(thread: int, step: int, work: Work) -> None:
     """Do parts of steps: thread 0 begins one and waits for its end; the others wait for steps, but not for ever.
 
-    A thread begins with the chunks that it had in the last step, which its core may still hold, and goes on with
-    what others have left. It claims a part for the step that it has read of, so that it cannot take one of the next
-    step for that of another.
+    A thread begins with the parts that it had in the last step of the kind, which its core may still hold, and goes on
+    with what others have left. It claims a part for the step that it has read of, so that it cannot take one of the
+    next step for that of another.
     """
     control, now = work.control, read(work.control, PASS)
     if thread == 0:
         now = (((now >> STEP_BITS) + 1) << STEP_BITS) + step
         publish(control, DONE, 0)
         publish(control, PASS, now)
-        if step == LEAVE:
-            return
     while True:
         number, step = now >> STEP_BITS, now & ((1 << STEP_BITS) - 1)
+        if step == LEAVE:
+            return
         on_lattice = step in (ONTO_OMEGA, ONTO_DELTA, EXPAND)
         parts = len(work.planes) if on_lattice else len(work.parts)
         share = parts * thread // len(work.plane)
@@ -458,8 +458,6 @@ def _take_part(thread: int, step: int, work: Work) -> None:
             turns += 1
             if turns == PATIENCE or seconds() > begun + PATIENCE_S:
                 return
-        if now & ((1 << STEP_BITS) - 1) == LEAVE:
-            return
 
 
 @compiled
