@@ -247,10 +247,9 @@ raise ValueError("on purpose")
 
 
 def test_a_thread_that_comes_after_the_end_of_a_level_does_nothing():
-    made = SETS["compiled, 3 threads"](np.random.default_rng(0).normal(4, 1, (30, 20, 20)), np.ones((30, 20, 20), bool))
-    made.start_level(
-        np.zeros((4, 4, 4)), Mesh.of_grid((30, 20, 20), (1, 1, 1)).bases([np.arange(n) for n in (30, 20, 20)])
-    )
+    log_image = np.random.default_rng(0).normal(4, 1, (20, 20, 20))
+    made = SETS["compiled, 3 threads"](log_image, np.ones(log_image.shape, dtype=bool))
+    made.start_level(np.zeros((4, 4, 4)), Mesh.of_grid(log_image.shape, (1, 1, 1)).bases([np.arange(20)] * 3))
     made.end_level()
     for helper in made.helpers.values():
         helper.result(timeout=60)

@@ -25,7 +25,7 @@ import numba
 import numpy as np
 from llvmlite.binding import get_host_cpu_name  # type: ignore[import-untyped]
 from numba import njit
-from numba.core.caching import CompileResultCacheImpl, FunctionCache, UserProvidedCacheLocator
+from numba.core.caching import CompileResultCacheImpl, FunctionCache, InTreeCacheLocator
 
 from n4flow.bspline import divide_where_seen, fit_matrices
 from n4flow.kernels import threads
@@ -86,7 +86,7 @@ def cache_folder() -> str:
     )
 
 
-class Locator(UserProvidedCacheLocator):
+class Locator(InTreeCacheLocator):
     """Tells Numba to keep compiled code in `cache_folder`, and to take what is there for that of this very source."""
 
     def __init__(self, function: Callable[..., None], file: str) -> None:
@@ -94,18 +94,8 @@ class Locator(UserProvidedCacheLocator):
         self._cache_path = cache_folder()
 
     def get_source_stamp(self) -> str:
-        """The folder's name holds the content."""
-        return self._cache_path
-
-    @classmethod
-    def from_function(cls, function: Callable[..., None], file: str) -> Locator | None:
-        """The locator, or None where nothing can be written."""
-        found = cls(function, file)
-        try:
-            found.ensure_cache_path()  # type: ignore[no-untyped-call]
-        except OSError:
-            return None
-        return found
+        """The folder's name, which holds the content; not its path, by which machines may differ."""
+        return Path(self._cache_path).name
 
 
 class InFolder(CompileResultCacheImpl):
@@ -351,6 +341,7 @@ def _rows(samples: Oriented) -> Rows:
     inside = np.zeros((n0, n1, pieces * LANES), dtype=bool)
     for block in _blocks(n0, n1):
         inside[block][..., :n2] = samples.inside[block]
+    # LANES bytes are two words, which is by far the fastest way to ask whether any is not 0
     halves = inside.reshape(n0, n1, pieces, LANES).view(np.uint64)
     held = (halves[..., 0] | halves[..., 1]) != 0
 
