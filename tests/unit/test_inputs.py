@@ -161,6 +161,7 @@ def changed(key, value):
         ("n4.iterations", [], "config: n4.iterations: [] should be non-empty; "),
         ("n4.iterations", [50, 0], "config: n4.iterations.1: 0 is less than the minimum of 1; "),
         ("n4.histogram_bins", 9, "config: n4.histogram_bins: 9 is less than the minimum of 10; "),
+        ("n4.histogram_bins", 30001, "config: n4.histogram_bins: 30001 is greater than the maximum of 30000; "),
         ("n4.fwhm", 0, "config: n4.fwhm: 0 is less than or equal to the minimum of 0; "),
         ("n4.mesh", "coarse", "config: n4.mesh: 'coarse' is not one of ['fixed', 'refined']; "),
         ("mask.percentile", 100, "config: mask.percentile: 100 is greater than or equal to the maximum of 100; "),
@@ -193,6 +194,7 @@ def refused_by_the_package(values):
     [
         {"shrink_factor": 4.0},
         {"histogram_bins": 200.0},
+        {"histogram_bins": 30001},
         {"iterations": [50.0]},
         {"spline_distance_mm": float("inf")},
         {"spline_distance_mm": float("nan")},

@@ -253,7 +253,7 @@ def test_a_thread_that_comes_after_the_end_of_a_level_does_nothing():
     made.end_level()
     for helper in made.helpers.values():
         helper.result(timeout=60)
-    compiled._take_part(1, 0, made.work)
+    compiled._follow(1, made.work)
     assert made.work.control[compiled.DONE] == 0
 
 

@@ -162,21 +162,20 @@ def fit_matrices(bases: Sequence[Any]) -> tuple[list[Any], list[Any]]:
     return squares, cubes
 
 
-def divide_where_seen(delta: Any, omega: Any) -> Any:
-    """``delta / omega``, and 0 for control points that no voxel reaches.
+def divisors(omega: Any) -> Any:
+    """What to divide ``delta`` by: infinity for control points that no voxel reaches, which so become 0.
 
     Parameters
     ----------
-    delta, omega : (m0, m1, m2) arrays
-        The sums of `fit_matrices`, on one device.
+    omega : (m0, m1, m2) array
+        From `fit_matrices`, as ``delta``.
 
     Returns
     -------
     (m0, m1, m2) array
     """
-    xp = array_module(delta)
-    seen = omega > np.finfo(np.float64).tiny
-    return xp.where(seen, delta / xp.where(seen, omega, 1), 0)
+    xp = array_module(omega)
+    return xp.where(omega > np.finfo(np.float64).tiny, omega, np.inf)
 
 
 def bspline_fit(values: Any, weights: Any, bases: Sequence[Any]) -> Any:
@@ -205,7 +204,7 @@ def bspline_fit(values: Any, weights: Any, bases: Sequence[Any]) -> Any:
     weighted = xp.where(weights > 0, values * weights, 0)
     delta = contract(weighted, delta_matrices)
     omega = contract(weights.astype(np.float64), omega_matrices)
-    return divide_where_seen(delta, omega)
+    return delta / divisors(omega)
 
 
 def bspline_evaluate(lattice: Any, bases: Sequence[Any]) -> Any:

@@ -37,7 +37,7 @@ class N4Parameters:
     shrink_factor : int
         The field is estimated on every n-th voxel along each axis (see `estimate.shrink_per_axis`).
     histogram_bins : int
-        Bins of the log intensity histogram.
+        Bins of the log intensity histogram, from 10 to 30000.
     fwhm : float
         Full width at half maximum, in log intensity, of the Gaussian that is deconvolved (0.15 in
         Sled et al. 1998 and ITK). Narrower means smaller steps, that take less contrast along.
@@ -91,7 +91,7 @@ class N4Parameters:
                 "three whole numbers from 1, one per axis",
             ),
             "shrink_factor": (_whole(self.shrink_factor) >= 1, "a whole number from 1"),
-            "histogram_bins": (_whole(self.histogram_bins) >= 10, "a whole number from 10"),
+            "histogram_bins": (10 <= _whole(self.histogram_bins) <= 30000, "a whole number from 10 to 30000"),
             "fwhm": (_number(self.fwhm) > 0, "a number above 0"),
             "wiener_noise": (_number(self.wiener_noise) > 0, "a number above 0"),
         }

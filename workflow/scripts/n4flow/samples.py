@@ -241,4 +241,5 @@ def describe_dropped(dropped: dict[str, int]) -> str:
 
 def log_where(values: np.ndarray, usable: np.ndarray) -> np.ndarray:
     """Natural logarithm in float64 where usable (bool, of the shape of `values`), else 0."""
-    return np.log(np.where(usable, values, 1).astype(np.float64))
+    logs = np.where(usable, values, 1).astype(np.float64)
+    return np.log(logs, out=logs)

@@ -1,10 +1,10 @@
 """The three passes compiled for the CPU, in float32, bit-identical for any number of threads.
 
 Voxels lie in rows along the longest axis: the pieces of each line of the grid that hold voxels of the
-mask, one behind the other. Every inner loop runs along a row and adds element by element to arrays of
-the line's length, so that it is vectorised without any sum changing its order: the bits hang neither
-on the width of the CPU's vectors nor, since planes form fixed chunks whose sums are added in order, on
-the threads.
+mask, one behind the other. Inner loops go along a row where its place in the grid matters, and along as
+many rows as fit into the first cache where it does not. They add element by element to arrays, so that
+they are vectorised without any sum changing its order: the bits hang neither on the width of the CPU's
+vectors nor, since planes form fixed chunks whose sums are added in order, on the threads.
 
 All indices are unsigned: with them a compiler need not ask whether they count from the end.
 """
@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import logging
+import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -27,27 +28,36 @@ from llvmlite.binding import get_host_cpu_name  # type: ignore[import-untyped]
 from numba import njit
 from numba.core.caching import CompileResultCacheImpl, FunctionCache, InTreeCacheLocator
 
-from n4flow.bspline import divide_where_seen, fit_matrices
-from n4flow.kernels import threads
+from n4flow.bspline import divisors, fit_matrices
+from n4flow.kernels import instructions
+from n4flow.kernels.instructions import APART, add, fused, give_way, publish, read, replace, seconds
 from n4flow.kernels.protocol import HostKernels, Oriented, Statistics
-from n4flow.kernels.threads import APART, add, give_way, publish, read, replace, seconds
 from n4flow.parameters import N4Parameters
 
 log = logging.getLogger(__name__)
 
-#: Rows begin and end at multiples of this, the widest vector of float32.
-LANES = 16
+#: Rows begin and end at multiples of this, a vector of float32.
+LANES = 8
+
+#: Voxels that inner loops go along at a time; more where a line of the grid is longer. A power of two.
+RUN = 2**10
+
+#: Buffers of a run are so much longer: a load would wait for a store to the same place of another page.
+BEYOND_PAGE = 48
 
 #: Lines along either of the first two axes that are brought into rows at a time.
 BLOCK = 16
 
 #: Planes form chunks of so many voxels, which threads share; more than so many chunks would only cost memory.
-CHUNK_VOXELS, CHUNKS = 2**14, 64
+CHUNK_VOXELS, CHUNKS = 2**15, 64
 
-#: A histogram entry holds the count from this bit on, and below it the shares of the upper bins. 2**23 voxels fit;
-#: after half as many, and a row, it is added to the totals.
-COUNT_BIT = 40
+#: A voxel's place in the histogram is its bin and, in so many bits, the share of the bin above.
+SHARE_BITS = np.uint32(16)
 SHARE_UNIT = 2**16
+
+#: A histogram entry holds the count from this bit on, and below it the shares of the upper bins. 2**24 voxels fit;
+#: after a quarter of that, and a run, it is added to the totals.
+COUNT_BIT = 40
 ENTRY_VOXELS = 2**22
 
 #: What a voxel outside of the mask holds: no field moves it, and no table reaches it.
@@ -68,7 +78,7 @@ PATIENCE, PATIENCE_S = 2**13, 2
 ZERO, ONE, TWO, THREE, FOUR = (np.uint64(n) for n in range(5))
 
 #: A Taylor series of exp serves up to here; larger arguments are halved, and the result squared.
-SERIES_LIMIT = 0.25
+SERIES_LIMIT = 1 / 32
 
 
 def cache_folder() -> str:
@@ -80,7 +90,7 @@ def cache_folder() -> str:
     caches = numba.config.CACHE_DIR  # type: ignore[attr-defined]
     if not caches:
         caches = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "n4flow")
-    content = b"".join(Path(file).read_bytes() for file in (__file__, threads.__file__))
+    content = b"".join(Path(file).read_bytes() for file in (__file__, instructions.__file__))
     return str(
         Path(caches, f"numba-{numba.__version__}-{get_host_cpu_name()}-{hashlib.sha256(content).hexdigest()[:16]}")
     )
@@ -127,7 +137,7 @@ class Cache(FunctionCache):
             log.warning("%s: compiled code cannot be kept there (%r)", self.cache_path, error)
 
 
-def compiled(function: Callable[..., None]) -> Callable[..., None]:
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     """Compile a function when it is first called, once a machine; once a process where no cache can be written."""
     made = njit(function, nogil=True, error_model="numpy")
     with contextlib.suppress(RuntimeError, OSError):
@@ -155,9 +165,10 @@ class Taps(NamedTuple):
 
 
 def taps_of(matrix: np.ndarray) -> Taps:
-    """The taps of a matrix (n, m); they may reach three columns beyond it, with weight 0."""
-    column = (matrix != 0).argmax(axis=1)
-    padded = np.pad(matrix, ((0, 0), (0, 3)))
+    """The taps of a matrix (n, m); where it has fewer than four columns, they reach beyond it, with weight 0."""
+    columns = matrix.shape[1]
+    column = np.minimum((matrix != 0).argmax(axis=1), max(columns - 4, 0))
+    padded = np.pad(matrix, ((0, 0), (0, max(4 - columns, 0))))
     weight = np.take_along_axis(padded, column[:, None] + np.arange(4), axis=1)
     return Taps(column.astype(np.uint64), weight.astype(np.float32))
 
@@ -179,35 +190,41 @@ def bands_of(matrix: np.ndarray, length: int) -> Bands:
     return Bands(start.astype(np.uint64), np.where(acts.any(axis=0), stop, start).astype(np.uint64), weight)
 
 
+#: What a spline or a fit is made of, axis by axis.
+Factors = tuple[Taps, Taps, Bands]
+
+
 class Work(NamedTuple):
     """What the threads share on a mesh. All memory is here: compiled code asks for none while it runs."""
 
     rows: Rows
-    bases: tuple[Taps, Taps]  # of the first two axes
-    last_basis: Bands  # of the third
-    delta: tuple[Taps, Taps, Taps]
-    omega: tuple[Taps, Taps, Taps]
+    bases: Factors
+    delta: Factors
+    omega: Factors
     # what a pass is given
-    limits: np.ndarray  # (2,) float32: value of the first bin centre, and bins per unit
+    limits: np.ndarray  # (2,) float64: values of the first and the last bin centre
+    table: np.ndarray  # (bins,) float64: expected sharp value at each bin centre
     lines: np.ndarray  # (2, bins + 1) float32: the residual from a bin centre on, offset and slope; 0 outside the mask
     update: np.ndarray  # (m0, m1, m2) float64
-    along: np.ndarray  # (m0 + 3, m1 + 3, length) float32: the update, evaluated along the last axis
+    along: np.ndarray  # (m0 or 4, m1 or 4, length) float32: the update, evaluated along the last axis
     halvings: np.ndarray  # (1,) uint64
     shift: np.ndarray  # (1,) float32: about the mean of expm1(-update), which is counted from there
     # what it finds, chunk by chunk
     counts: np.ndarray  # (chunks, 2, bins) int64: voxels, and shares of the upper bins
-    parts: np.ndarray  # (chunks, reach, m1 + 3, length) float32: contraction onto the first two axes
-    found: (
-        np.ndarray
-    )  # (chunks, 4) float64: smallest and largest value, sums of expm1(-update) less `shift`, and of its square
+    parts: np.ndarray  # (chunks, reach, m1 or 4, length) float32: contraction onto the first two axes
+    found: np.ndarray  # (chunks, 4) float64: smallest and largest value, sums of expm1(-update) - shift and its square
     planes: np.ndarray  # (m0, m1, length) float64: the sum of the parts
-    lattice: np.ndarray  # (m0, m1, m2 + 3) float64: the same, contracted along the last axis
-    # to work in, thread by thread; the last row stays free, so that threads do not write to one line of the cache
-    plane: np.ndarray  # (threads, m1 + 3 + 1, length) float32
-    line: np.ndarray  # (threads, 5 + 1, length) float32
-    indices: np.ndarray  # (threads, 2 + 1, length) int32
+    divisors: np.ndarray  # (m0, m1, m2) float64
+    # what comes of it
+    lattice: np.ndarray  # (m0, m1, m2) float64: contracted along all axes, and divided
+    histogram: np.ndarray  # (bins,) float64
+    totals: np.ndarray  # (4,) float64: as `found`
+    # to work in, thread by thread; the end stays free, so that threads do not write to one line of the cache
+    plane: np.ndarray  # (threads, (m1 or 4) + 1, length) float32
+    run: np.ndarray  # (threads, 5, run + BEYOND_PAGE) float32
+    indices: np.ndarray  # (threads, run + BEYOND_PAGE) int32
     bins: np.ndarray  # (threads, 4 + 1, bins + 1) int64
-    # who does what, see `_take_part`
+    # who does what, see `_lead`
     control: np.ndarray  # (2 * APART,) int64
     taken: np.ndarray  # (chunks or m0,) int64: number of the last step for which a thread has claimed the part
 
@@ -240,99 +257,82 @@ class CompiledKernels(HostKernels):
     def set_mesh(self, bases: Sequence[np.ndarray]) -> None:
         bases = [bases[axis] for axis in self.axes]
         self.lattice_shape = tuple(basis.shape[1] for basis in bases)
-        first, second = map(taps_of, bases[:2])
-        omega, delta = ((taps_of(a), taps_of(b), taps_of(c)) for a, b, c in fit_matrices(bases))
-        m0, m1, m2 = self.lattice_shape
-        column = first.column.astype(int)
+        basis, omega, delta = (
+            (taps_of(a), taps_of(b), bands_of(c, self.length)) for a, b, c in (bases, *fit_matrices(bases))
+        )
+        m0, m1, _ = self.lattice_shape
+        n0, n1 = max(m0, 4), max(m1, 4)  # taps reach as far
+        run = max(RUN, 1 << (self.length - 1).bit_length())
+        column = basis[0].column.astype(int)
         chunks, bins = len(self.rows.chunks) - 1, self.parameters.histogram_bins
         reach = max(column[end - 1] - column[start] for start, end in pairwise(self.rows.chunks.astype(int))) + 4
         self.work = Work(
             rows=self.rows,
-            bases=(first, second),
-            last_basis=bands_of(bases[2], self.length),
+            bases=basis,
             delta=delta,
             omega=omega,
-            limits=np.zeros(2, np.float32),
+            limits=np.zeros(2),
+            table=np.zeros(bins),
             lines=np.zeros((2, bins + 1), np.float32),
             update=np.zeros(self.lattice_shape),
-            along=np.zeros((m0 + 3, m1 + 3, self.length), np.float32),
+            along=np.zeros((n0, n1, self.length), np.float32),
             halvings=np.zeros(1, np.uint64),
             shift=np.zeros(1, np.float32),
             counts=np.zeros((chunks, 2, bins), np.int64),
-            parts=np.zeros((chunks, reach, m1 + 3, self.length), np.float32),
+            parts=np.zeros((chunks, reach, n1, self.length), np.float32),
             found=np.zeros((chunks, 4)),
             planes=np.zeros((m0, m1, self.length)),
-            lattice=np.zeros((m0, m1, m2 + 3)),
-            plane=np.zeros((self.threads, m1 + 4, self.length), np.float32),
-            line=np.zeros((self.threads, 6, self.length), np.float32),
-            indices=np.zeros((self.threads, 3, self.length), np.int32),
-            bins=np.zeros((self.threads, 5, bins + 1), np.int64),
+            divisors=np.ones(self.lattice_shape),
+            lattice=np.zeros(self.lattice_shape),
+            histogram=np.zeros(bins),
+            totals=np.zeros(4),
+            plane=np.zeros((self.threads, n1 + 1, self.length), np.float32),
+            run=np.zeros((self.threads, 5, run + BEYOND_PAGE), np.float32),
+            indices=np.zeros((self.threads, run + BEYOND_PAGE), np.int32),
+            bins=np.zeros((self.threads, 4 + 1, bins + 1), np.int64),
             control=np.zeros(2 * APART, np.int64),
             taken=np.zeros(max(chunks, m0), np.int64),
         )
         self.helpers: dict[int, Future[None]] = {}
-        self._do(OMEGA)
-        self._do(ONTO_OMEGA)
-        self.omega = self.work.lattice[:, :, :m2].copy()
+        self._do(OMEGA, ONTO_OMEGA)
+        self.work.divisors[:] = divisors(self.work.lattice)
 
     def end_level(self) -> tuple[np.ndarray, list[float]]:
         ended = super().end_level()
-        _take_part(0, LEAVE, self.work)
+        _lead(LEAVE, LEAVE, self.work)
         return ended
 
     def histogram(self) -> np.ndarray:
         self._set_limits()
-        self._do(HISTOGRAM)
-        counts, shares = self.work.counts.sum(axis=0)
-        shares = shares[:-1] / SHARE_UNIT  # the last bin has none above it
-        total = counts.astype(np.float64)
-        total[:-1] -= shares
-        total[1:] += shares
-        return total
+        self._do(HISTOGRAM, HISTOGRAM)
+        return self.work.histogram.copy()
 
     def fit(self, table: np.ndarray) -> np.ndarray:
-        # between two bin centres the residual is a line of the value, which is relative to the centre
-        bins = len(table)
-        low, per_unit = self.low - self.centre, (bins - 1) / (self.high - self.low)
-        slope = 1 - np.diff(table) * per_unit
-        at_bin = low + np.arange(bins - 1) / per_unit
-        lines = self.work.lines
-        lines[:, : bins - 1] = at_bin - (table[:-1] - self.centre) - slope * at_bin, slope
-        lines[:, bins - 1] = lines[:, bins - 2]  # for the largest value, which is on the last bin centre
         self._set_limits()
-        self._do(DELTA)
-        self._do(ONTO_DELTA)
-        delta = self.work.lattice[:, :, : self.lattice_shape[2]]
-        return divide_where_seen(delta, self.omega).transpose(np.argsort(self.axes))
+        self.work.table[:] = table - self.centre
+        self._do(DELTA, ONTO_DELTA)
+        return self.work.lattice.transpose(np.argsort(self.axes)).copy()
 
     def subtract_update(self, update: np.ndarray) -> Statistics:
-        work = self.work
-        work.update[:] = update.transpose(self.axes)
+        self.work.update[:] = update.transpose(self.axes)
         largest = max(update.max(), -update.min(), 1e-30)
-        work.halvings[0] = max(0, int(np.ceil(np.log2(largest / SERIES_LIMIT))))
-        work.shift[0] = shift = np.float32(np.expm1(-update.mean()))
-        self._do(EXPAND)
-        self._do(SUBTRACT)
-        found = work.found
-        total, squares = found[:, 2].sum(), found[:, 3].sum()
+        self.work.halvings[0] = max(0, math.ceil(math.log2(largest / SERIES_LIMIT)))
+        self.work.shift[0] = shift = np.float32(np.expm1(-update.mean()))
+        self._do(EXPAND, SUBTRACT)
+        low, high, total, squares = self.work.totals.tolist()
         variance = (squares - total**2 / self.count) / (self.count - 1)
-        return Statistics(
-            float(found[:, 0].min()) + self.centre,
-            float(found[:, 1].max()) + self.centre,
-            float(max(variance, 0) ** 0.5 / (1 + float(shift) + total / self.count)),
-        )
+        cv = max(variance, 0) ** 0.5 / (1 + float(shift) + total / self.count)
+        return Statistics(low + self.centre, high + self.centre, cv)
 
     def _set_limits(self) -> None:
-        low, high = np.float32(self.low - self.centre), np.float32(self.high - self.centre)
-        bins = self.parameters.histogram_bins
-        self.work.limits[:] = low, (bins - 1) / (float(high) - float(low)) if high > low else 1
+        self.work.limits[:] = self.low - self.centre, self.high - self.centre
 
-    def _do(self, step: int) -> None:
-        """Do a step with all threads; those that have waited for it in vain, and have left, are called back."""
+    def _do(self, first: int, last: int) -> None:
+        """Do steps with all threads; those that have waited in vain, and have left, are called back."""
         for thread in range(1, self.threads):
             if thread not in self.helpers or self.helpers[thread].done():
-                self.helpers[thread] = self.pool.submit(_take_part, thread, step, self.work)
-        _take_part(0, step, self.work)
+                self.helpers[thread] = self.pool.submit(_follow, thread, self.work)
+        _lead(first, last, self.work)
 
 
 def _rows(samples: Oriented) -> Rows:
@@ -341,26 +341,29 @@ def _rows(samples: Oriented) -> Rows:
     inside = np.zeros((n0, n1, pieces * LANES), dtype=bool)
     for block in _blocks(n0, n1):
         inside[block][..., :n2] = samples.inside[block]
-    # LANES bytes are two words, which is by far the fastest way to ask whether any is not 0
-    halves = inside.reshape(n0, n1, pieces, LANES).view(np.uint64)
-    held = (halves[..., 0] | halves[..., 1]) != 0
+    words = inside.view(np.uint64)  # LANES voxels each: by far the fastest way to ask whether any is inside
+    held = words != 0
+    taken = np.flatnonzero(held)
+    used = words.ravel()[taken].view(bool)
 
-    def kept(grid: np.ndarray, less: float, elsewhere: float) -> np.ndarray:
+    def kept(grid: np.ndarray, less: float, elsewhere: np.float32) -> np.ndarray:
         """Voxels of the pieces that hold one of the mask, less a constant."""
-        voxels = np.full((n0, n1, pieces * LANES), elsewhere, dtype=np.float32)
-        for block in _blocks(n0, n1):
-            voxels[block][..., :n2] = np.where(samples.inside[block], grid[block] - less, elsewhere)
-        return voxels.reshape(n0, n1, pieces, LANES)[held].ravel()
+        voxels = np.empty((n0, n1, pieces * LANES), dtype=np.float32)
+        with np.errstate(all="ignore"):  # outside may be anything
+            for block in _blocks(n0, n1):
+                np.subtract(grid[block], less, out=voxels[block][..., :n2], casting="same_kind")
+        return np.where(used, voxels.reshape(-1, LANES).take(taken, axis=0).ravel(), elsewhere)
 
-    edges = np.diff(held.astype(np.int8), axis=2, prepend=0, append=0)
-    (plane, line, start), end = np.nonzero(edges == 1), np.nonzero(edges == -1)[2]
+    # where rows begin and end, in turn; a line has one place more than pieces, its end
+    edges = np.flatnonzero(np.diff(held, axis=2, prepend=False, append=False))
+    line, (start, end) = edges[::2] // (pieces + 1), (edges % (pieces + 1)).reshape(-1, 2).T
     offset = np.concatenate([[0], np.cumsum((end - start) * LANES)])
-    row_of_plane = np.searchsorted(plane, np.arange(n0 + 1))
+    row_of_plane = np.searchsorted(line, n1 * np.arange(n0 + 1))
     shares = np.linspace(0, offset[-1], min(CHUNKS, max(1, offset[-1] // CHUNK_VOXELS)) + 1)
     chunks = np.unique([0, *np.searchsorted(offset[row_of_plane], shares[1:-1]), n0])
-    indices = (np.array(a, dtype=np.uint64) for a in (row_of_plane, line, start * LANES, offset, chunks))
-    values = kept(samples.log_image, samples.centre, float(OUTSIDE))
-    weights = np.empty(0, np.float32) if samples.weights.dtype == bool else kept(samples.weights, 0, 0)
+    indices = (np.array(a, dtype=np.uint64) for a in (row_of_plane, line % n1, start * LANES, offset, chunks))
+    values = kept(samples.log_image, samples.centre, OUTSIDE)
+    weights = np.empty(0, np.float32) if samples.weights.dtype == bool else kept(samples.weights, 0, np.float32(0))
     return Rows(values, weights, *indices)
 
 
@@ -374,23 +377,22 @@ def _blocks(n0: int, n1: int) -> Iterator[tuple[slice, slice]]:
 @compiled
 def _expand(a: int, work: Work) -> None:
     """Evaluate a plane of the update along its last axis."""
-    bands, update, along = work.last_basis, work.update, work.along
+    (_, _, bands), update, along = work.bases, work.update, work.along
     for b in range(np.uint64(update.shape[1])):
         for k in range(np.uint64(along.shape[2])):
             along[a, b, k] = 0
         for c in range(np.uint64(update.shape[2])):
             value = np.float32(update[a, b, c])
             for k in range(bands.start[c], bands.stop[c]):
-                along[a, b, k] += value * bands.weight[c, k]
+                along[a, b, k] = fused(value, bands.weight[c, k], along[a, b, k])
 
 
 @compiled
 def _onto_lattice(a: int, work: Work, of_residual: bool) -> None:
     """Add what the chunks contracted onto a plane of the lattice, in their order; contract that along the last axis."""
     chunks, parts, planes, lattice = work.rows.chunks, work.parts, work.planes, work.lattice
-    first, _, last = work.delta if of_residual else work.omega
+    first, _, bands = work.delta if of_residual else work.omega
     planes[a] = 0
-    lattice[a] = 0
     for chunk in range(np.uint64(len(parts))):
         start = first.column[chunks[chunk]]
         if start <= a < first.column[chunks[chunk + ONE] - ONE] + FOUR:
@@ -398,146 +400,212 @@ def _onto_lattice(a: int, work: Work, of_residual: bool) -> None:
                 for k in range(np.uint64(planes.shape[2])):
                     planes[a, b, k] += parts[chunk, a - start, b, k]
     for b in range(np.uint64(lattice.shape[1])):
-        for k in range(np.uint64(len(last.column))):
-            for q in range(FOUR):
-                lattice[a, b, last.column[k] + q] += planes[a, b, k] * last.weight[k, q]
+        for c in range(np.uint64(lattice.shape[2])):
+            s0 = s1 = s2 = s3 = 0.0  # four sums in turn, so that none waits for the one before
+            for k in range(bands.start[c] // FOUR * FOUR, bands.stop[c], FOUR):
+                s0 += planes[a, b, k] * bands.weight[c, k]
+                s1 += planes[a, b, k + ONE] * bands.weight[c, k + ONE]
+                s2 += planes[a, b, k + TWO] * bands.weight[c, k + TWO]
+                s3 += planes[a, b, k + THREE] * bands.weight[c, k + THREE]
+            lattice[a, b, c] = ((s0 + s1) + (s2 + s3)) / work.divisors[a, b, c]
 
 
 @compiled
-def _take_part(thread: int, step: int, work: Work) -> None:
-    """Do parts of steps: thread 0 begins one and waits for its end; the others wait for steps, but not for ever.
-
-    A thread begins with the parts that it had in the last step of the kind, which its core may still hold, and goes on
-    with what others have left. It claims a part for the step that it has read of, so that it cannot take one of the
-    next step for that of another.
-    """
-    control, now = work.control, read(work.control, PASS)
-    if thread == 0:
-        now = (((now >> STEP_BITS) + 1) << STEP_BITS) + step
+def _lead(first: int, last: int, work: Work) -> None:
+    """Do steps, one after the other, together with the threads that follow."""
+    control = work.control
+    for step in range(first, last + 1):
+        if step == DELTA:
+            _find_lines(work)
+        number = (read(control, PASS) >> STEP_BITS) + 1
         publish(control, DONE, 0)
-        publish(control, PASS, now)
+        publish(control, PASS, (number << STEP_BITS) + step)
+        parts = _take_part(0, number, step, work)
+        while read(control, DONE) < parts:
+            give_way()
+        if step == HISTOGRAM:
+            _sum_counts(work)
+        elif step == SUBTRACT:
+            _sum_found(work)
+
+
+@compiled
+def _follow(thread: int, work: Work) -> None:
+    """Take part in one step after the other, until the end of the level; wait for the next, but not for ever."""
+    control, last = work.control, -1
     while True:
-        number, step = now >> STEP_BITS, now & ((1 << STEP_BITS) - 1)
-        if step == LEAVE:
-            return
-        on_lattice = step in (ONTO_OMEGA, ONTO_DELTA, EXPAND)
-        parts = len(work.planes) if on_lattice else len(work.parts)
-        share = parts * thread // len(work.plane)
-        for turn in range(parts):
-            part = (share + turn) % parts
-            before = read(work.taken, part)
-            if before < number and replace(work.taken, part, before, number):
-                if step == HISTOGRAM:
-                    _histogram(np.uint64(part), np.uint64(thread), work)
-                elif step == SUBTRACT:
-                    _subtract(np.uint64(part), np.uint64(thread), work)
-                elif step == EXPAND:
-                    _expand(np.uint64(part), work)
-                elif on_lattice:
-                    _onto_lattice(np.uint64(part), work, step == ONTO_DELTA)
-                else:
-                    _contract(np.uint64(part), np.uint64(thread), work, step == DELTA)
-                add(control, DONE, 1)
-        if thread == 0:
-            while read(control, DONE) < parts:
-                give_way()
-            return
-        turns, begun, last = 0, seconds(), now
+        turns, begun, now = 0, seconds(), read(control, PASS)
         while now == last:
             give_way()
             now = read(control, PASS)
             turns += 1
             if turns == PATIENCE or seconds() > begun + PATIENCE_S:
                 return
+        number, step, last = now >> STEP_BITS, now & ((1 << STEP_BITS) - 1), now
+        if step == LEAVE:
+            return
+        _take_part(thread, number, step, work)
+
+
+@compiled
+def _take_part(thread: int, number: int, step: int, work: Work) -> int:
+    """Do parts of a step as long as there are any; returns how many it has.
+
+    A thread begins with the parts that it had in the last step of the kind, which its core may still hold, and goes on
+    with what others have left. It claims a part for the step that it has read of, so that it cannot take one of the
+    next step for that of another.
+    """
+    if step == LEAVE:
+        return 0
+    on_lattice = step in (ONTO_OMEGA, ONTO_DELTA, EXPAND)
+    parts = len(work.planes) if on_lattice else len(work.parts)
+    share = parts * thread // len(work.plane)
+    for turn in range(parts):
+        part = (share + turn) % parts
+        before = read(work.taken, part)
+        if before < number and replace(work.taken, part, before, number):
+            if step == HISTOGRAM:
+                _histogram(np.uint64(part), np.uint64(thread), work)
+            elif step == SUBTRACT:
+                _subtract(np.uint64(part), np.uint64(thread), work)
+            elif step == EXPAND:
+                _expand(np.uint64(part), work)
+            elif on_lattice:
+                _onto_lattice(np.uint64(part), work, step == ONTO_DELTA)
+            else:
+                _contract(np.uint64(part), np.uint64(thread), work, step == DELTA)
+            add(work.control, DONE, 1)
+    return parts
+
+
+@compiled
+def _find_lines(work: Work) -> None:
+    """Between two bin centres the residual is a line of the value."""
+    lines, table, (low, high) = work.lines, work.table, work.limits
+    bins = np.uint64(len(table))
+    per_unit = (bins - ONE) / (high - low)
+    for b in range(bins - ONE):
+        centre, slope = low + b / per_unit, 1 - (table[b + ONE] - table[b]) * per_unit
+        lines[ZERO, b], lines[ONE, b] = centre - table[b] - slope * centre, slope
+    lines[:, bins - ONE] = lines[:, bins - TWO]  # for the largest value, which is on the last bin centre
+
+
+@compiled
+def _sum_counts(work: Work) -> None:
+    """The histogram of all chunks."""
+    total, counts = work.histogram, work.counts
+    total[:] = 0
+    for chunk in range(np.uint64(len(counts))):
+        for b in range(np.uint64(len(total))):
+            total[b] += counts[chunk, ZERO, b]
+        for b in range(np.uint64(len(total)) - ONE):  # the last bin has none above it
+            share = counts[chunk, ONE, b] / SHARE_UNIT
+            total[b] -= share
+            total[b + ONE] += share
+
+
+@compiled
+def _sum_found(work: Work) -> None:
+    """What subtraction found in all chunks."""
+    found, totals = work.found, work.totals
+    totals[:] = found[ZERO]
+    for chunk in range(ONE, np.uint64(len(found))):
+        totals[ZERO] = min(totals[ZERO], found[chunk, ZERO])
+        totals[ONE] = max(totals[ONE], found[chunk, ONE])
+        totals[TWO] += found[chunk, TWO]
+        totals[THREE] += found[chunk, THREE]
+
+
+@compiled
+def _bins_per_unit(work: Work) -> np.float32:
+    """As float32 sees the values."""
+    low, high = np.float32(work.limits[ZERO]), np.float32(work.limits[ONE])
+    return np.float32((len(work.table) - 1) / (np.float64(high) - np.float64(low))) if high > low else np.float32(1)
 
 
 @compiled
 def _subtract(chunk: int, thread: int, work: Work) -> None:
     """Subtract the update; find smallest and largest value, and the sums of expm1(-update) - shift and its square."""
-    rows, (first, second) = work.rows, work.bases
+    rows, (first, second, _), values = work.rows, work.bases, work.rows.values
     along, plane, found = work.along, work.plane[thread], work.found
-    halvings, shift, length = work.halvings[ZERO], work.shift[ZERO], np.uint64(along.shape[2])
-    smallest, largest, changes = work.line[thread, ZERO], work.line[thread, ONE], work.line[thread, TWO]
-    sums, squares = work.line[thread, THREE], work.line[thread, FOUR]
+    halvings, shift = work.halvings[ZERO], work.shift[ZERO]
+    field, smallest, largest = work.run[thread, ZERO], work.run[thread, ONE], work.run[thread, TWO]
+    sums, squares, run = work.run[thread, THREE], work.run[thread, FOUR], np.uint64(work.run.shape[2] - BEYOND_PAGE)
     one, two, zero, infinity = np.float32(1), np.float32(2), np.float32(0), np.float32(np.inf)
     c2, c3, c4 = np.float32(1 / 2), np.float32(1 / 6), np.float32(1 / 24)
-    c5, c6 = np.float32(1 / 120), np.float32(1 / 720)
     scale = np.float32(-(0.5**halvings))
-    smallest[:], largest[:] = infinity, -infinity
-    total, total_squares = 0.0, 0.0
+    low, high, total, total_squares = infinity, -infinity, 0.0, 0.0
     for i in range(rows.chunks[chunk], rows.chunks[chunk + ONE]):
         a = first.column[i]
         w0, w1, w2, w3 = first.weight[i]
         for b in range(np.uint64(along.shape[1])):
-            for k in range(length):
-                plane[b, k] = (
-                    w0 * along[a, b, k]
-                    + w1 * along[a + ONE, b, k]
-                    + w2 * along[a + TWO, b, k]
-                    + w3 * along[a + THREE, b, k]
-                )
-        sums[:], squares[:] = zero, zero
-        for row in range(rows.plane[i], rows.plane[i + ONE]):
-            j, k0, at = rows.place[row], rows.start[row], rows.offset[row]
-            n = rows.offset[row + ONE] - at
-            b = second.column[j]
-            w0, w1, w2, w3 = second.weight[j]
+            for k in range(np.uint64(along.shape[2])):
+                upper = fused(w2, along[a + TWO, b, k], w3 * along[a + THREE, b, k])
+                plane[b, k] = fused(w0, along[a, b, k], fused(w1, along[a + ONE, b, k], upper))
+        smallest[:], largest[:], sums[:], squares[:] = infinity, -infinity, zero, zero
+        row, end = rows.plane[i], rows.plane[i + ONE]
+        while row < end:
+            at = rows.offset[row]
+            while row < end and rows.offset[row + ONE] <= at + run:
+                j, k0, r0 = rows.place[row], rows.start[row], rows.offset[row] - at
+                b = second.column[j]
+                w0, w1, w2, w3 = second.weight[j]
+                for k in range(rows.offset[row + ONE] - rows.offset[row]):
+                    upper = fused(w2, plane[b + TWO, k0 + k], w3 * plane[b + THREE, k0 + k])
+                    field[r0 + k] = fused(w0, plane[b, k0 + k], fused(w1, plane[b + ONE, k0 + k], upper))
+                row += ONE
+            n = rows.offset[row] - at
             for k in range(n):
-                field = (
-                    w0 * plane[b, k0 + k]
-                    + w1 * plane[b + ONE, k0 + k]
-                    + w2 * plane[b + TWO, k0 + k]
-                    + w3 * plane[b + THREE, k0 + k]
-                )
-                value = rows.values[at + k] - field
-                rows.values[at + k] = value
-                smallest[k0 + k] = min(smallest[k0 + k], value)
-                largest[k0 + k] = max(largest[k0 + k], value if value < BEYOND else -infinity)
-                x = field * scale
-                series = x * (one + x * (c2 + x * (c3 + x * (c4 + x * (c5 + x * c6)))))
-                changes[k] = series
+                value = values[at + k] - field[k]
+                values[at + k] = value
+                smallest[k] = min(smallest[k], value)
+                largest[k] = max(largest[k], value if value < BEYOND else -infinity)
+                x = field[k] * scale
+                field[k] = x * fused(x, fused(x, fused(x, c4, c3), c2), one)
             for _ in range(halvings):
                 for k in range(n):
-                    changes[k] = changes[k] * (two + changes[k])
+                    field[k] = field[k] * (two + field[k])
             for k in range(n):
-                change = (changes[k] - shift) if rows.values[at + k] < BEYOND else zero
-                sums[k0 + k] += change
-                squares[k0 + k] += change * change
-        for k in range(length):
-            total += sums[k]
-            total_squares += squares[k]
-    found[chunk, ZERO], found[chunk, ONE] = smallest.min(), largest.max()
-    found[chunk, TWO], found[chunk, THREE] = total, total_squares
+                change = (field[k] - shift) if values[at + k] < BEYOND else zero
+                sums[k] += change
+                squares[k] = fused(change, change, squares[k])
+        left = run
+        while left > ONE:
+            left //= TWO
+            for k in range(left):
+                smallest[k] = min(smallest[k], smallest[left + k])
+                largest[k] = max(largest[k], largest[left + k])
+                sums[k] += sums[left + k]
+                squares[k] += squares[left + k]
+        low, high = min(low, smallest[ZERO]), max(high, largest[ZERO])
+        total += sums[ZERO]
+        total_squares += squares[ZERO]
+    found[chunk, ZERO], found[chunk, ONE], found[chunk, TWO], found[chunk, THREE] = low, high, total, total_squares
 
 
 @compiled
 def _histogram(chunk: int, thread: int, work: Work) -> None:
     """Count and share of each bin in one number; four histograms in turn, so that none waits for its memory."""
-    rows, (low, scale) = work.rows, work.limits
-    found, parts = work.counts[chunk], work.bins[thread]
-    index, share = work.indices[thread, ZERO], work.indices[thread, ONE]
-    bins = found.shape[1]
-    zero, outside = np.float32(0), np.float32(bins)
-    unit, half, one = np.float32(SHARE_UNIT), np.float32(0.5), np.int64(1) << COUNT_BIT
+    rows, values = work.rows, work.rows.values
+    low, scale = np.float32(work.limits[ZERO]), _bins_per_unit(work)
+    found, parts, place = work.counts[chunk], work.bins[thread], work.indices[thread]
+    bins, run, held = found.shape[1], np.uint64(len(place) - BEYOND_PAGE), ZERO
+    zero, outside, unit = np.float32(0), np.float32(bins * SHARE_UNIT), np.float32(SHARE_UNIT)
+    one, share = np.int64(1) << COUNT_BIT, np.int32(SHARE_UNIT - 1)
     found[:] = 0
     parts[:] = 0
-    held = ZERO
-    end = rows.plane[rows.chunks[chunk + ONE]]
-    for row in range(rows.plane[rows.chunks[chunk]], end):
-        at = rows.offset[row]
-        n = rows.offset[row + ONE] - at
+    end = rows.offset[rows.plane[rows.chunks[chunk + ONE]]]
+    for at in range(rows.offset[rows.plane[rows.chunks[chunk]]], end, run):
+        n = min(run, end - at)
         for k in range(n):
-            position = min(max((rows.values[at + k] - low) * scale, zero), outside)
-            bin_ = np.int32(position)
-            share[k] = np.int32((position - np.float32(bin_)) * unit + half)
-            index[k] = bin_
+            place[k] = np.int32(np.rint(min(max((values[at + k] - low) * (scale * unit), zero), outside)))
         for k in range(ZERO, n, FOUR):
-            parts[ZERO, np.uint32(index[k])] += one + share[k]
-            parts[ONE, np.uint32(index[k + ONE])] += one + share[k + ONE]
-            parts[TWO, np.uint32(index[k + TWO])] += one + share[k + TWO]
-            parts[THREE, np.uint32(index[k + THREE])] += one + share[k + THREE]
+            parts[ZERO, np.uint32(place[k]) >> SHARE_BITS] += one + (place[k] & share)
+            parts[ONE, np.uint32(place[k + ONE]) >> SHARE_BITS] += one + (place[k + ONE] & share)
+            parts[TWO, np.uint32(place[k + TWO]) >> SHARE_BITS] += one + (place[k + TWO] & share)
+            parts[THREE, np.uint32(place[k + THREE]) >> SHARE_BITS] += one + (place[k + THREE] & share)
         held += n
-        if held > ENTRY_VOXELS or row == end - ONE:
+        if held > ENTRY_VOXELS or at + n == end:
             for part in range(FOUR):
                 for b in range(np.uint64(bins)):
                     found[ZERO, b] += parts[part, b] >> COUNT_BIT
@@ -549,39 +617,45 @@ def _histogram(chunk: int, thread: int, work: Work) -> None:
 @compiled
 def _contract(chunk: int, thread: int, work: Work, of_residual: bool) -> None:
     """Sum of the weighted residual, or of the weights alone, onto two axes of the lattice."""
-    rows, lines, (low, scale) = work.rows, work.lines, work.limits
+    rows, values, lines = work.rows, work.rows.values, work.lines
+    low, scale = np.float32(work.limits[ZERO]), _bins_per_unit(work)
     first, second, _ = work.delta if of_residual else work.omega
     parts, plane = work.parts[chunk], work.plane[thread]
-    residual, index = work.line[thread, ZERO], work.indices[thread, ZERO]
+    residual, index, run = work.run[thread, ZERO], work.indices[thread], np.uint64(work.run.shape[2] - BEYOND_PAGE)
     zero, one, outside = np.float32(0), np.float32(1), np.float32(lines.shape[1] - 1)
     weighted, start = len(rows.weights) > 0, rows.chunks[chunk]
     parts[:] = zero
     for i in range(start, rows.chunks[chunk + ONE]):
         plane[:] = zero
-        for row in range(rows.plane[i], rows.plane[i + ONE]):
-            j, k0, at = rows.place[row], rows.start[row], rows.offset[row]
-            n = rows.offset[row + ONE] - at
+        row, end = rows.plane[i], rows.plane[i + ONE]
+        while row < end:
+            begun, at = row, rows.offset[row]
+            while row < end and rows.offset[row + ONE] <= at + run:
+                row += ONE
+            n = rows.offset[row] - at
             if of_residual:
                 for k in range(n):
-                    index[k] = np.int32(min(max((rows.values[at + k] - low) * scale, zero), outside))
+                    index[k] = np.int32(min(max((values[at + k] - low) * scale, zero), outside))
                 for k in range(n):
                     line = np.uint32(index[k])
-                    residual[k] = lines[ZERO, line] + rows.values[at + k] * lines[ONE, line]
+                    residual[k] = fused(values[at + k], lines[ONE, line], lines[ZERO, line])
             else:
                 for k in range(n):
-                    residual[k] = one if rows.values[at + k] < BEYOND else zero
+                    residual[k] = one if values[at + k] < BEYOND else zero
             if weighted:
                 for k in range(n):
                     residual[k] *= rows.weights[at + k]
-            b = second.column[j]
-            w0, w1, w2, w3 = second.weight[j]
-            for k in range(n):
-                plane[b, k0 + k] += w0 * residual[k]
-                plane[b + ONE, k0 + k] += w1 * residual[k]
-                plane[b + TWO, k0 + k] += w2 * residual[k]
-                plane[b + THREE, k0 + k] += w3 * residual[k]
+            for done in range(begun, row):
+                j, k0, r0 = rows.place[done], rows.start[done], rows.offset[done] - at
+                b = second.column[j]
+                w0, w1, w2, w3 = second.weight[j]
+                for k in range(rows.offset[done + ONE] - rows.offset[done]):
+                    plane[b, k0 + k] = fused(w0, residual[r0 + k], plane[b, k0 + k])
+                    plane[b + ONE, k0 + k] = fused(w1, residual[r0 + k], plane[b + ONE, k0 + k])
+                    plane[b + TWO, k0 + k] = fused(w2, residual[r0 + k], plane[b + TWO, k0 + k])
+                    plane[b + THREE, k0 + k] = fused(w3, residual[r0 + k], plane[b + THREE, k0 + k])
         for q in range(FOUR):
             weight, a = first.weight[i, q], first.column[i] - first.column[start] + q
             for b in range(np.uint64(parts.shape[1])):
                 for k in range(np.uint64(plane.shape[1])):
-                    parts[a, b, k] += weight * plane[b, k]
+                    parts[a, b, k] = fused(weight, plane[b, k], parts[a, b, k])

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from n4flow.bspline import contract, divide_where_seen, expand, fit_matrices
+from n4flow.bspline import contract, divisors, expand, fit_matrices
 from n4flow.kernels.protocol import HostKernels, Statistics
 from n4flow.parameters import N4Parameters
 from n4flow.sharpening import linear_histogram, look_up
@@ -42,9 +42,8 @@ class PlainKernels(HostKernels):
     def set_mesh(self, bases: Sequence[np.ndarray]) -> None:
         (a, b, c), self.delta_matrices = fit_matrices(bases)
         self.bases = bases
-        self.omega: Any = sum(
-            contract(self.weights[block].astype(np.float64), (a[block], b, c)) for block in self.blocks
-        )
+        omega: Any = sum(contract(self.weights[block].astype(np.float64), (a[block], b, c)) for block in self.blocks)
+        self.divisors = divisors(omega)
 
     def histogram(self) -> np.ndarray:
         bins = self.parameters.histogram_bins
@@ -59,7 +58,7 @@ class PlainKernels(HostKernels):
             residual[inside] = values - look_up(values, table, self.low, self.high)
             residual *= self.weights[block]
             delta = delta + contract(residual, (a[block], b, c))
-        return divide_where_seen(delta, self.omega)
+        return delta / self.divisors
 
     def subtract_update(self, update: np.ndarray) -> Statistics:
         a, b, c = self.bases

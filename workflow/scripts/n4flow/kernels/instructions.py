@@ -1,4 +1,7 @@
-"""What compiled code needs to share out its work among threads that stay awake: to wake one takes as long as a pass."""
+"""Instructions that compiled code needs and Numba has no name for.
+
+All but the first share out work among threads that stay awake: to wake one takes as long as a pass.
+"""
 
 from __future__ import annotations
 
@@ -24,6 +27,16 @@ def _place(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
     """Pointer to an entry of an int64 array, from the array and the index."""
     array = context.make_array(signature.args[0])(context, builder, arguments[0])
     return builder.gep(array.data, [arguments[1]])
+
+
+@instruction
+def fused(typing: Any, a: Any, b: Any, c: Any) -> Any:
+    """``a * b + c`` in float32, rounded once: faster than two operations, and with the same bits on every CPU."""
+
+    def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.fma(*arguments)
+
+    return types.float32(types.float32, types.float32, types.float32), build
 
 
 @instruction
