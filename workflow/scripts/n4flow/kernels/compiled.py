@@ -166,10 +166,10 @@ class Taps(NamedTuple):
 
 def taps_of(matrix: np.ndarray) -> Taps:
     """The taps of a matrix (n, m); where it has fewer than four columns, they reach beyond it, with weight 0."""
-    columns = matrix.shape[1]
-    column = np.minimum((matrix != 0).argmax(axis=1), max(columns - 4, 0))
-    padded = np.pad(matrix, ((0, 0), (0, max(4 - columns, 0))))
-    weight = np.take_along_axis(padded, column[:, None] + np.arange(4), axis=1)
+    if matrix.shape[1] < 4:
+        matrix = np.pad(matrix, ((0, 0), (0, 4 - matrix.shape[1])))
+    column = np.minimum((matrix != 0).argmax(axis=1), matrix.shape[1] - 4)
+    weight = np.take_along_axis(matrix, column[:, None] + np.arange(4), axis=1)
     return Taps(column.astype(np.uint64), weight.astype(np.float32))
 
 
@@ -245,6 +245,7 @@ class CompiledKernels(HostKernels):
     def __init__(self, log_image: np.ndarray, weights: np.ndarray, parameters: N4Parameters, threads: int) -> None:
         samples = Oriented.of(log_image, weights)
         self.axes, self.centre = samples.axes, samples.centre
+        self.given_axes = np.argsort(self.axes)
         self.rows = _rows(samples)
         self.count = int(np.count_nonzero(samples.inside))
         self.threads = min(threads, len(self.rows.chunks) - 1)
@@ -311,7 +312,7 @@ class CompiledKernels(HostKernels):
         self._set_limits()
         self.work.table[:] = table - self.centre
         self._do(DELTA, ONTO_DELTA)
-        return self.work.lattice.transpose(np.argsort(self.axes)).copy()
+        return self.work.lattice.transpose(self.given_axes).copy()
 
     def subtract_update(self, update: np.ndarray) -> Statistics:
         self.work.update[:] = update.transpose(self.axes)
