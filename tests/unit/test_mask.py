@@ -2,6 +2,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import SimpleITK as sitk
+from numpy.testing import assert_array_equal
 
 from n4flow import InputError
 from n4flow.mask import adopt_mask, head_from_foreground, make_mask, otsu_threshold
@@ -51,6 +52,13 @@ def test_a_hot_voxel_does_not_decide(head, tmp_path):
     image[40:43, 40:43, 40] = 1e7
     make_mask(save(tmp_path / "a.nii", image), tmp_path / "mask.nii")
     assert dice(load(tmp_path / "mask.nii") > 0, head.truth > 300) > 0.95
+
+
+def test_a_thing_that_fills_less_than_a_thousandth_of_the_image_is_found(tmp_path):
+    image = np.zeros((120, 120, 120), np.float32)
+    image[50:60, 50:60, 50:60] = 500
+    make_mask(save(tmp_path / "a.nii", image), tmp_path / "mask.nii")
+    assert_array_equal(load(tmp_path / "mask.nii") > 0, image > 0)
 
 
 def test_head_is_one_filled_piece_without_loose_noise(head, tmp_path):

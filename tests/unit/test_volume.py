@@ -1,4 +1,6 @@
+import errno
 import gzip
+import os
 
 import nibabel as nib
 import numpy as np
@@ -106,6 +108,41 @@ def test_nothing_is_visible_until_a_file_is_complete(tmp_path):
     with pytest.raises(RuntimeError, match="the disk is full"):
         write_half()
     assert [path.name for path in tmp_path.iterdir()] == ["in.nii"]
+
+
+@pytest.mark.parametrize("name", ["written.nii", "written.nii.gz"])
+@pytest.mark.parametrize("at", [0, 5, -1], ids=["first", "sixth", "last"])
+def test_a_disk_that_fills_up_is_told_of_and_nothing_stays(tmp_path, monkeypatch, name, at):
+    slabs = [np.full((256, 256, 4), i, np.float32) for i in range(20)]
+    volume = Volume(save(tmp_path / "a.nii", np.zeros((256, 256, 80), np.uint8)))
+    pieces = 0
+
+    def write(self, piece, last):
+        nonlocal pieces
+        pieces += 1
+        if last if at < 0 else pieces == at + 1:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(VolumeWriter, "_write_piece", write)
+
+    def write_all():
+        with VolumeWriter(tmp_path / name, volume, np.float32) as writer:
+            for slab in slabs:
+                writer.write(slab)
+
+    with pytest.raises(InputError, match=rf"{name}: cannot be written \(No space left on device\); make room"):
+        write_all()
+    assert [path.name for path in tmp_path.iterdir()] == ["a.nii"]
+
+
+def test_an_image_that_lacks_planes_is_not_written(tmp_path):
+    volume = Volume(save(tmp_path / "a.nii", np.zeros((8, 9, 10), np.uint8)))
+    with (
+        pytest.raises(ValueError, match="144 bytes of the image have not been written"),
+        VolumeWriter(tmp_path / "b.nii.gz", volume, np.uint8) as writer,
+    ):
+        writer.write(np.zeros((8, 9, 8), np.uint8))
+    assert [path.name for path in tmp_path.iterdir()] == ["a.nii"]
 
 
 def test_a_shift_of_the_grid_is_noticed_and_rounding_is_not(tmp_path):

@@ -59,7 +59,7 @@ def read_samples(image: str | Path | Volume, mask: str | Path | Volume, shrink_f
     for (slab, values), (_, mask_values) in zip(volume.mean_slabs(), mask.mean_slabs(), strict=True):
         inside = inside_mask(mask_values)
         usable, lost = usable_voxels(values, inside)
-        mask_voxels += int(inside.sum())
+        mask_voxels += int(np.count_nonzero(inside))
         dropped = {reason: dropped.get(reason, 0) + n for reason, n in lost.items()}
         hit = (positions[2] >= slab.start) & (positions[2] < slab.stop)
         grid = np.ix_(positions[0], positions[1], positions[2][hit] - slab.start)
@@ -123,7 +123,7 @@ def _shift_to_mean(field: BiasField, parts: Iterable[tuple[Any, Any, Any]]) -> B
     sums = np.zeros(2)
     for values, ratio, inside in parts:
         usable, _ = usable_voxels(values, inside)
-        before = array_module(values).where(usable, values, 0).astype(np.float64)
+        before = array_module(values).where(usable, values, 0.0).astype(np.float64, copy=False)
         after = before / ratio
         for k in range(values.shape[2]):
             sums += [float(before[:, :, k].sum()), float(after[:, :, k].sum())]
@@ -201,21 +201,22 @@ def write_corrected(
 def _largest_error(values: np.ndarray, written: np.ndarray, ratio: np.ndarray, rounding: float) -> float:
     """Largest ``|written * field - original|``, beyond the rounding to integers, relative to the original.
 
-    Voxels below a millionth of the slab's brightest count as that, or noise around 0 would decide.
+    Voxels below a millionth of the slab's brightest count as that, or noise around 0 would decide. In float32, as it is
+    to find what is wrong, not how anything was rounded.
     """
-    original = np.asarray(values, dtype=np.float64)
-    error = np.multiply(written, ratio, dtype=np.float64)
-    if not (finite := np.isfinite(original)).all():
-        original, error = np.where(finite, original, 0), np.where(finite, error, 0)
-    size = np.abs(original)
-    floor = 1e-6 * float(size.max())
-    error -= original
-    np.abs(error, out=error)
-    if floor == 0:
-        return np.inf if error.any() else 0.0
-    if rounding:
-        error -= rounding * ratio
-    error /= np.maximum(size, floor, out=size)
+    with np.errstate(over="ignore", invalid="ignore"):  # what float32 does not hold comes out as infinite
+        original = values.astype(np.float32)
+        error = np.multiply(written, ratio, dtype=np.float32) - original
+        if values.dtype.kind == "f" and not (finite := np.isfinite(values)).all():
+            original[~finite] = error[~finite] = 0
+        size = np.abs(original)
+        floor = np.float32(1e-6) * size.max()
+        np.abs(error, out=error)
+        if floor == 0:
+            return np.inf if error.any() else 0.0
+        if rounding:
+            error -= rounding * ratio
+        error /= np.maximum(size, floor, out=size)
     largest = float(error.max())
     return largest if np.isfinite(largest) else np.inf
 

@@ -352,7 +352,8 @@ class BiasField:
         float32 array in Fortran order (first axis fastest)
             Without unit. A voxel gets the same bits in every tile of whole planes of the third axis.
         """
-        return np.exp(self.log_tile(tile)).astype(np.float32)
+        log_field = self.log_tile(tile)
+        return np.exp(log_field, out=log_field).astype(np.float32)
 
     def shifted(self, log_offset: float) -> BiasField:
         """The same field plus a constant, which moves every control point alike."""

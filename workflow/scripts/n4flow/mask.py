@@ -30,7 +30,8 @@ THRESHOLD_VOXELS = 2**21
 def otsu_threshold(values: np.ndarray, bins: int = 256) -> float:
     """Threshold that separates two classes with the largest variance between them.
 
-    The histogram runs to the 99.9th percentile, so that a few very bright voxels do not decide.
+    The histogram runs to the 99.9th percentile, so that a few very bright voxels do not decide; they count in its last
+    bin.
 
     Parameters
     ----------
@@ -46,8 +47,9 @@ def otsu_threshold(values: np.ndarray, bins: int = 256) -> float:
     ----------
     Otsu 1979, doi:10.1109/TSMC.1979.4310076.
     """
-    low, high = float(values.min()), float(np.percentile(values, 99.9))
-    counts, edges = np.histogram(np.clip(values, low, high), bins=bins, range=(low, high))
+    values = np.sort(values)
+    edges = np.linspace(values[0], np.percentile(values, 99.9), bins + 1)
+    counts = np.diff(np.searchsorted(values, edges[1:-1]), prepend=0, append=len(values))
     centres = (edges[:-1] + edges[1:]) / 2
     below = np.cumsum(counts)[:-1].astype(float)
     above = counts.sum() - below
@@ -80,12 +82,11 @@ def foreground_threshold(volume: Volume, method: MaskMethod = "otsu", percentile
         No voxel is finite and above 0, or all have the same intensity.
     """
     stride = max(1, int(np.ceil((np.prod(volume.shape) / THRESHOLD_VOXELS) ** (1 / 3))))
-    parts, positive = [], 0
+    parts, positive = [], False
     for slab, values in volume.mean_slabs():
-        positive += int(np.count_nonzero(values > 0))
-        planes = np.arange(slab.start, slab.stop)
-        parts.append(values[::stride, ::stride, planes % stride == 0].ravel())
-    if positive == 0:
+        positive = positive or bool((values > 0).any())
+        parts.append(values[::stride, ::stride, -slab.start % stride :: stride].ravel(order="K"))
+    if not positive:
         raise InputError(volume.path, "no voxel is above 0", "check that this is the right image")
     values = np.concatenate(parts).astype(np.float64)
     values = np.maximum(values[np.isfinite(values)], 0)
@@ -195,7 +196,7 @@ def _write(output: str | Path, like: Volume, slabs: Iterator[np.ndarray], source
     count = 0
     with VolumeWriter(output, like, np.uint8, frames=1) as writer:
         for inside in slabs:
-            count += int(inside.sum())
+            count += int(np.count_nonzero(inside))
             writer.write(inside)
         if count == 0:
             raise InputError(source or like.path, "the mask is empty", "give a mask, or another mask.method")

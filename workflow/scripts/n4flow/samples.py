@@ -9,6 +9,7 @@ from typing import Any, Self
 
 import numpy as np
 
+from n4flow.device import array_module
 from n4flow.errors import InputError
 
 log = logging.getLogger(__name__)
@@ -147,7 +148,8 @@ def sample_positions(shape: Sequence[int], shrink_factor: int) -> tuple[np.ndarr
 
 def inside_mask(mask: Any) -> Any:
     """Where a mask, an array (NumPy or CuPy) of any shape and dtype, is neither 0 nor NaN (bool, same shape)."""
-    return (mask != 0) & (mask == mask)  # NaN does not equal itself
+    inside = mask != 0
+    return inside & ~array_module(mask).isnan(mask) if mask.dtype.kind == "f" else inside
 
 
 def usable_voxels(values: Any, inside: Any) -> tuple[Any, dict[str, int]]:
@@ -165,15 +167,16 @@ def usable_voxels(values: Any, inside: Any) -> tuple[Any, dict[str, int]]:
     dropped : dict
         Voxels per reason: ``not finite``, ``zero``, ``negative``.
     """
-    finite = np.isfinite(values)
-    positive = finite & (values > 0)
-    zero = finite & (values == 0)
-    dropped = {
-        "not finite": int((inside & ~finite).sum()),
-        "zero": int((inside & zero).sum()),
-        "negative": int((inside & finite & ~positive & ~zero).sum()),
-    }
-    return inside & positive, dropped
+    count = array_module(values).count_nonzero
+    usable = inside & (values > 0)
+    if values.dtype.kind == "f":
+        usable &= np.isfinite(values)
+    dropped = dict.fromkeys(("not finite", "zero", "negative"), 0)
+    if lost := int(count(inside)) - int(count(usable)):  # as a rule there are none
+        dropped["zero"] = int(count(inside & (values == 0)))
+        dropped["negative"] = int(count(inside & (values < 0) & np.isfinite(values)))
+        dropped["not finite"] = lost - dropped["zero"] - dropped["negative"]
+    return usable, dropped
 
 
 def check_dropped(source: object, dropped: dict[str, int], mask_voxels: int) -> None:

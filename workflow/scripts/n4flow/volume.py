@@ -5,9 +5,12 @@ from __future__ import annotations
 import contextlib
 import io
 import math
+import os
 import sys
 import zlib
+from collections import deque
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
 from types import TracebackType
@@ -35,6 +38,9 @@ KEPT_BYTES = 2**26
 GZIP_LEVEL = 2
 
 WRITE_BYTES = 2**20
+
+#: Pieces of so many bytes that may wait for being written.
+WAITING_PIECES = 8
 
 #: Axes of an affine that are closer to each other than this lets them be are one: it cannot be inverted.
 LARGEST_CONDITION = 1e12
@@ -372,19 +378,38 @@ class VolumeWriter:
         if self.path.suffix == ".gz":
             # neither name nor time in the gzip header: the same image is the same file
             self._stream = igzip.IGzipFile("", "wb", GZIP_LEVEL, self._file, mtime=0)
-        self._pending = bytearray()
+        self._piece = bytearray()
+        # compressing is half of the work, and needs no lock of the interpreter's
+        self._thread = self._place.enter_context(ThreadPoolExecutor(1))
+        self._handed_on: deque[Future[None]] = deque()
         start = io.BytesIO()
         self.header.write_to(start)
-        self._put(start.getvalue().ljust(self.header.get_data_offset(), b"\0"))
+        offset = self.header.get_data_offset()
+        self._missing = offset + math.prod(map(int, self.header.get_data_shape())) * self.dtype.itemsize
+        self._put(start.getvalue().ljust(offset, b"\0"))
         return self
 
-    def _put(self, content: bytes) -> None:
+    def _put(self, content: Any) -> None:
         """Hand bytes on in pieces of one size: what a compressor makes of them hangs on the pieces."""
-        self._pending += content
-        whole = len(self._pending) - len(self._pending) % WRITE_BYTES
-        for start in range(0, whole, WRITE_BYTES):
-            self._stream.write(bytes(self._pending[start : start + WRITE_BYTES]))
-        del self._pending[:whole]
+        content = memoryview(content).cast("B")
+        while content:
+            room = WRITE_BYTES - len(self._piece)
+            self._piece += content[:room]
+            self._missing -= len(content[:room])
+            content = content[room:]
+            if len(self._piece) == WRITE_BYTES or not self._missing:
+                self._handed_on.append(self._thread.submit(self._write_piece, self._piece, not self._missing))
+                self._piece = bytearray()
+            if len(self._handed_on) > WAITING_PIECES:
+                self._handed_on.popleft().result()
+
+    def _write_piece(self, piece: bytearray, last: bool) -> None:
+        self._stream.write(piece)
+        if last:  # on the disk while others still compute
+            if self._stream is not self._file:
+                self._stream.close()
+            self._file.flush()
+            os.fsync(self._file.fileno())
 
     def write(self, values: np.ndarray) -> np.ndarray:
         """Append the next slab (n0, n1, planes), in real values; returns them as they will be read.
@@ -395,17 +420,17 @@ class VolumeWriter:
             if values.dtype == bool:
                 values = values.astype(self.dtype)
             if values.dtype == self.dtype and (self.slope, self.intercept) == (1, 0):
-                self._put(values.tobytes(order="F"))
+                self._put(_as_in_file(values))
                 return values
             limits = np.iinfo(self.dtype)
             # the largest float64 that is no larger than the largest integer
             top = float(limits.max) if int(float(limits.max)) <= limits.max else np.nextafter(float(limits.max), 0)
             real = np.where(np.isnan(values), 0, values).astype(np.float64)
             stored = np.clip(np.rint((real - self.intercept) / self.slope), limits.min, top).astype(self.dtype)
-            self._put(stored.tobytes(order="F"))
+            self._put(_as_in_file(stored))
             return stored * self.slope + self.intercept
         stored = np.asarray(values, dtype=self.dtype)
-        self._put(stored.tobytes(order="F"))
+        self._put(_as_in_file(stored))
         return stored
 
     def __exit__(
@@ -413,10 +438,16 @@ class VolumeWriter:
     ) -> None:
         try:
             if kind is None:
-                self._stream.write(bytes(self._pending))
-                if self._stream is not self._file:
-                    self._stream.close()
+                if self._missing:
+                    raise ValueError(f"{self.path}: {self._missing} bytes of the image have not been written")
+                for written in self._handed_on:
+                    written.result()
         except BaseException:
             self._place.__exit__(*sys.exc_info())
             raise
         self._place.__exit__(kind, error, trace)
+
+
+def _as_in_file(values: np.ndarray) -> Any:
+    """The bytes of an array, first axis fastest."""
+    return np.asfortranarray(values).T.reshape(-1).view(np.uint8).data
