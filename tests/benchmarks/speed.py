@@ -289,6 +289,7 @@ def subject(name, image, runs):
         seconds = {what: [] for what in commands}
         for turn in range(runs + 1):
             for what, command in commands.items():
+                os.sync()  # or one would wait for what another has left to be written
                 start = time.perf_counter()
                 subprocess.run([sys.executable, *command], check=True, env=environment)
                 if turn:

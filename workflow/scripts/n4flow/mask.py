@@ -26,8 +26,10 @@ CLOSING_MM = 6.0
 #: A threshold is found on about so many voxels, on a regular sub-grid of the image.
 THRESHOLD_VOXELS = 2**21
 
+OTSU_BINS = 256
 
-def otsu_threshold(values: np.ndarray, bins: int = 256) -> float:
+
+def otsu_threshold(values: np.ndarray) -> float:
     """Threshold that separates two classes with the largest variance between them.
 
     The histogram runs to the 99.9th percentile, so that a few very bright voxels do not decide; they count in its last
@@ -47,8 +49,11 @@ def otsu_threshold(values: np.ndarray, bins: int = 256) -> float:
     ----------
     Otsu 1979, doi:10.1109/TSMC.1979.4310076.
     """
-    values = np.sort(values)
-    edges = np.linspace(values[0], np.percentile(values, 99.9), bins + 1)
+    return _otsu_of_sorted(np.sort(values))
+
+
+def _otsu_of_sorted(values: np.ndarray) -> float:
+    edges = np.linspace(values[0], values[int(0.999 * (len(values) - 1))], OTSU_BINS + 1)
     counts = np.diff(np.searchsorted(values, edges[1:-1]), prepend=0, append=len(values))
     centres = (edges[:-1] + edges[1:]) / 2
     below = np.cumsum(counts)[:-1].astype(float)
@@ -82,20 +87,21 @@ def foreground_threshold(volume: Volume, method: MaskMethod = "otsu", percentile
         No voxel is finite and above 0, or all have the same intensity.
     """
     stride = max(1, int(np.ceil((np.prod(volume.shape) / THRESHOLD_VOXELS) ** (1 / 3))))
-    parts, positive = [], False
+    parts, empty = [], True
     for slab, values in volume.mean_slabs():
-        positive = positive or bool((values > 0).any())
+        empty = empty and not (values > 0).any()
         parts.append(values[::stride, ::stride, -slab.start % stride :: stride].ravel(order="K"))
-    if not positive:
+    if empty:
         raise InputError(volume.path, "no voxel is above 0", "check that this is the right image")
     values = np.concatenate(parts).astype(np.float64)
-    values = np.maximum(values[np.isfinite(values)], 0)
-    if len(values) == 0 or values.min() == values.max():
+    values.sort()  # NaN last
+    values = values[np.searchsorted(values, -np.inf, "right") : np.searchsorted(values, np.inf)]
+    np.maximum(values, 0, out=values)
+    if len(values) == 0 or values[0] == values[-1]:
         raise InputError(volume.path, "all voxels have the same intensity", "check that this is the right image")
-    check_range(volume.path, np.log(values[values > 0]))
-    if method == "percentile":
-        return float(np.percentile(values[values > 0], percentile))
-    return otsu_threshold(values)
+    positive = values[np.searchsorted(values, 0, "right") :]
+    check_range(volume.path, np.log(positive[[0, len(positive) // 2, -1]]))
+    return float(np.percentile(positive, percentile)) if method == "percentile" else _otsu_of_sorted(values)
 
 
 def head_from_foreground(foreground: np.ndarray, voxel_size_mm: tuple[float, ...]) -> np.ndarray:
