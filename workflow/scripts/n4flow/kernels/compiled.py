@@ -173,34 +173,13 @@ def taps_of(matrix: np.ndarray) -> Taps:
     return Taps(column.astype(np.uint64), weight.astype(np.float32))
 
 
-class Bands(NamedTuple):
-    """A basis matrix by the rows that each column acts on."""
-
-    start: np.ndarray  # (m,) uint64
-    stop: np.ndarray  # (m,) uint64
-    weight: np.ndarray  # (m, length) float32
-
-
-def bands_of(matrix: np.ndarray, length: int) -> Bands:
-    """The bands of a matrix (n, m), whose rows are filled up with zeros to a length."""
-    acts = matrix != 0
-    start, stop = acts.argmax(axis=0), len(matrix) - acts[::-1].argmax(axis=0)
-    weight = np.zeros((matrix.shape[1], length), np.float32)
-    weight[:, : len(matrix)] = matrix.T
-    return Bands(start.astype(np.uint64), np.where(acts.any(axis=0), stop, start).astype(np.uint64), weight)
-
-
-#: What a spline or a fit is made of, axis by axis.
-Factors = tuple[Taps, Taps, Bands]
-
-
 class Work(NamedTuple):
     """What the threads share on a mesh. All memory is here: compiled code asks for none while it runs."""
 
     rows: Rows
-    bases: Factors
-    delta: Factors
-    omega: Factors
+    bases: tuple[Taps, Taps, Taps]
+    delta: tuple[Taps, Taps, Taps]
+    omega: tuple[Taps, Taps, Taps]
     # what a pass is given
     limits: np.ndarray  # (2,) float64: values of the first and the last bin centre
     table: np.ndarray  # (bins,) float64: expected sharp value at each bin centre
@@ -213,14 +192,16 @@ class Work(NamedTuple):
     counts: np.ndarray  # (chunks, 2, bins) int64: voxels, and shares of the upper bins
     parts: np.ndarray  # (chunks, reach, m1 or 4, length) float32: contraction onto the first two axes
     found: np.ndarray  # (chunks, 4) float64: smallest and largest value, sums of expm1(-update) - shift and its square
-    planes: np.ndarray  # (m0, m1, length) float64: the sum of the parts
-    divisors: np.ndarray  # (m0, m1, m2) float64
+    factors: np.ndarray  # (m0, m1, m2) float64: one over what the fit divides by; 1 for omega itself
     # what comes of it
-    lattice: np.ndarray  # (m0, m1, m2) float64: contracted along all axes, and divided
+    lattice: np.ndarray  # (m0, m1, m2) float64: contracted along all axes, times the factors
     histogram: np.ndarray  # (bins,) float64
     totals: np.ndarray  # (4,) float64: as `found`
     # to work in, thread by thread; the end stays free, so that threads do not write to one line of the cache
     plane: np.ndarray  # (threads, (m1 or 4) + 1, length) float32
+    points: np.ndarray  # (threads, m2 or 4, (m1 or 4) + LANES) float64: a plane of the lattice, last axis first
+    turned: np.ndarray  # (threads, length, (m1 or 4) + LANES) float64: the same, evaluated or to be contracted
+    sums: np.ndarray  # (threads, length) float64: a line of what is to be contracted, over all chunks
     run: np.ndarray  # (threads, 5, run + BEYOND_PAGE) float32
     indices: np.ndarray  # (threads, run + BEYOND_PAGE) int32
     bins: np.ndarray  # (threads, 4 + 1, bins + 1) int64
@@ -258,11 +239,8 @@ class CompiledKernels(HostKernels):
     def set_mesh(self, bases: Sequence[np.ndarray]) -> None:
         bases = [bases[axis] for axis in self.axes]
         self.lattice_shape = tuple(basis.shape[1] for basis in bases)
-        basis, omega, delta = (
-            (taps_of(a), taps_of(b), bands_of(c, self.length)) for a, b, c in (bases, *fit_matrices(bases))
-        )
-        m0, m1, _ = self.lattice_shape
-        n0, n1 = max(m0, 4), max(m1, 4)  # taps reach as far
+        basis, omega, delta = ((taps_of(a), taps_of(b), taps_of(c)) for a, b, c in (bases, *fit_matrices(bases)))
+        n0, n1, n2 = (max(m, 4) for m in self.lattice_shape)  # taps reach as far
         run = max(RUN, 1 << (self.length - 1).bit_length())
         column = basis[0].column.astype(int)
         chunks, bins = len(self.rows.chunks) - 1, self.parameters.histogram_bins
@@ -282,21 +260,23 @@ class CompiledKernels(HostKernels):
             counts=np.zeros((chunks, 2, bins), np.int64),
             parts=np.zeros((chunks, reach, n1, self.length), np.float32),
             found=np.zeros((chunks, 4)),
-            planes=np.zeros((m0, m1, self.length)),
-            divisors=np.ones(self.lattice_shape),
+            factors=np.ones(self.lattice_shape),
             lattice=np.zeros(self.lattice_shape),
             histogram=np.zeros(bins),
             totals=np.zeros(4),
             plane=np.zeros((self.threads, n1 + 1, self.length), np.float32),
+            points=np.zeros((self.threads, n2, n1 + LANES)),
+            turned=np.zeros((self.threads, self.length, n1 + LANES)),
+            sums=np.zeros((self.threads, self.length)),
             run=np.zeros((self.threads, 5, run + BEYOND_PAGE), np.float32),
             indices=np.zeros((self.threads, run + BEYOND_PAGE), np.int32),
             bins=np.zeros((self.threads, 4 + 1, bins + 1), np.int64),
             control=np.zeros(2 * APART, np.int64),
-            taken=np.zeros(max(chunks, m0), np.int64),
+            taken=np.zeros(max(chunks, n0), np.int64),
         )
         self.helpers: dict[int, Future[None]] = {}
         self._do(OMEGA, ONTO_OMEGA)
-        self.work.divisors[:] = divisors(self.work.lattice)
+        self.work.factors[:] = 1 / divisors(self.work.lattice)
 
     def end_level(self) -> tuple[np.ndarray, list[float]]:
         ended = super().end_level()
@@ -376,39 +356,55 @@ def _blocks(n0: int, n1: int) -> Iterator[tuple[slice, slice]]:
 
 
 @compiled
-def _expand(a: int, work: Work) -> None:
-    """Evaluate a plane of the update along its last axis."""
-    (_, _, bands), update, along = work.bases, work.update, work.along
+def _expand(a: int, thread: int, work: Work) -> None:
+    """Evaluate a plane of the update along its last axis; inner loops go along the other, which is longer than taps."""
+    (_, _, third), update, along = work.bases, work.update, work.along
+    points, turned = work.points[thread], work.turned[thread]
     for b in range(np.uint64(update.shape[1])):
-        for k in range(np.uint64(along.shape[2])):
-            along[a, b, k] = 0
         for c in range(np.uint64(update.shape[2])):
-            value = np.float32(update[a, b, c])
-            for k in range(bands.start[c], bands.stop[c]):
-                along[a, b, k] = fused(value, bands.weight[c, k], along[a, b, k])
+            points[c, b] = update[a, b, c]
+    for k in range(np.uint64(len(third.column))):
+        c = third.column[k]  # the weights one by one: to unpack a row takes as long as all that follows
+        w0, w1, w2, w3 = third.weight[k, ZERO], third.weight[k, ONE], third.weight[k, TWO], third.weight[k, THREE]
+        for b in range(np.uint64(along.shape[1])):
+            lower = w0 * points[c, b] + w1 * points[c + ONE, b]
+            turned[k, b] = lower + (w2 * points[c + TWO, b] + w3 * points[c + THREE, b])
+    for b in range(np.uint64(along.shape[1])):
+        for k in range(np.uint64(len(third.column))):
+            along[a, b, k] = turned[k, b]
 
 
 @compiled
-def _onto_lattice(a: int, work: Work, of_residual: bool) -> None:
+def _onto_lattice(a: int, thread: int, work: Work, of_residual: bool) -> None:
     """Add what the chunks contracted onto a plane of the lattice, in their order; contract that along the last axis."""
-    chunks, parts, planes, lattice = work.rows.chunks, work.parts, work.planes, work.lattice
-    first, _, bands = work.delta if of_residual else work.omega
-    planes[a] = 0
-    for chunk in range(np.uint64(len(parts))):
-        start = first.column[chunks[chunk]]
-        if start <= a < first.column[chunks[chunk + ONE] - ONE] + FOUR:
-            for b in range(np.uint64(planes.shape[1])):
-                for k in range(np.uint64(planes.shape[2])):
-                    planes[a, b, k] += parts[chunk, a - start, b, k]
+    chunks, parts, lattice = work.rows.chunks, work.parts, work.lattice
+    first, _, third = work.delta if of_residual else work.omega
+    points, turned, sums = work.points[thread], work.turned[thread], work.sums[thread]
+    begin, end = ZERO, np.uint64(len(parts))
+    while begin < end and first.column[chunks[begin + ONE] - ONE] + FOUR <= a:
+        begin += ONE
+    while begin < end and first.column[chunks[end - ONE]] > a:
+        end -= ONE
+    for b in range(np.uint64(lattice.shape[1])):
+        sums[:] = 0
+        for chunk in range(begin, end):
+            part = a - first.column[chunks[chunk]]
+            for k in range(np.uint64(len(sums))):
+                sums[k] += parts[chunk, part, b, k]
+        for k in range(np.uint64(len(third.column))):
+            turned[k, b] = sums[k]
+    points[:] = 0
+    for k in range(np.uint64(len(third.column))):
+        c = third.column[k]
+        w0, w1, w2, w3 = third.weight[k, ZERO], third.weight[k, ONE], third.weight[k, TWO], third.weight[k, THREE]
+        for b in range(np.uint64(lattice.shape[1])):
+            points[c, b] += w0 * turned[k, b]
+            points[c + ONE, b] += w1 * turned[k, b]
+            points[c + TWO, b] += w2 * turned[k, b]
+            points[c + THREE, b] += w3 * turned[k, b]
     for b in range(np.uint64(lattice.shape[1])):
         for c in range(np.uint64(lattice.shape[2])):
-            s0 = s1 = s2 = s3 = 0.0  # four sums in turn, so that none waits for the one before
-            for k in range(bands.start[c] // FOUR * FOUR, bands.stop[c], FOUR):
-                s0 += planes[a, b, k] * bands.weight[c, k]
-                s1 += planes[a, b, k + ONE] * bands.weight[c, k + ONE]
-                s2 += planes[a, b, k + TWO] * bands.weight[c, k + TWO]
-                s3 += planes[a, b, k + THREE] * bands.weight[c, k + THREE]
-            lattice[a, b, c] = ((s0 + s1) + (s2 + s3)) / work.divisors[a, b, c]
+            lattice[a, b, c] = points[c, b] * work.factors[a, b, c]
 
 
 @compiled
@@ -459,7 +455,7 @@ def _take_part(thread: int, number: int, step: int, work: Work) -> int:
     if step == LEAVE:
         return 0
     on_lattice = step in (ONTO_OMEGA, ONTO_DELTA, EXPAND)
-    parts = len(work.planes) if on_lattice else len(work.parts)
+    parts = len(work.lattice) if on_lattice else len(work.parts)
     share = parts * thread // len(work.plane)
     for turn in range(parts):
         part = (share + turn) % parts
@@ -470,9 +466,9 @@ def _take_part(thread: int, number: int, step: int, work: Work) -> int:
             elif step == SUBTRACT:
                 _subtract(np.uint64(part), np.uint64(thread), work)
             elif step == EXPAND:
-                _expand(np.uint64(part), work)
+                _expand(np.uint64(part), np.uint64(thread), work)
             elif on_lattice:
-                _onto_lattice(np.uint64(part), work, step == ONTO_DELTA)
+                _onto_lattice(np.uint64(part), np.uint64(thread), work, step == ONTO_DELTA)
             else:
                 _contract(np.uint64(part), np.uint64(thread), work, step == DELTA)
             add(work.control, DONE, 1)
