@@ -2,6 +2,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 
 import nibabel as nib
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 from numpy.testing import assert_allclose, assert_array_equal
 
 from n4flow import InputError, N4Parameters, correct
-from n4flow.correction import write_corrected
+from n4flow.correction import _ahead, write_corrected
 from n4flow.derivatives import CorrectionFiles, apply_scan, correct_scan
 from n4flow.field import BiasField, Mesh
 from n4flow.mask import mask_scan
@@ -425,3 +426,24 @@ def test_what_is_no_array_and_no_parameters_is_named(volume, given, said):
 def test_an_array_without_voxels_or_voxel_sizes_is_named(shape, size, said):
     with pytest.raises(ValueError, match=said):
         correct(np.ones(shape), voxel_size_mm=size)
+
+
+def test_a_thread_that_works_ahead_ends_with_what_it_works_for():
+    def items():
+        try:
+            yield from "abc"
+            raise InputError("scan.nii", "is damaged", "copy it again")
+        finally:
+            ended.append(threading.current_thread())
+
+    ended: list[threading.Thread] = []
+    threads = threading.active_count()
+    taken = []
+    with pytest.raises(InputError, match="is damaged"):
+        taken.extend(_ahead(items()))
+    begun = _ahead(items())
+    assert next(begun) == "a"
+    begun.close()
+    assert taken == ["a", "b", "c"]
+    assert len(ended) == 2
+    assert threading.active_count() == threads

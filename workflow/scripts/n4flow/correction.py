@@ -6,8 +6,9 @@ import contextlib
 import itertools
 import logging
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -103,15 +104,13 @@ def keep_mean_intensity(field: BiasField, volume: Volume, mask: Volume, xp: Any 
     InputError
         A file cannot be read.
     """
-    slabs, ahead = itertools.tee(volume.mean_slabs())
-    ratios = _ratios(field, ((_planes(slab), values) for slab, values in ahead), xp)
-    return _shift_to_mean(
-        field,
-        (
-            (values, ratio, inside_mask(mask_values))
-            for (_, values), ratio, (_, mask_values) in zip(slabs, ratios, mask.mean_slabs(), strict=True)
-        ),
+    slabs, twin = itertools.tee(volume.mean_slabs())
+    ratios = _ratios(field, ((_planes(slab), values) for slab, values in twin), xp)
+    parts = (
+        (values, ratio, inside_mask(mask_values))
+        for (_, values), ratio, (_, mask_values) in zip(slabs, ratios, mask.mean_slabs(), strict=True)
     )
+    return _shift_to_mean(field, _ahead(parts) if xp is np else parts)
 
 
 def _shift_to_mean(field: BiasField, parts: Iterable[tuple[Any, Any, Any]]) -> BiasField:
@@ -221,15 +220,22 @@ def _largest_error(values: np.ndarray, written: np.ndarray, ratio: np.ndarray, r
     return largest if np.isfinite(largest) else np.inf
 
 
-def _corrected_slabs(
-    volume: Volume, field: BiasField, xp: Any
-) -> Iterator[tuple[slice, int, np.ndarray, np.ndarray, np.ndarray]]:
-    if xp is not np:
-        slabs, ahead = itertools.tee(volume.slabs())
-        divided = _divided(field, ((_planes(slab), values) for slab, _, values in ahead), xp)
-        for (slab, frame, values), (corrected, ratio) in zip(slabs, divided, strict=True):
-            yield slab, frame, values, corrected, ratio
-        return
+Slab = tuple[slice, int, np.ndarray, np.ndarray, np.ndarray]
+
+
+def _corrected_slabs(volume: Volume, field: BiasField, xp: Any) -> Iterator[Slab]:
+    """Slab by slab: where it is, its frame, values, values divided by the field, and the field."""
+    return _ahead(_corrected_on_host(volume, field)) if xp is np else _corrected_on_gpu(volume, field, xp)
+
+
+def _corrected_on_gpu(volume: Volume, field: BiasField, xp: Any) -> Iterator[Slab]:
+    slabs, twin = itertools.tee(volume.slabs())
+    divided = _divided(field, ((_planes(slab), values) for slab, _, values in twin), xp)
+    for (slab, frame, values), (corrected, ratio) in zip(slabs, divided, strict=True):
+        yield slab, frame, values, corrected, ratio
+
+
+def _corrected_on_host(volume: Volume, field: BiasField) -> Iterator[Slab]:
     kept: dict[int, Any] = {}  # of a series: every frame is divided by the one field
     for slab, frame, values in volume.slabs():
         ratio = kept[slab.start] if frame else field.ratio_tile(_planes(slab))
@@ -238,6 +244,20 @@ def _corrected_slabs(
         with np.errstate(over="ignore"):  # what float32 does not hold is refused when it is written
             corrected = np.asarray(values).astype(np.float32, copy=False) / ratio
         yield slab, frame, values, corrected, ratio
+
+
+Item = TypeVar("Item")
+
+
+def _ahead(items: Iterable[Item]) -> Iterator[Item]:
+    """The same items, the next of which is made in a thread while one is used: NumPy needs no lock for most of it."""
+    source: Iterator[Any] = iter(items)
+    end: Any = object()
+    with ThreadPoolExecutor(1) as thread:
+        coming = thread.submit(next, source, end)
+        while (item := coming.result()) is not end:
+            coming = thread.submit(next, source, end)
+            yield item
 
 
 #: Slices of a tile of an image, and the values there.

@@ -6,6 +6,7 @@ import ast
 import hashlib
 import platform
 from collections.abc import Mapping
+from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -85,11 +86,17 @@ def provenance(inputs: Mapping[str, str | Path], packages: tuple[str, ...]) -> d
     """
     return {
         "n4flow": __version__,
-        "PackageDigest": package_digest(),
+        "PackageDigest": _digest_of_this_process(),
         "InputSHA256": {role: file_sha256(path) for role, path in inputs.items()},
         "Versions": {"python": platform.python_version(), **{name: _version(name) for name in packages}},
         "Machine": platform.machine(),
     }
+
+
+@lru_cache(maxsize=1)
+def _digest_of_this_process() -> str:
+    """Looked up once: a file that changes later is not the code that runs."""
+    return package_digest()
 
 
 def _version(name: str) -> str | None:
