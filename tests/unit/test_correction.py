@@ -106,6 +106,8 @@ def test_arguments_that_do_not_fit_are_refused(head):
     for affine in (np.eye(3), np.diag([1, 1, np.nan, 1]), np.diag([1, 1, 0, 1])):
         with pytest.raises(ValueError, match="affine"):
             correct(image, voxel_size_mm=(2, 2, 2), affine=affine)
+    with pytest.raises(ValueError, match=r"above 0, got \(2\.0, 0\.0, 2\.0\)$"):
+        correct(image, voxel_size_mm=np.array([2.0, 0, 2]))
     with pytest.raises(ValueError, match="voxel size per axis"):
         correct(image, voxel_size_mm=(2, 2))
     with pytest.raises(ValueError, match="above 0"):
@@ -400,6 +402,9 @@ def test_arrays_that_cannot_be_meant_are_refused_and_nan_in_a_mask_is_outside(he
     buffer = np.empty((*head.image.shape[:2], head.image.shape[2] + 1), dtype=np.float32)
     with pytest.raises(ValueError, match="must be two arrays"):
         correct(head.image, voxel_size_mm=(2, 2, 2), out=buffer[:, :, 1:], bias_out=buffer[:, :, :-1])
+    buffer.flags.writeable = False
+    with pytest.raises(ValueError, match="bias_out is read-only"):
+        correct(head.image, voxel_size_mm=(2, 2, 2), bias_out=buffer[:, :, 1:])
     image = head.image.copy()
     with pytest.raises(ValueError, match="out overlaps the volume without being it"):
         correct(image, voxel_size_mm=(2, 2, 2), out=image[:, :, ::-1])

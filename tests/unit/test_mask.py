@@ -121,7 +121,7 @@ def test_an_image_without_foreground_is_refused_and_leaves_no_file(tmp_path, arr
 @pytest.mark.parametrize(
     ("mask", "affine", "problem"),
     [
-        (np.zeros((5, 6, 7)), AFFINE, "the mask is empty"),
+        (np.zeros((5, 6, 7)), AFFINE, r"m\.nii: the mask is empty; draw it anew"),
         (np.ones((5, 6, 8)), AFFINE, r"the mask has shape \(5, 6, 8\)"),
         (np.ones((5, 6, 7)), np.diag([2.0, 2, 2.1, 1]), "the affine of the mask differs"),
         (np.ones((5, 6, 7, 2)), AFFINE, "the mask has 2 frames"),

@@ -365,7 +365,7 @@ def correct(
         raise TypeError("parameters must be N4Parameters, which N4Parameters.from_mapping makes of a dict")
     if not hasattr(volume, "shape") or isinstance(volume, np.ma.MaskedArray):
         raise TypeError("need a NumPy or CuPy array, and the mask of a masked one as `mask`")
-    voxel_size_mm = tuple(np.atleast_1d(voxel_size_mm))
+    voxel_size_mm = tuple(np.atleast_1d(voxel_size_mm).tolist())  # plain numbers, also in messages
     shape = tuple(volume.shape)
     if 0 in shape:
         raise ValueError(f"an array of shape {shape} holds no voxel")
@@ -389,6 +389,8 @@ def correct(
     for name, buffer in (("out", out), ("bias_out", bias_out)):
         if buffer is not None and (tuple(buffer.shape) != shape or buffer.dtype != np.float32):
             raise ValueError(f"{name} must be float32 of shape {shape}, is {buffer.dtype} of {tuple(buffer.shape)}")
+        if isinstance(buffer, np.ndarray) and not buffer.flags.writeable:
+            raise ValueError(f"{name} is read-only")
     home = array_module(volume)
     if out is not None and bias_out is not None and home.shares_memory(out, bias_out):
         raise ValueError("out and bias_out must be two arrays")

@@ -205,7 +205,8 @@ def _write(output: str | Path, like: Volume, slabs: Iterator[np.ndarray], source
             count += int(np.count_nonzero(inside))
             writer.write(inside)
         if count == 0:
-            raise InputError(source or like.path, "the mask is empty", "give a mask, or another mask.method")
+            advice = "draw it anew, or leave it out of the sheet" if source else "give a mask, or another mask.method"
+            raise InputError(source or like.path, "the mask is empty", advice)
     return count
 
 
