@@ -20,13 +20,15 @@ OLD_CPU = {
 
 #: Correct the scan with either set of kernels, and tell what the field is and with what it was computed.
 JOB = """
-import json, sys
+import hashlib, json, sys
 from pathlib import Path
 import numpy as np
+from numba import njit
 from threadpoolctl import threadpool_info
 from n4flow import kernels
 from n4flow.derivatives import CorrectionFiles, correct_scan
 from n4flow.field import BiasField
+from n4flow.kernels.instructions import fused
 from n4flow.parameters import N4Parameters
 folder = Path(sys.argv[1])
 fields = {}
@@ -34,8 +36,26 @@ for name, voxels in (("plain", 2**62), ("compiled", 0)):
     kernels.COMPILED_VOXELS = voxels
     files = CorrectionFiles(folder / f"{name}.nii", folder / f"{name}.json", folder / f"{name}_field.json")
     correct_scan(folder / "image.nii", folder / "mask.nii", files, parameters=N4Parameters(), device="cpu", threads=2)
+
+@njit(error_model="numpy")
+def all_fused(a, b, c, out):
+    for k in range(len(a)):
+        out[k] = fused(a[k], b[k], c[k])
+    return out
+
+rng = np.random.default_rng(1)
+a, b, c = (rng.integers(0, 2**32, 10**6, dtype=np.uint64).astype(np.uint32).view(np.float32) for _ in range(3))
+a[::2], b[::2] = rng.normal(size=(2, len(a) // 2))
+c[::4] = -(a * b)[::4]  # all but cancelled
+c[2::4] = a[2::4] * b[2::4] * np.float32(2) ** rng.integers(-30, 60, len(a) // 4)  # most hang on the last bit
+small = 2.0 ** -rng.integers(15, 21, len(a) // 4)  # in float64 these come out halfway between two float32
+a[1::4], b[1::4] = 1 + small, rng.choice([-1, 1], len(small)) * (1 - small) / 2**24
+c[1::4] = 1 + rng.integers(0, 2**22, len(small)) / 2**23
+out = all_fused(a, b, c, np.empty_like(a))
+out[np.isnan(out)] = np.nan  # of which there are many
 features = np._core._multiarray_umath.__cpu_features__
-print(json.dumps({"avx2": features["AVX2"] and features.get("X86_V3"), "blas": threadpool_info()[0]["architecture"]}))
+print(json.dumps({"avx2": features["AVX2"] and features.get("X86_V3"), "blas": threadpool_info()[0]["architecture"],
+                  "fused": hashlib.sha256(out.tobytes()).hexdigest()}))
 """
 
 
@@ -74,3 +94,13 @@ def test_field_and_image_of_an_old_cpu_are_the_same_within_a_hundred_thousandth(
     assert np.abs(lattices[0] - lattices[1]).max() < 1e-5
     there = images[0] > 0
     assert np.abs(np.log(images[0][there] / images[1][there])).max() < 1e-5
+
+
+def test_a_multiplication_and_addition_at_once_has_the_same_bits_without_the_instruction(runs):
+    own, old = (json.loads((folder / "with.json").read_text())["fused"] for folder in runs.values())
+    assert own == old
+
+
+def test_compiled_kernels_find_the_same_bits(runs):
+    own, old = (json.loads((folder / "compiled_field.json").read_text())["Lattice"] for folder in runs.values())
+    assert own == old

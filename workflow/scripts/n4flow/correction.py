@@ -211,8 +211,8 @@ def _largest_error(values: np.ndarray, written: np.ndarray, ratio: np.ndarray, r
         size = np.abs(original)
         floor = np.float32(1e-6) * size.max()
         np.abs(error, out=error)
-        if floor == 0:
-            return np.inf if error.any() else 0.0
+        if floor < np.finfo(np.float32).tiny:  # a slab of air: float32 has no digits there to err in
+            return np.inf if size.max() == 0 and error.any() else 0.0
         if rounding:
             error -= rounding * ratio
         error /= np.maximum(size, floor, out=size)

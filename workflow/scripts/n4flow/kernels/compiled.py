@@ -55,8 +55,8 @@ CHUNK_VOXELS, CHUNKS = 2**15, 64
 SHARE_BITS = np.uint32(16)
 SHARE_UNIT = 2**16
 
-#: A histogram entry holds the count from this bit on, and below it the shares of the upper bins. 2**24 voxels fit;
-#: after a quarter of that, and a run, it is added to the totals.
+#: A histogram entry holds the count from this bit on, and below it the shares of the upper bins. 2**23 voxels fit;
+#: after half of that, and a run, it is added to the totals.
 COUNT_BIT = 40
 ENTRY_VOXELS = 2**22
 
@@ -515,9 +515,10 @@ def _sum_found(work: Work) -> None:
 
 @compiled
 def _bins_per_unit(work: Work) -> np.float32:
-    """As float32 sees the values."""
-    low, high = np.float32(work.limits[ZERO]), np.float32(work.limits[ONE])
-    return np.float32((len(work.table) - 1) / (np.float64(high) - np.float64(low))) if high > low else np.float32(1)
+    """As float32 sees the values; 1 where they are so close that it has no number for it, times the unit of a share."""
+    low, high = np.float64(np.float32(work.limits[ZERO])), np.float64(np.float32(work.limits[ONE]))
+    scale = np.float32((len(work.table) - 1) / (high - low))
+    return scale if scale * np.float32(SHARE_UNIT) < np.float32(np.inf) else np.float32(1)
 
 
 @compiled

@@ -5,6 +5,7 @@ All but the first share out work among threads that stay awake: to wake one take
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Callable
 from typing import Any
 
@@ -31,10 +32,11 @@ def _place(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
 
 @instruction
 def fused(typing: Any, a: Any, b: Any, c: Any) -> Any:
-    """``a * b + c`` in float32, rounded once: faster than two operations, and with the same bits on every CPU."""
+    """``a * b + c`` in float32, rounded once: faster than two operations on most CPUs, with the same bits on all."""
 
     def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        return builder.fma(*arguments)
+        lacking = platform.machine().lower() in ("x86_64", "amd64") and "+fma" not in context.codegen()._tm_features
+        return (_fused_in_double if lacking else ir.IRBuilder.fma)(builder, *arguments)
 
     return types.float32(types.float32, types.float32, types.float32), build
 
@@ -107,3 +109,23 @@ def seconds(typing: Any) -> Any:
 
 def _of_libc(builder: Any, name: str, kind: Any) -> Any:
     return builder.module.globals.get(name) or ir.Function(builder.module, kind, name)
+
+
+def _fused_in_double(builder: Any, *arguments: Any) -> Any:
+    """What the instruction does: the C library's function, which LLVM calls in its place, is 200 times slower.
+
+    In float64 the product is exact. Their sum is made odd in its last bit where it is not exact, so that to round it
+    once more comes out as if that had been done at once (Boldo and Melquiond 2008, doi:10.1109/TC.2007.70819).
+    """
+    a, b, c = (builder.fpext(argument, ir.DoubleType()) for argument in arguments)
+    zero, integer = ir.Constant(ir.DoubleType(), 0), ir.IntType(64)
+    product = builder.fmul(a, b)
+    total = builder.fadd(product, c)
+    of_c = builder.fsub(total, product)
+    lost = builder.fadd(builder.fsub(product, builder.fsub(total, of_c)), builder.fsub(c, of_c))
+    bits = builder.bitcast(total, integer)
+    larger = builder.icmp_signed("==", builder.fcmp_ordered(">", lost, zero), builder.fcmp_ordered(">", total, zero))
+    next_to = builder.add(bits, builder.select(larger, integer(1), integer(-1)))
+    even = builder.icmp_signed("==", builder.and_(bits, integer(1)), integer(0))
+    odd = builder.select(builder.and_(even, builder.fcmp_ordered("!=", lost, zero)), next_to, bits)
+    return builder.fptrunc(builder.bitcast(odd, ir.DoubleType()), ir.FloatType())
