@@ -120,7 +120,7 @@ def test_a_level_on_values_that_are_all_the_same_is_over_at_once(field, name):
 
 
 def test_a_histogram_of_more_voxels_than_an_entry_holds(monkeypatch):
-    """An entry has 24 bits for the count and 40 for the shares: it is emptied in time."""
+    """An entry has 23 bits for the count, beside its sign, and 40 for the shares: it is emptied in time."""
     values = np.full((8, 1100, 1000), 5.0)  # 8.8 million in one bin
     values[0, 0, 0], values[0, 0, 1] = 4.0, 6.003
     bases = Mesh.of_grid(values.shape, (1, 1, 1)).bases([np.arange(n) for n in values.shape])
@@ -132,6 +132,16 @@ def test_a_histogram_of_more_voxels_than_an_entry_holds(monkeypatch):
         found.append(made.histogram())
     assert_allclose(found[0], linear_histogram(values.ravel(), 4.0, 6.003, 50), rtol=1e-4, atol=1e-3)
     assert_array_equal(found[1], found[0])
+
+
+@pytest.mark.parametrize("range_", [1e-34, 1e-37, 1e-45])
+def test_values_that_float32_barely_tells_apart_stay_within_the_histogram(range_):
+    values = range_ * np.random.default_rng(0).random((20, 21, 37))
+    bases = Mesh.of_grid(values.shape, (1, 1, 1)).bases([np.arange(n) for n in values.shape])
+    made = SETS["compiled"](values, np.ones(values.shape, dtype=bool))
+    made.start_level(np.zeros((4, 4, 4)), bases)
+    assert made.histogram().sum() == pytest.approx(values.size)
+    made.end_level()
 
 
 @pytest.mark.parametrize("strength", [1e-3, 0.3, 3, 12])

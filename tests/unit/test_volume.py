@@ -1,6 +1,8 @@
 import errno
 import gzip
 import os
+import resource
+import threading
 
 import nibabel as nib
 import numpy as np
@@ -132,6 +134,61 @@ def test_a_disk_that_fills_up_is_told_of_and_nothing_stays(tmp_path, monkeypatch
 
     with pytest.raises(InputError, match=rf"{name}: cannot be written \(No space left on device\); make room"):
         write_all()
+    assert [path.name for path in tmp_path.iterdir()] == ["a.nii"]
+
+
+@pytest.mark.parametrize("name", ["written.nii", "written.nii.gz"])
+def test_the_system_that_refuses_to_write_on_is_told_of(tmp_path, name):
+    """Also what the compressor still holds at the end, and what the file does."""
+    volume = Volume(save(tmp_path / "a.nii", np.zeros((64, 64, 64), np.uint8)))
+    noise = np.random.default_rng(0).random((64, 64, 64)).astype(np.float32)
+    threads, limits = threading.active_count(), resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def write_all():
+        with VolumeWriter(tmp_path / name, volume, np.float32) as writer:
+            writer.write(noise)
+
+    resource.setrlimit(resource.RLIMIT_FSIZE, (500_000, limits[1]))
+    try:
+        with pytest.raises(InputError, match=rf"{name}: cannot be written \(File too large\); raise the limit"):
+            write_all()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert [path.name for path in tmp_path.iterdir()] == ["a.nii"]
+    assert threading.active_count() == threads
+
+
+def test_after_an_error_nothing_more_is_compressed(tmp_path, monkeypatch):
+    volume = Volume(save(tmp_path / "a.nii", np.zeros((256, 256, 80), np.uint8)))
+    begun, go_on, pieces = threading.Event(), threading.Event(), []
+
+    def write(self, piece, last):
+        pieces.append(piece)
+        begun.set()
+        go_on.wait()
+
+    def stop_half_way():
+        with VolumeWriter(tmp_path / "b.nii", volume, np.float32) as writer:
+            writer.write(np.zeros((256, 256, 24), np.float32))
+            begun.wait()
+            threading.Timer(0.2, go_on.set).start()
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(VolumeWriter, "_write_piece", write)
+    with pytest.raises(KeyboardInterrupt):
+        stop_half_way()
+    assert len(pieces) == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["a.nii"]
+
+
+@pytest.mark.parametrize("name", ["b.nii", "b.nii.gz"])
+def test_more_planes_than_the_image_has_are_refused(tmp_path, name):
+    volume = Volume(save(tmp_path / "a.nii", np.zeros((8, 9, 10), np.uint8)))
+    with (
+        pytest.raises(ValueError, match="72 bytes more than the image holds"),
+        VolumeWriter(tmp_path / name, volume, np.uint8) as writer,
+    ):
+        writer.write(np.zeros((8, 9, 11), np.uint8))
     assert [path.name for path in tmp_path.iterdir()] == ["a.nii"]
 
 

@@ -209,10 +209,8 @@ def _largest_error(values: np.ndarray, written: np.ndarray, ratio: np.ndarray, r
         if values.dtype.kind == "f" and not (finite := np.isfinite(values)).all():
             original[~finite] = error[~finite] = 0
         size = np.abs(original)
-        floor = np.float32(1e-6) * size.max()
+        floor = max(np.float32(1e-6) * size.max(), np.finfo(np.float32).tiny)  # below tiny it has fewer digits
         np.abs(error, out=error)
-        if floor < np.finfo(np.float32).tiny:  # a slab of air: float32 has no digits there to err in
-            return np.inf if size.max() == 0 and error.any() else 0.0
         if rounding:
             error -= rounding * ratio
         error /= np.maximum(size, floor, out=size)

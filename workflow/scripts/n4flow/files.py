@@ -18,6 +18,7 @@ from n4flow.errors import InputError
 REMEDIES = {
     errno.ENOSPC: "make room there, then run the same command again",
     errno.EDQUOT: "make room there or ask for a larger quota, then run the same command again",
+    errno.EFBIG: "raise the limit on the size of files (ulimit -f), then run the same command again",
     errno.EROFS: "give a folder that can be written to",
     errno.EACCES: "give a folder that you may write to",
     errno.ENOENT: "give a path in a folder that is there",

@@ -393,6 +393,8 @@ class VolumeWriter:
     def _put(self, content: Any) -> None:
         """Hand bytes on in pieces of one size: what a compressor makes of them hangs on the pieces."""
         content = memoryview(content).cast("B")
+        if len(content) > self._missing:
+            raise ValueError(f"{self.path}: {len(content) - self._missing} bytes more than the image holds")
         while content:
             room = WRITE_BYTES - len(self._piece)
             self._piece += content[:room]
@@ -444,8 +446,10 @@ class VolumeWriter:
                 for written in self._handed_on:
                     written.result()
         except BaseException:
+            self._thread.shutdown(cancel_futures=True)
             self._place.__exit__(*sys.exc_info())
             raise
+        self._thread.shutdown(cancel_futures=kind is not None)  # what waits is of no use after an error
         self._place.__exit__(kind, error, trace)
 
 
