@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from n4flow.errors import InputError
-from n4flow.files import atomic_bytes, atomic_text, remove_abandoned, why_not_writable
+from n4flow.files import atomic_bytes, atomic_text, missing_file, remove_abandoned, why_not_writable
 from n4flow.provenance import PACKAGE
 
 
@@ -66,6 +66,14 @@ def test_what_a_killed_process_had_begun_is_removed_and_what_is_being_written_is
 
 def test_folder_that_would_be_made_can_be_written_to(tmp_path):
     assert why_not_writable(tmp_path / "not" / "there") == ""
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+def test_a_file_that_may_not_be_read_says_so(tmp_path):
+    image = tmp_path / "my image.nii"
+    image.write_bytes(b"")
+    image.chmod(0)
+    assert missing_file(image) == ("cannot be read (Permission denied)", f"allow it: chmod u+r '{image}'")
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")

@@ -4,8 +4,11 @@ import pytest
 import SimpleITK as sitk
 from numpy.testing import assert_array_equal
 
+import n4flow.mask
+import n4flow.volume
 from n4flow import InputError
-from n4flow.mask import adopt_mask, head_from_foreground, make_mask, otsu_threshold
+from n4flow.mask import adopt_mask, foreground_threshold, head_from_foreground, make_mask, otsu_threshold
+from n4flow.volume import Volume
 
 AFFINE = np.diag([2.0, 2, 2, 1])
 
@@ -59,6 +62,16 @@ def test_a_thing_that_fills_less_than_a_thousandth_of_the_image_is_found(tmp_pat
     image[50:60, 50:60, 50:60] = 500
     make_mask(save(tmp_path / "a.nii", image), tmp_path / "mask.nii")
     assert_array_equal(load(tmp_path / "mask.nii") > 0, image > 0)
+
+
+@pytest.mark.parametrize("shape", [(11, 9, 20), (6, 7, 5)])
+def test_the_threshold_of_a_large_image_is_that_of_every_so_manieth_voxel(tmp_path, monkeypatch, shape):
+    image = np.random.default_rng(3).gamma(2, 100, shape)
+    path = save(tmp_path / "a.nii", image)
+    monkeypatch.setattr(n4flow.mask, "THRESHOLD_VOXELS", image.size / 3.5**3)  # every 4th along each axis
+    for slab_voxels in (shape[0] * shape[1], 3 * shape[0] * shape[1], image.size):
+        monkeypatch.setattr(n4flow.volume, "SLAB_VOXELS", slab_voxels)
+        assert foreground_threshold(Volume(path)) == otsu_threshold(image[::4, ::4, ::4].ravel())
 
 
 def test_head_is_one_filled_piece_without_loose_noise(head, tmp_path):

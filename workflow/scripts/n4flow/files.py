@@ -26,7 +26,7 @@ REMEDIES = {
 
 
 def missing_file(path: str | Path) -> tuple[str, str] | None:
-    """What is wrong with a path that should lead to a file, and what to do; None if nothing is.
+    """What is wrong with a path that should lead to a file to read, and what to do; None if nothing is.
 
     Parameters
     ----------
@@ -37,7 +37,9 @@ def missing_file(path: str | Path) -> tuple[str, str] | None:
     (problem, remedy), or None
     """
     if os.path.isfile(path):  # False, too, for what no file system takes for a name
-        return None
+        if os.access(path, os.R_OK):
+            return None
+        return f"cannot be read ({os.strerror(errno.EACCES)})", f"allow it: chmod u+r {shlex.quote(str(path))}"
     if os.path.isdir(path):
         return "is a folder", "give a .nii or .nii.gz file"
     if os.path.islink(path):

@@ -60,7 +60,8 @@ FLAGS = {
     ),
     "field_flat": Flag(
         "inu_range below the limit",
-        "whether shading is left in the corrected image; if the original had none, all is well",
+        "whether shading is left in the corrected image, and then lower n4.convergence_threshold; "
+        "if the original had none, all is well",
         0.005,
     ),
     "field_steep": Flag("field steepness above the limit", "for anatomy in the field: the mesh may be too fine", 3.0),
