@@ -416,8 +416,9 @@ axis.
 
 ## A subject
 
-From .nii.gz to .nii.gz, process start included; one core except for SimpleITK, and for what n4flow compresses
-meanwhile. nibabel reads the image, and writes the corrected image and the field that n4flow found.
+From .nii.gz to .nii.gz, process start included. SimpleITK takes all cores; n4flow one, beside which it compresses, and
+reads and evaluates the next slab. nibabel reads the image, and writes the corrected image and the field that n4flow
+found.
 
 {table(["", "", "median", "this / n4flow"], subjects)}
 """

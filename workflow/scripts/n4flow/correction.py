@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
+from threadpoolctl import threadpool_limits
 
 from n4flow.bspline import one_blas_thread
 from n4flow.device import DeviceChoice, array_module, available_cores, select_device, to_host, to_module
@@ -251,7 +252,8 @@ def _ahead(items: Iterable[Item]) -> Iterator[Item]:
     """The same items, the next of which is made in a thread while one is used: NumPy needs no lock for most of it."""
     source: Iterator[Any] = iter(items)
     end: Any = object()
-    with ThreadPoolExecutor(1) as thread:
+    # as `one_blas_thread`, which some builds of BLAS know of each thread by itself
+    with ThreadPoolExecutor(1, initializer=threadpool_limits, initargs=(1, "blas")) as thread:
         coming = thread.submit(next, source, end)
         while (item := coming.result()) is not end:
             coming = thread.submit(next, source, end)
