@@ -332,7 +332,10 @@ def test_files_that_the_workflow_makes_need_not_be_there():
         ("subject image mask\n01 a.nii absent.nii", "sheet.tsv, line 2: mask absent.nii is not there; check the path"),
         ("subject image\n01 .", "sheet.tsv, line 2: 'image' is a required property; "),
         ("subject image\n. a.nii", "sheet.tsv, line 2: 'subject' is a required property; "),
-        ("subject image\n01 a.mgz", "sheet.tsv, line 2: image: 'a.mgz' does not match "),
+        (
+            "subject image\n01 a.mgz",
+            "sheet.tsv, line 2: image: 'a.mgz' does not fit; path of the image, .nii or .nii.gz",
+        ),
         ("subject image\n0_1 a.nii", "sheet.tsv, line 2: subject '0_1' is no BIDS label, use letters and digits only"),
         ("subject image session\n01 a.nii s-1", "sheet.tsv, line 2: session 's-1' is no BIDS label, use letters"),
         ("subject image modality\n01 a.nii T1", "sheet.tsv, line 2: modality 'T1' does not end in a known suffix, "),

@@ -65,7 +65,8 @@ def schema_problems(content: Any, schema: Mapping[str, Any]) -> Iterator[str]:
                 hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(known)}"
                 yield f"{'.'.join(filter(None, [place, str(key)]))}: there is no such key; {hint}"
         else:
-            message = error.message.replace("\n", " ")
+            told = f"{error.instance!r} does not fit" if error.validator == "pattern" else error.message
+            message = told.replace("\n", " ")
             remedy = error.schema.get("description", "see config/README.md")
             if isinstance(error.instance, str) and _is_number(error.instance):
                 remedy += f" (it is text to YAML: write {float(error.instance)!r}, without quotes)"
