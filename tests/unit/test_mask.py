@@ -1,3 +1,5 @@
+import tracemalloc
+
 import nibabel as nib
 import numpy as np
 import pytest
@@ -72,6 +74,18 @@ def test_the_threshold_of_a_large_image_is_that_of_every_so_manieth_voxel(tmp_pa
     for slab_voxels in (shape[0] * shape[1], 3 * shape[0] * shape[1], image.size):
         monkeypatch.setattr(n4flow.volume, "SLAB_VOXELS", slab_voxels)
         assert foreground_threshold(Volume(path)) == otsu_threshold(image[::4, ::4, ::4].ravel())
+
+
+def test_the_threshold_of_a_large_image_keeps_none_of_its_slabs(tmp_path, monkeypatch):
+    image = np.random.default_rng(3).gamma(2, 100, (64, 64, 256)).astype(np.float32)
+    volume = Volume(save(tmp_path / "a.nii", image))
+    monkeypatch.setattr(n4flow.mask, "THRESHOLD_VOXELS", image.size / 8**3)
+    monkeypatch.setattr(n4flow.volume, "SLAB_VOXELS", 64 * 64)  # a plane, most of which give no voxel
+    tracemalloc.start()
+    foreground_threshold(volume)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < image.nbytes / 4
 
 
 def test_head_is_one_filled_piece_without_loose_noise(head, tmp_path):

@@ -90,7 +90,9 @@ def foreground_threshold(volume: Volume, method: MaskMethod = "otsu", percentile
     parts, empty = [], True
     for slab, values in volume.mean_slabs():
         empty = empty and not (values > 0).any()
-        parts.append(values[::stride, ::stride, -slab.start % stride :: stride].ravel(order="K"))
+        part = values[::stride, ::stride, -slab.start % stride :: stride]
+        if part.size:  # an empty one would be no copy, and hold its slab
+            parts.append(part.ravel(order="K"))
     if empty:
         raise InputError(volume.path, "no voxel is above 0", "check that this is the right image")
     values = np.concatenate(parts).astype(np.float64)
