@@ -51,7 +51,7 @@ def head_samples(shape):
 
 def run_level(kernels, samples, parameters):
     """What `estimate_field` does, once the samples are on the device."""
-    mesh = initial_mesh(samples, parameters)
+    mesh = initial_mesh(samples.source, samples.image_shape, samples.voxel_size_mm, parameters)
     kernels.start_level(np.zeros(mesh.lattice_shape), mesh.bases(samples.positions))
     for _ in range(parameters.iterations[0]):
         kernels.subtract(kernels.fit(kernels.sharpen()))
@@ -132,7 +132,12 @@ def measure_estimate(cupy, bandwidth, peak):
         1e3 * ITERATIONS * voxels * cost / rate
         for cost, rate in ((BYTES_A_VOXEL, bandwidth), (OPERATIONS_A_VOXEL, peak))
     ]
-    field = BiasField(lattice, initial_mesh(samples, parameters), samples.image_shape, samples.affine)
+    field = BiasField(
+        lattice,
+        initial_mesh(samples.source, samples.image_shape, samples.voxel_size_mm, parameters),
+        samples.image_shape,
+        samples.affine,
+    )
     on_cpu = estimate_field(samples, parameters, threads=available_cores()).field
     worst = max(
         float(np.abs(field.log_tile(tile) - on_cpu.log_tile(tile)).max())

@@ -45,7 +45,7 @@ def edit_header(path, **fields):
 def read(path):
     """Everything the chain reads of an image: header, samples, all slabs."""
     mask = save(path.with_name("mask_of_it.nii"), np.ones(Volume(path).shape, np.uint8))
-    read_samples(path, mask, 2).check()
+    read_samples(path, mask, N4Parameters(shrink_factor=2))[0].check()
     return Volume(path).mean()
 
 
@@ -178,7 +178,7 @@ def test_bad_mask_is_refused_with_one_line_that_names_the_mask(tmp_path, kind):
     mask = tmp_path / name
     make(mask)
     with pytest.raises(InputError) as error:
-        read_samples(good(tmp_path / "image.nii"), mask, 2)
+        read_samples(good(tmp_path / "image.nii"), mask, N4Parameters())
     assert words in one_line(error, mask)
 
 
@@ -197,14 +197,14 @@ def test_mask_that_does_not_fit_is_refused_with_one_line(tmp_path, array, affine
     nib.save(nib.Nifti1Image(array.astype(np.uint8), affine), mask)
     image = good(tmp_path / "image.nii")
     with pytest.raises(InputError) as error:
-        read_samples(image, mask, 2)
+        read_samples(image, mask, N4Parameters())
     assert words in one_line(error, image if words == "the mask is empty" else mask)
 
 
 def test_mask_whose_affine_differs_by_rounding_is_taken(tmp_path):
     mask = tmp_path / "mask.nii"
     nib.save(nib.Nifti1Image(np.ones(SHAPE, np.uint8), AFFINE + 1e-5 * np.eye(4)), mask)
-    assert read_samples(good(tmp_path / "image.nii"), mask, 2).mask.all()
+    assert read_samples(good(tmp_path / "image.nii"), mask, N4Parameters())[0].mask.all()
 
 
 @pytest.mark.parametrize(

@@ -119,7 +119,10 @@ def test_every_fourth_voxel_gives_the_field_of_all_voxels(real_scans, tmp_path):
     mask = Volume(tmp_path / "mask.nii.gz").mean() > 0
     everywhere = [np.arange(n) for n in mask.shape]
     fields = [
-        estimate_field(read_samples(image, tmp_path / "mask.nii.gz", shrink), N4Parameters(shrink_factor=shrink)).field
+        estimate_field(
+            read_samples(image, tmp_path / "mask.nii.gz", N4Parameters(shrink_factor=shrink))[0],
+            N4Parameters(shrink_factor=shrink),
+        ).field
         for shrink in (4, 1)
     ]
     difference = fields[0].log_at(everywhere)[mask] - fields[1].log_at(everywhere)[mask]

@@ -17,11 +17,12 @@ from threadpoolctl import threadpool_info, threadpool_limits
 
 from n4flow import N4Parameters, correct, kernels
 from n4flow.bspline import bspline_fit, expand
-from n4flow.correction import keep_mean_intensity, write_corrected
+from n4flow.correction import read_samples, write_corrected
 from n4flow.estimate import estimate_field
 from n4flow.field import BiasField, Mesh
 from n4flow.kernels import PlainKernels, compiled, plain
 from n4flow.kernels.compiled import CompiledKernels
+from n4flow.quadrature import MaskIntensity, keep_mean_intensity
 from n4flow.sharpening import linear_histogram, look_up
 from n4flow.volume import Volume
 from tests.conftest import samples_of
@@ -383,8 +384,13 @@ def blas_threads(monkeypatch):
 
         return noted
 
-    for name in ("n4flow.kernels.plain.expand", "n4flow.kernels.plain.contract", "n4flow.field.expand"):
-        monkeypatch.setattr(name, noting(expand if name.endswith("expand") else plain.contract))
+    for name, function in (
+        ("n4flow.kernels.plain.expand", expand),
+        ("n4flow.kernels.plain.contract", plain.contract),
+        ("n4flow.field.expand", expand),
+        ("n4flow.quadrature.MaskIntensity.add", MaskIntensity.add),
+    ):
+        monkeypatch.setattr(name, noting(function))
     with threadpool_limits(2, user_api="blas"):
         if not any(pool["user_api"] == "blas" and pool["num_threads"] == 2 for pool in threadpool_info()):
             pytest.skip("this BLAS has no second thread")
@@ -423,6 +429,13 @@ def test_a_corrected_file_is_written_with_one_blas_thread(blas_threads, field, t
     assert blas_threads == {1}
 
 
-def test_the_mean_intensity_is_kept_with_one_blas_thread(blas_threads, field, tmp_path):
-    keep_mean_intensity(field, *files_of(tmp_path, field))
+def test_intensities_are_gathered_with_one_blas_thread(blas_threads, field, tmp_path):
+    read_samples(*files_of(tmp_path, field), N4Parameters())
+    assert blas_threads == {1}
+
+
+def test_the_mean_intensity_is_kept_with_one_blas_thread(blas_threads, field):
+    intensity = MaskIntensity(field.image_shape, field.mesh)
+    intensity.sums += 1
+    keep_mean_intensity(field, intensity, "image")
     assert blas_threads == {1}

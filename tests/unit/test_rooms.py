@@ -12,9 +12,9 @@ from n4flow import provenance
 ROOMS = [
     "__init__", "errors", "files", "console", "parameters", "device", "bspline", "sharpening", "field", "samples",
     "kernels.protocol", "kernels.plain", "kernels.instructions", "kernels.compiled", "kernels.cuda", "kernels",
-    "estimate", "volume", "bids", "inputs", "ratings", "provenance", "manifest", "batches", "mask", "correction",
-    "derivatives", "reference", "phantom", "metrics", "qc", "qc.rendering", "qc.definitions", "qc.multiqc",
-    "qc.panels", "qc.viewer", "qc.pages", "qc.dataset", "qc.figures", "qc.guide", "qc.tune",
+    "quadrature", "estimate", "volume", "bids", "inputs", "ratings", "provenance", "manifest", "batches", "mask",
+    "correction", "derivatives", "reference", "phantom", "metrics", "qc", "qc.rendering", "qc.definitions",
+    "qc.multiqc", "qc.panels", "qc.viewer", "qc.pages", "qc.dataset", "qc.figures", "qc.guide", "qc.tune",
 ]  # fmt: skip
 
 

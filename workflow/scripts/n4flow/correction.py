@@ -16,9 +16,10 @@ from threadpoolctl import threadpool_limits
 from n4flow.bspline import one_blas_thread
 from n4flow.device import DeviceChoice, array_module, available_cores, select_device, to_host, to_module
 from n4flow.errors import InputError
-from n4flow.estimate import Iteration, estimate_field
+from n4flow.estimate import Iteration, estimate_field, last_mesh
 from n4flow.field import BiasField
 from n4flow.parameters import N4Parameters
+from n4flow.quadrature import MaskIntensity, keep_mean_intensity
 from n4flow.samples import Samples, check_dropped, check_range, inside_mask, log_where, sample_positions, usable_voxels
 from n4flow.volume import Volume, VolumeWriter
 
@@ -31,29 +32,37 @@ TILE_VOXELS = 2**22
 BEYOND_FLOAT32 = 1e300
 
 
-def read_samples(image: str | Path | Volume, mask: str | Path | Volume, shrink_factor: int) -> Samples:
+@one_blas_thread
+def read_samples(
+    image: str | Path | Volume, mask: str | Path | Volume, parameters: N4Parameters
+) -> tuple[Samples, MaskIntensity]:
     """Take the samples of an image (of the mean over its frames) inside a mask, slab by slab.
 
     Parameters
     ----------
     image, mask : path or Volume
         On the same grid.
-    shrink_factor : int
-        See `samples.shrink_per_axis`.
+    parameters : N4Parameters
+        How far the samples are apart, and on which mesh the field will be.
 
     Returns
     -------
     Samples
+    MaskIntensity
+        What `quadrature.keep_mean_intensity` needs of all voxels of the mask that are finite and above 0.
 
     Raises
     ------
     InputError
-        A file cannot be read, the grids differ, or the mask is empty or mostly unusable.
+        A file cannot be read, the grids differ, the mask is empty or mostly unusable, or the mesh is finer than the
+        samples.
     """
     volume = image if isinstance(image, Volume) else Volume(image)
     mask = mask if isinstance(mask, Volume) else Volume(mask)
     volume.check_same_grid(mask, "mask")
-    positions = sample_positions(volume.shape, shrink_factor)
+    mesh = last_mesh(volume.path, volume.shape, volume.voxel_size_mm, parameters)
+    intensity = MaskIntensity(volume.shape, mesh)
+    positions = sample_positions(volume.shape, parameters.shrink_factor)
     log_image = np.zeros([len(p) for p in positions])
     kept = np.zeros(log_image.shape, dtype=bool)
     dropped: dict[str, int] = {}
@@ -61,6 +70,7 @@ def read_samples(image: str | Path | Volume, mask: str | Path | Volume, shrink_f
     for (slab, values), (_, mask_values) in zip(volume.mean_slabs(), mask.mean_slabs(), strict=True):
         inside = inside_mask(mask_values)
         usable, lost = usable_voxels(values, inside)
+        intensity.add(values, usable, slab.start)
         mask_voxels += int(np.count_nonzero(inside))
         dropped = {reason: dropped.get(reason, 0) + n for reason, n in lost.items()}
         hit = (positions[2] >= slab.start) & (positions[2] < slab.stop)
@@ -69,7 +79,7 @@ def read_samples(image: str | Path | Volume, mask: str | Path | Volume, shrink_f
         log_image[:, :, hit] = log_where(values[grid], usable[grid])
     check_dropped(volume.path, dropped, mask_voxels)
     check_range(volume.path, log_image[kept])
-    return Samples(
+    samples = Samples(
         log_image,
         kept,
         positions,
@@ -79,55 +89,7 @@ def read_samples(image: str | Path | Volume, mask: str | Path | Volume, shrink_f
         dropped,
         str(volume.path),
     )
-
-
-@one_blas_thread
-def keep_mean_intensity(field: BiasField, volume: Volume, mask: Volume, xp: Any = np) -> BiasField:
-    """Fix the constant of the field so that the mean intensity inside the mask does not change.
-
-    A constant factor may move freely between image and field: N4 leaves it to drift.
-
-    Parameters
-    ----------
-    field : BiasField
-    volume, mask : Volume
-        The image that the field belongs to, and its mask.
-    xp : module
-        numpy or cupy: where to compute.
-
-    Returns
-    -------
-    BiasField
-        The mean counts the voxels of the mask that are finite and above 0.
-
-    Raises
-    ------
-    InputError
-        A file cannot be read.
-    """
-    slabs, twin = itertools.tee(volume.mean_slabs())
-    ratios = _ratios(field, ((_planes(slab), values) for slab, values in twin), xp)
-    parts = (
-        (values, ratio, inside_mask(mask_values))
-        for (_, values), ratio, (_, mask_values) in zip(slabs, ratios, mask.mean_slabs(), strict=True)
-    )
-    return _shift_to_mean(field, _ahead(parts) if xp is np else parts)
-
-
-def _shift_to_mean(field: BiasField, parts: Iterable[tuple[Any, Any, Any]]) -> BiasField:
-    """The field plus the constant that keeps the mean of the usable voxels.
-
-    Parts are intensities, field and mask, slab by slab or tile by tile, on one device. They are summed plane by
-    plane: so the order of the additions is the image's, and not that of its slabs or tiles.
-    """
-    sums = np.zeros(2)
-    for values, ratio, inside in parts:
-        usable, _ = usable_voxels(values, inside)
-        before = array_module(values).where(usable, values, 0.0).astype(np.float64, copy=False)
-        after = before / ratio
-        for k in range(values.shape[2]):
-            sums += [float(before[:, :, k].sum()), float(after[:, :, k].sum())]
-    return field.shifted(np.log(sums[1] / sums[0]))
+    return samples, intensity
 
 
 @one_blas_thread
@@ -280,13 +242,6 @@ def _divided(field: BiasField, tiles: Tiles, xp: Any) -> Iterator[tuple[Any, Any
         yield np.asarray(values, dtype=np.float32) / ratio, ratio
 
 
-def _ratios(field: BiasField, tiles: Tiles, xp: Any) -> Iterator[Any]:
-    """The field alone."""
-    if xp is np:
-        return (field.ratio_tile(tile) for tile, _ in tiles)
-    return (ratio for _, ratio in _divided(field, tiles, xp))
-
-
 def _scaling(volume: Volume, field: BiasField, dtype: np.dtype, xp: Any) -> tuple[float, float]:
     """The scl_slope and scl_inter with which the corrected image just fits the integer type."""
     low = high = 0.0
@@ -409,7 +364,7 @@ def correct(
         array[..., None] if flat and array is not None else array for array in (volume, mask, weights, out, bias_out)
     )
     samples = _take_samples(image, inside, confidence, size_mm, affine, parameters.shrink_factor)
-    field, history = estimate_field(samples, parameters, xp=xp, threads=available_cores())
+    intensity = MaskIntensity(image.shape, last_mesh("volume", image.shape, size_mm, parameters))
     planes = max(1, TILE_VOXELS // (image.shape[0] * image.shape[1]))
     tiles = [_planes(slice(start, start + planes)) for start in range(0, image.shape[2], planes)]
 
@@ -418,22 +373,17 @@ def correct(
     def parts() -> Tiles:
         return ((tile, image[tile] if resident else to_host(image[tile])) for tile in tiles)
 
-    def inside_tile(tile: Sequence[slice], ratio: Any) -> Any:
-        module = array_module(ratio)
-        return module.ones(ratio.shape, dtype=bool) if inside is None else inside_mask(to_module(inside[tile], module))
-
-    field = _shift_to_mean(
-        field,
-        (
-            (values, ratio, inside_tile(tile, ratio))
-            for (tile, values), ratio in zip(parts(), _ratios(field, parts(), xp), strict=True)
-        ),
-    )
+    for tile, values in parts():
+        module = array_module(values)
+        everywhere = module.ones(values.shape, dtype=bool)
+        within = everywhere if inside is None else inside_mask(to_module(inside[tile], module))
+        intensity.add(values, usable_voxels(values, within)[0], tile[2].start)
+    field, history = estimate_field(samples, parameters, xp=xp, threads=available_cores())
+    field = keep_mean_intensity(field, intensity, "volume")
     if resident:
         from n4flow.kernels.cuda import FieldDivision
 
-        everywhere = _planes(slice(None))
-        FieldDivision(field).divide(everywhere, image.astype(np.float32, copy=False), corrected, bias)
+        FieldDivision(field).divide(_planes(slice(None)), image.astype(np.float32, copy=False), corrected, bias)
     else:
         # a tile is read before it is written: the image may be one of the outputs
         for tile, results in zip(tiles, _divided(field, parts(), xp), strict=True):

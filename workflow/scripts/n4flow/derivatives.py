@@ -14,13 +14,14 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from n4flow.bids import own_uri, raw_uri, sidecars_of
-from n4flow.correction import keep_mean_intensity, read_samples, write_corrected
+from n4flow.correction import read_samples, write_corrected
 from n4flow.device import DeviceChoice, select_device
 from n4flow.estimate import Estimate, estimate_field
 from n4flow.field import BiasField
 from n4flow.files import write_json
 from n4flow.parameters import N4Parameters
 from n4flow.provenance import provenance
+from n4flow.quadrature import keep_mean_intensity
 from n4flow.samples import Samples, shrink_per_axis
 from n4flow.volume import Volume
 
@@ -68,9 +69,9 @@ def correct_scan(
     chosen = select_device(device)
     log.info("%s: computing on %s (%s)", image, chosen.name, chosen.reason)
     volume, inside = Volume(image), Volume(mask)
-    samples = read_samples(volume, inside, parameters.shrink_factor)
+    samples, intensity = read_samples(volume, inside, parameters)
     estimate = estimate_field(samples, parameters, xp=chosen.xp, threads=threads)
-    field = keep_mean_intensity(estimate.field, volume, inside, chosen.xp)
+    field = keep_mean_intensity(estimate.field, intensity, image)
     facts = {**estimate_facts(estimate, samples, parameters), "Device": chosen.name, "DeviceReason": chosen.reason}
     packages = ("cupy",) if chosen.kind == "gpu" else ("numba",)
     write_derivatives(volume, {"mask": mask}, files, field, facts, packages, start, keep_dtype=keep_dtype, xp=chosen.xp)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -52,7 +53,7 @@ def estimate_field(
     Returns
     -------
     Estimate
-        The field, whose mean is free (see `correction.keep_mean_intensity`), and the history.
+        The field, whose mean is free (see `quadrature.keep_mean_intensity`), and the history.
 
     Raises
     ------
@@ -64,8 +65,8 @@ def estimate_field(
     Tustison et al. 2010, doi:10.1109/TMI.2010.2046908; ITK's N4BiasFieldCorrectionImageFilter.
     """
     samples = samples.check().cropped()
-    mesh = mesh or initial_mesh(samples, parameters)
-    check_mesh(samples, mesh, parameters)
+    mesh = mesh or initial_mesh(samples.source, samples.image_shape, samples.voxel_size_mm, parameters)
+    warn_of_long_spans(samples, mesh, parameters)
 
     kernels = choose_kernels(samples, parameters, xp, threads)
     lattice = np.zeros(mesh.lattice_shape)
@@ -95,58 +96,72 @@ def estimate_field(
     return Estimate(BiasField(lattice, mesh, samples.image_shape, samples.affine), history)
 
 
-def initial_mesh(samples: Samples, parameters: N4Parameters) -> Mesh:
+def initial_mesh(
+    source: object, image_shape: Sequence[int], voxel_size_mm: Sequence[float], parameters: N4Parameters
+) -> Mesh:
     """The mesh of the first level: so many spans on the image, or spans of a length in mm.
 
     Parameters
     ----------
-    samples : Samples
-        Shape and voxel size are those of their image.
+    source : object
+        Name of the image, for messages.
+    image_shape : three ints
+        Voxels per axis.
+    voxel_size_mm : three floats
     parameters : N4Parameters
 
     Returns
     -------
     Mesh
         `Mesh.of_grid` where `parameters` name spans, else `Mesh.of_distance`.
+
+    Raises
+    ------
+    InputError
+        The mesh of the last level has more spans than samples along an axis: it would fit single voxels.
     """
     if parameters.spans:
-        return Mesh.of_grid(samples.image_shape, parameters.spans)
-    return Mesh.of_distance(samples.image_shape, samples.voxel_size_mm, parameters.spline_distance_mm)
+        mesh = Mesh.of_grid(image_shape, parameters.spans)
+    else:
+        mesh = Mesh.of_distance(image_shape, voxel_size_mm, parameters.spline_distance_mm)
+    grid = [len(p) for p in sample_positions(image_shape, parameters.shrink_factor)]
+    for axis, (spans, count) in enumerate(zip(mesh.spans, grid, strict=True)):
+        if (last := spans * 2**parameters.doublings) > max(count, 1):
+            raise InputError(
+                source,
+                f"the mesh has {last} spans along axis {axis}, which has {count} samples",
+                "raise n4.spline_distance_mm, or lower n4.spans, n4.shrink_factor or the number of levels",
+            )
+    return mesh
 
 
-def check_mesh(samples: Samples, mesh: Mesh, parameters: N4Parameters) -> None:
-    """Refuse a mesh with more spans than samples along an axis: it would fit single voxels.
+def last_mesh(
+    source: object, image_shape: Sequence[int], voxel_size_mm: Sequence[float], parameters: N4Parameters
+) -> Mesh:
+    """The mesh of the last level, that of the field which is found; parameters and errors as of `initial_mesh`."""
+    mesh = initial_mesh(source, image_shape, voxel_size_mm, parameters)
+    for _ in range(parameters.doublings):
+        mesh = mesh.refined()
+    return mesh
 
-    Say so where it is the other way round, and the image so small in a span that it gets no field.
+
+def warn_of_long_spans(samples: Samples, mesh: Mesh, parameters: N4Parameters) -> None:
+    """Say so where an image is so small in a span that it gets no field.
 
     Parameters
     ----------
     samples : Samples
     mesh : Mesh
-        Of the first level; it is the last one that is checked.
+        Of the first level; it is the last one that counts.
     parameters : N4Parameters
-
-    Raises
-    ------
-    InputError
-        The mesh of the last level is finer than the whole grid of samples (before it is cropped).
     """
-    doublings = len(parameters.iterations) - 1 if parameters.mesh == "refined" else 0
-    grid = [len(p) for p in sample_positions(samples.image_shape, parameters.shrink_factor)]
-    for axis, (spans, count) in enumerate(zip(mesh.spans, grid, strict=True)):
-        if spans * 2**doublings > max(count, 1):
-            raise InputError(
-                samples.source,
-                f"the mesh has {spans * 2**doublings} spans along axis {axis}, which has {count} samples",
-                "raise n4.spline_distance_mm, or lower n4.spans, n4.shrink_factor or the number of levels",
-            )
     size = max(
         n / length for n, length, spans in zip(samples.image_shape, mesh.span_voxels, mesh.spans, strict=True) if spans
     )
-    if size * 2**doublings < 0.1:
+    if (share := size * 2**parameters.doublings) < 0.1:
         log.warning(
             "%s: a span of the mesh is %.0f times as long as the image, so that hardly any field can be found; "
             "lower n4.spline_distance_mm, or mend the voxel size",
             samples.source,
-            1 / (size * 2**doublings),
+            1 / share,
         )

@@ -117,6 +117,11 @@ class N4Parameters:
             return self.convergence_threshold
         return self.convergence_threshold * self.strong_field_log / way
 
+    @property
+    def doublings(self) -> int:
+        """How often the spans are doubled from the first level to the last."""
+        return len(self.iterations) - 1 if self.mesh == "refined" else 0
+
     @classmethod
     def from_mapping(cls, mapping: Mapping[str, Any]) -> N4Parameters:
         """Build from plain values, as they stand in a config file or a sidecar.

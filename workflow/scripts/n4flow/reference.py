@@ -12,12 +12,13 @@ from pathlib import Path
 import numpy as np
 
 from n4flow.bspline import basis_matrix, control_points
-from n4flow.correction import keep_mean_intensity, read_samples
+from n4flow.correction import read_samples
 from n4flow.derivatives import CorrectionFiles, estimate_facts, write_derivatives
 from n4flow.errors import InputError
-from n4flow.estimate import Estimate, Iteration, check_mesh, initial_mesh
+from n4flow.estimate import Estimate, Iteration, initial_mesh, warn_of_long_spans
 from n4flow.field import BiasField, Mesh
 from n4flow.parameters import N4Parameters
+from n4flow.quadrature import keep_mean_intensity
 from n4flow.samples import Samples
 from n4flow.volume import Volume
 
@@ -66,12 +67,9 @@ def reference_field(samples: Samples, parameters: N4Parameters) -> Estimate:
             "leave the weights out, or compare with ANTs",
         )
     samples.check()
-    mesh = initial_mesh(samples, parameters)
-    check_mesh(samples, mesh, parameters)
-    if parameters.mesh == "fixed":
-        levels, doublings = [sum(parameters.iterations)], 0
-    else:
-        levels, doublings = list(parameters.iterations), len(parameters.iterations) - 1
+    mesh = initial_mesh(samples.source, samples.image_shape, samples.voxel_size_mm, parameters)
+    warn_of_long_spans(samples, mesh, parameters)
+    levels = [sum(parameters.iterations)] if parameters.mesh == "fixed" else list(parameters.iterations)
 
     padding, grid_mesh = _grid_like(mesh, samples)
     # a single plane is a 2-D image to ITK
@@ -110,7 +108,7 @@ def reference_field(samples: Samples, parameters: N4Parameters) -> Estimate:
     log_field = sitk.GetArrayFromImage(n4.GetLogBiasFieldAsImage(image)).T.astype(np.float64)
     n4.RemoveAllCommands()
 
-    for _ in range(doublings):
+    for _ in range(parameters.doublings):
         grid_mesh = grid_mesh.refined()
     lattice = _recover_lattice(log_field.reshape(_padded_shape(samples, padding)), grid_mesh)
     return Estimate(BiasField(lattice, grid_mesh, samples.image_shape, samples.affine), history)
@@ -150,10 +148,11 @@ def reference_scan(
     counts = tuple(max(1, levels.count(level + 1)) for level in range(len(parameters.iterations)))
     parameters = replace(parameters, iterations=counts, convergence_threshold=0.0, strong_field_log=None)
     volume, inside = Volume(image), Volume(mask)
-    samples = read_samples(volume, inside, parameters.shrink_factor)
+    samples, intensity = read_samples(volume, inside, parameters)
     estimate = reference_field(samples, parameters)
     facts = {**estimate_facts(estimate, samples, parameters), "Device": "CPU", "Threads": THREADS}
-    field = keep_mean_intensity(estimate.field, volume, inside)
+    # its mesh is ours, but for a rounding to whole samples
+    field = keep_mean_intensity(estimate.field, intensity, image)
     write_derivatives(volume, {"mask": mask}, files, field, facts, ("SimpleITK",), start, keep_dtype=keep_dtype, xp=np)
 
 

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import nibabel as nib
 import numpy as np
 
-from n4flow.correction import keep_mean_intensity
+from n4flow.correction import read_samples
 from n4flow.derivatives import CorrectionFiles, correct_scan, write_derivatives
 from n4flow.field import BiasField
 from n4flow.files import atomic_text
@@ -24,6 +24,7 @@ from n4flow.qc import panels
 from n4flow.qc.definitions import COLUMNS, DEFINITIONS
 from n4flow.qc.pages import Subject, data_uri, measure_subject
 from n4flow.qc.rendering import number, render
+from n4flow.quadrature import keep_mean_intensity
 from n4flow.reference import reference_scan
 from n4flow.volume import Volume
 
@@ -98,7 +99,8 @@ def _leaking(bench: _Bench) -> _Made:
 def _inverted(bench: _Bench) -> _Made:
     good = bench.good_field()
     turned = replace(good, lattice=-good.lattice)
-    return bench.divide("inverted", keep_mean_intensity(turned, Volume(bench.image), Volume(bench.mask)))
+    _, intensity = read_samples(bench.image, bench.mask, N4Parameters())
+    return bench.divide("inverted", keep_mean_intensity(turned, intensity, bench.image))
 
 
 def _nothing(bench: _Bench) -> _Made:

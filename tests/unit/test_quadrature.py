@@ -1,0 +1,130 @@
+"""The mean that division by a field leaves, from the nodes, beside the sum over all voxels."""
+
+import gzip
+
+import nibabel as nib
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.testing import assert_array_equal
+
+from n4flow.correction import read_samples
+from n4flow.derivatives import CorrectionFiles, correct_scan
+from n4flow.errors import InputError
+from n4flow.field import BiasField, Mesh
+from n4flow.parameters import N4Parameters
+from n4flow.quadrature import MaskIntensity, keep_mean_intensity
+from n4flow.volume import Volume
+
+
+def gathered(values, usable, mesh, planes=3):
+    intensity = MaskIntensity(values.shape, mesh)
+    for start in range(0, values.shape[2], planes):
+        slab = (slice(None), slice(None), slice(start, start + planes))
+        intensity.add(values[slab], usable[slab], start)
+    return intensity
+
+
+def random_field(mesh, shape, strength, seed=0):
+    lattice = np.random.default_rng(seed).uniform(-strength, strength, mesh.lattice_shape)
+    return BiasField(lattice, mesh, shape, np.eye(4))
+
+
+def mean_change(field, values, usable):
+    """Voxel by voxel: log of the mean of what is divided, over the mean of what was there."""
+    weights = np.where(usable, values, 0).astype(np.float64)
+    return np.log((weights * np.exp(-field.log_tile((slice(None),) * 3))).sum() / weights.sum())
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.tuples(*[st.integers(1, 60)] * 2, st.integers(1, 40)),
+    st.sampled_from(["grid", "distance"]),
+    st.integers(1, 6),
+    st.floats(0.01, 1.0),
+    st.floats(0.02, 1.0),
+    st.integers(0, 2**32 - 1),
+)
+def test_the_mean_is_that_of_all_voxels(shape, kind, spans, strength, share, seed):
+    rng = np.random.default_rng(seed)
+    mesh = Mesh.of_grid(shape, (spans,) * 3) if kind == "grid" else Mesh.of_distance(shape, (1, 1, 2), 50 / spans)
+    values = rng.uniform(0, 1000, shape) * (rng.random(shape) < 0.9)
+    usable = (values > 0) & (rng.random(shape) < share)
+    usable.ravel()[0], values.ravel()[0] = True, 1.0
+    field = random_field(mesh, shape, strength, seed)
+    kept = keep_mean_intensity(field, gathered(values, usable, mesh), "image")
+    assert mean_change(kept, values, usable) == pytest.approx(0, abs=1e-8)
+
+
+@pytest.mark.parametrize(("spans", "strength", "bound"), [(1, 1.5, 1e-9), (8, 1.0, 1e-9), (40, 0.3, 1e-6)])
+def test_the_mean_is_kept_in_a_strong_field_and_on_a_fine_mesh(head, spans, strength, bound):
+    usable = head.image > 300
+    mesh = Mesh.of_grid(head.image.shape, (spans,) * 3)
+    field = random_field(mesh, head.image.shape, strength)
+    assert abs(mean_change(field, head.image, usable)) > 1e-4
+    kept = keep_mean_intensity(field, gathered(head.image, usable, mesh), "image")
+    assert abs(mean_change(kept, head.image, usable)) <= bound
+
+
+def test_there_are_far_fewer_nodes_than_voxels():
+    shape = (2000, 2000, 2000)
+    for spans in (1, 4, 12, 29, 64):
+        nodes = MaskIntensity(shape, Mesh.of_grid(shape, (spans,) * 3)).nodes
+        assert max(map(len, nodes)) <= 260
+
+
+@pytest.mark.parametrize("planes", [1, 4, 90])
+@pytest.mark.parametrize("order", ["C", "F"])
+def test_slabs_of_any_size_and_order_give_the_same_bits(head, planes, order):
+    mesh = Mesh.of_distance(head.image.shape, (2, 2, 2), 65)
+    usable = head.image > 300
+    expected = gathered(head.image, usable, mesh).sums
+    values, usable = (np.array(array, order=order) for array in (head.image, usable))
+    assert_array_equal(gathered(values, usable, mesh, planes).sums, expected)
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int16, np.uint64, np.float32, np.float64, np.longdouble])
+def test_voxels_that_are_not_usable_do_not_count(dtype):
+    values = np.random.default_rng(0).integers(1, 200, (13, 14, 15)).astype(dtype)
+    usable = values > 20
+    expected = gathered(np.where(usable, values, 0), usable, mesh := Mesh.of_grid(values.shape, (1, 1, 1))).sums
+    if values.dtype.kind == "f":
+        values[~usable] = np.random.default_rng(0).choice([np.nan, np.inf, -np.inf, -1e30], np.sum(~usable))
+    assert_array_equal(gathered(values, usable, mesh).sums, expected)
+    assert expected.sum() == pytest.approx(values[usable].sum(dtype=np.float64))
+
+
+def test_what_is_no_field_is_refused(head):
+    mesh = Mesh.of_grid(head.image.shape, (4, 4, 4))
+    field = random_field(mesh, head.image.shape, 5000)
+    with pytest.raises(InputError, match=r"scan\.nii: the field .* orders of magnitude"):
+        keep_mean_intensity(field, gathered(head.image, head.image > 300, mesh), "scan.nii")
+
+
+def test_a_mesh_that_is_too_fine_is_refused_before_memory_is_taken_for_it(head, tmp_path):
+    for name, values in (("image.nii", head.image), ("mask.nii", (head.image > 300).astype(np.uint8))):
+        nib.save(nib.Nifti1Image(values, np.eye(4)), tmp_path / name)
+    with pytest.raises(InputError, match="spans along axis 0"):
+        read_samples(tmp_path / "image.nii", tmp_path / "mask.nii", N4Parameters(spline_distance_mm=1e-3))
+
+
+@pytest.mark.parametrize("frames", [1, 3])
+def test_a_large_compressed_image_is_decompressed_twice(head, tmp_path, monkeypatch, frames):
+    """Once for the samples, once for the tiles: what the mean needs is taken along with the samples."""
+    series = np.stack([head.image] * frames, axis=3).squeeze()
+    for name, values in (("image.nii", series), ("mask.nii", (head.image > 300).astype(np.uint8))):
+        nib.save(nib.Nifti1Image(values, np.diag([2, 2, 2, 1])), tmp_path / name)
+    image = tmp_path / "image.nii.gz"
+    image.write_bytes(gzip.compress((tmp_path / "image.nii").read_bytes(), 1))
+    monkeypatch.setattr("n4flow.volume.KEPT_BYTES", 0)
+    passes, slabs = [], Volume.slabs
+
+    def counted(self, planes=None):
+        passes.append(self.path)
+        return slabs(self, planes)
+
+    monkeypatch.setattr(Volume, "slabs", counted)
+    files = CorrectionFiles(*(tmp_path / name for name in ("c.nii.gz", "c.json", "f.json")))
+    correct_scan(image, tmp_path / "mask.nii", files, parameters=N4Parameters(iterations=(2,)), device="cpu")
+    assert passes.count(image) == 2

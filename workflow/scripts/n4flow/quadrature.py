@@ -1,0 +1,153 @@
+"""What division by a field makes of the mean of an image, known without its voxels."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from n4flow.bspline import one_blas_thread
+from n4flow.device import array_module, to_host
+from n4flow.errors import InputError
+from n4flow.field import BiasField, Mesh
+
+#: Nodes in a span of the mesh, per axis: they give the mean to 1e-9 where a field changes by a factor of 10 in a span.
+NODES_PER_SPAN = 10
+
+#: About the most nodes along an axis, however many spans: the finer the mesh, the less a field changes in each.
+NODES_PER_AXIS = 256
+
+FEWEST_NODES_PER_SPAN = 4
+
+
+class _Panel(NamedTuple):
+    """The voxels of one span along an axis, and the nodes that stand for them."""
+
+    voxels: slice
+    nodes: slice
+    interpolation: np.ndarray  # (voxels, nodes): what a voxel gets of each node
+
+
+class MaskIntensity:
+    """Intensities in a mask, gathered on the nodes of a quadrature before the field is known that divides them.
+
+    In a span of its mesh a field ``B`` is smooth, and ``exp(-B)`` at a voxel the polynomial through its values at some
+    Chebyshev nodes, to rounding. So the sum of the intensities times ``exp(-B)`` is one over the nodes, each of which
+    counts the intensities times what interpolation gives it at their voxels. No pass over the image is needed for it
+    but the one that takes the samples.
+
+    Parameters
+    ----------
+    shape : three ints
+        Voxels per axis of the image.
+    mesh : Mesh
+        Of the field that is to be found: nodes do not interpolate across the borders of its spans.
+
+    Attributes
+    ----------
+    nodes : three float64 arrays
+        Place of the nodes along each axis, in voxels.
+    sums : array of their lengths, in Fortran order
+        Intensity that each node stands for, in the units of the image.
+
+    References
+    ----------
+    Trefethen, Approximation Theory and Approximation Practice, 2013: interpolation in Chebyshev points.
+    """
+
+    def __init__(self, shape: tuple[int, ...], mesh: Mesh) -> None:
+        axes = [_panels(mesh, axis, n) for axis, n in enumerate(shape)]
+        self.nodes = [nodes for nodes, _ in axes]
+        self._panels = [panels for _, panels in axes]
+        self._panel_of_plane = [panel for panel in self._panels[2] for _ in range(*panel.voxels.indices(shape[2]))]
+        self.sums = np.zeros([len(nodes) for nodes in self.nodes], order="F")
+
+    def add(self, values: Any, usable: Any, first_plane: int) -> None:
+        """Gather a slab; all of them are to be added, in any order.
+
+        Parameters
+        ----------
+        values : (n0, n1, planes) array
+            NumPy or CuPy; real numbers.
+        usable : bool array of the same shape
+            Voxels that count.
+        first_plane : int
+            Index of its first plane.
+        """
+        xp = array_module(values)
+        # in one order, and multiplied plane by plane: the same bits whatever the array's order, and the slab's size
+        counted = xp.zeros(values.shape[::-1])
+        xp.copyto(counted, values.T, where=usable.T)
+        weights = [[xp.asarray(panel.interpolation) for panel in panels] for panels in self._panels[:2]]
+        lines = xp.concatenate(
+            [counted[:, :, panel.voxels] @ w for panel, w in zip(self._panels[0], weights[0], strict=True)], axis=2
+        )
+        planes = xp.concatenate(
+            [w.T @ lines[:, panel.voxels] for panel, w in zip(self._panels[1], weights[1], strict=True)], axis=1
+        )
+        for k, plane in enumerate(to_host(planes), start=first_plane):
+            panel = self._panel_of_plane[k]
+            row = panel.interpolation[k - panel.voxels.start]
+            self.sums.T[panel.nodes] += row[:, None, None] * plane
+
+
+@one_blas_thread
+def keep_mean_intensity(field: BiasField, intensity: MaskIntensity, source: object) -> BiasField:
+    """Fix the constant of a field so that the mean of the gathered intensities does not change.
+
+    A constant factor may move freely between image and field: N4 leaves it to drift.
+
+    Parameters
+    ----------
+    field : BiasField
+        On the grid of the image.
+    intensity : MaskIntensity
+        Of the whole image.
+    source : object
+        Name of the image, for messages.
+
+    Returns
+    -------
+    BiasField
+
+    Raises
+    ------
+    InputError
+        The field changes so much within a span that it is none.
+    """
+    with np.errstate(over="ignore", invalid="ignore"):
+        change = (intensity.sums * np.exp(-field.log_at(intensity.nodes))).sum() / intensity.sums.sum()
+    if not (np.isfinite(change) and change > 0):
+        raise InputError(
+            source,
+            "the field that was found changes by many orders of magnitude within one span of the mesh",
+            "check the image and its mask, or raise n4.spline_distance_mm",
+        )
+    # no further than it is known: other processors round the sums otherwise, and would get other bits of a field
+    return field.shifted(round(float(np.log(change)), 10))
+
+
+def _panels(mesh: Mesh, axis: int, voxels: int) -> tuple[np.ndarray, list[_Panel]]:
+    """Places of the nodes along an axis, and the panels."""
+    spans = max(1, mesh.spans[axis])
+    most = max(FEWEST_NODES_PER_SPAN, min(NODES_PER_SPAN, NODES_PER_AXIS // spans))
+    span = np.clip(np.floor(mesh.coordinate(axis, np.arange(voxels))), 0, spans - 1)
+    borders = [0, *(np.flatnonzero(np.diff(span)) + 1).tolist(), voxels]
+    nodes: list[float] = []
+    panels = []
+    for start, stop in pairwise(borders):
+        count = min(most, stop - start)
+        if count == stop - start:  # each voxel is a node
+            places, interpolation = np.arange(start, stop, dtype=np.float64), np.eye(count)
+        else:
+            middle, half = (start + stop - 1) / 2, (stop - 1 - start) / 2
+            angles = (np.arange(count) + 0.5) * np.pi / count
+            places = middle + half * np.cos(angles)
+            # the sum of the Chebyshev polynomials of voxel and node: their discrete orthogonality
+            degrees = np.arange(count)[:, None]
+            of_voxels = np.cos(degrees * np.arccos(np.linspace(-1, 1, stop - start)))
+            interpolation = (2 * of_voxels.T @ np.cos(degrees * angles) - 1) / count
+        panels.append(_Panel(slice(start, stop), slice(len(nodes), len(nodes) + count), interpolation))
+        nodes += places.tolist()
+    return np.array(nodes), panels
