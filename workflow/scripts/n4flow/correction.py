@@ -168,10 +168,11 @@ def _largest_error(values: np.ndarray, written: np.ndarray, ratio: np.ndarray, r
     """
     with np.errstate(over="ignore", invalid="ignore"):  # what float32 does not hold comes out as infinite
         original = values.astype(np.float32)
-        error = np.multiply(written, ratio, dtype=np.float32) - original
+        error = np.multiply(written, ratio, dtype=np.float32)
+        error -= original
         if values.dtype.kind == "f" and not (finite := np.isfinite(values)).all():
             original[~finite] = error[~finite] = 0
-        size = np.abs(original)
+        size = np.abs(original, out=original)
         floor = max(np.float32(1e-6) * size.max(), np.finfo(np.float32).tiny)  # below tiny it has fewer digits
         np.abs(error, out=error)
         if rounding:
