@@ -62,6 +62,7 @@ PACKAGE_FILES = [
     "qc/templates/tune.html",
     "qc/tune.py",
     "qc/viewer.py",
+    "quadrature.py",
     "ratings.py",
     "reference.py",
     "samples.py",
