@@ -104,8 +104,10 @@ def test_too_few_samples_one_intensity_and_too_fine_a_mesh_are_refused(small_hea
     image, mask = small_head
     few = np.zeros_like(mask)
     few[10:15, 10:15, 10:15] = True
-    with pytest.raises(InputError, match=r"only 125 usable samples .* fewer than 1000"):
+    with pytest.raises(InputError, match=r"only 125 usable samples .* fewer than 1000; give a larger mask"):
         estimate_field(samples_of(image, few), N4Parameters())
+    with pytest.raises(InputError, match="fewer than 1000; leave it out: 9 x 8 x 7 voxels are too few for a field"):
+        estimate_field(samples_of(image[:9, :8, :7], np.ones((9, 8, 7), dtype=bool)), N4Parameters())
     with pytest.raises(InputError, match="the same intensity"):
         estimate_field(samples_of(np.full_like(image, 7.0), np.ones_like(mask)), N4Parameters())
     with pytest.raises(InputError, match="spans along axis 0"):

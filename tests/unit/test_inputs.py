@@ -297,6 +297,12 @@ def test_field_that_is_not_there_is_one_line_for_each_row(rows, lines):
         assert problem.startswith(f"sheet.tsv, line {number}: {f'field_from {words}' if words else ''}")
 
 
+def test_a_sheet_of_a_spreadsheet_in_another_encoding_is_told_how_to_be_saved():
+    Path("sheet.tsv").write_text("subject\timage\n01\ta.nii\n", encoding="utf-16")
+    with pytest.raises(InputError, match=r"sheet\.tsv: is no text in UTF-8; save it as tab-separated text in UTF-8"):
+        read_sheet("sheet.tsv", SHEET_SCHEMA)
+
+
 def test_two_columns_are_enough_in_any_order():
     assert sheet("image subject\na.nii 01") == [Scan("01", "", "T1w", "a.nii")]
 

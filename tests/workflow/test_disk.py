@@ -93,6 +93,22 @@ def test_read_only_folder_ends_the_run_before_its_first_job(folder, contents):
     assert {path: path.read_bytes() for path in contents} == contents
 
 
+def test_folder_of_one_scan_that_cannot_be_written_ends_the_run_before_its_first_job(folder):
+    place = folder / "results" / NEXT.folder
+    mount("-t", "tmpfs", "-o", "ro,size=4k", "tmpfs", place)
+    try:
+        done = snakemake(folder, results_of(NEXT)["page"], "--cores", 1)
+        other = snakemake(folder, results_of(DONE)["page"], "--cores", 1)
+    finally:
+        subprocess.run(["umount", place], check=True)
+    assert other.returncode == 0, other.stdout  # nothing is to be written there
+    assert done.returncode == 1
+    said = f"{place}: cannot be written (Read-only file system); give a folder that can be written to: "
+    assert f"{said}results/{NEXT.folder} is to be there" in done.stdout
+    assert "Traceback" not in done.stdout
+    assert "rule qc:" not in done.stdout
+
+
 def test_second_run_on_a_folder_is_told_of_the_first(folder):
     command = [sys.executable, "-m", "snakemake", "-s", ROOT / "Snakefile", "--directory", folder, "--cores", "1"]
     targets = [results_of(scan)["page"] for scan in SCANS]

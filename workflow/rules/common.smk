@@ -428,11 +428,16 @@ def check_places():
 
     What a run that was killed left half-written is removed.
     """
-    problems = []
-    for place in map(workflow.pathvars.apply, ("<results>", "<logs>", "<benchmarks>")):
-        if problem := why_not_writable(place):
-            problems.append(f"{problem}: {place} is to be there (pathvars in the config)")
+    places = [*map(workflow.pathvars.apply, ("<results>", "<logs>", "<benchmarks>"))]
+    for place in places:
         remove_abandoned(place)
+    # a folder in them may be another user's, of a container say
+    made = (os.path.dirname(path) for job in workflow.dag.needrun_jobs() for path in job.output)
+    unwritable = {}
+    for place in dict.fromkeys([*places, *made]):
+        if problem := why_not_writable(place):
+            unwritable.setdefault(problem, place)
+    problems = [f"{problem}: {place} is to be there (pathvars in the config)" for problem, place in unwritable.items()]
     # a cluster's login node has no GPU, nor has Snakemake's own environment CuPy where the rules have theirs
     may_ask = workflow.local_exec and not workflow.deployment_settings.deployment_method
     if config["device"] == "gpu" and workflow.global_resources["gpu"] != 0 and may_ask and jobs_on_gpu():

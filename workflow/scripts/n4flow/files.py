@@ -20,7 +20,7 @@ REMEDIES = {
     errno.EDQUOT: "make room there or ask for a larger quota, then run the same command again",
     errno.EFBIG: "raise the limit on the size of files (ulimit -f), then run the same command again",
     errno.EROFS: "give a folder that can be written to",
-    errno.EACCES: "give a folder that you may write to",
+    errno.EACCES: "give a folder that you may write to, or change its owner or permissions",
     errno.ENOENT: "give a path in a folder that is there",
 }
 

@@ -197,7 +197,9 @@ def read_table(
             reader = csv.DictReader(file, delimiter="\t", strict=True, quoting=quoting)
             rows = [(reader.line_num, row) for row in reader]
             columns = reader.fieldnames or []
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
+    except UnicodeDecodeError:
+        raise InputError(path, "is no text in UTF-8", "save it as tab-separated text in UTF-8") from None
+    except (OSError, csv.Error) as error:
         raise InputError(path, f"cannot be read ({error})", "give a tab-separated sheet") from None
     problems = [
         f"{path}: unknown column {column!r}; known are {', '.join(known)}" for column in columns if column not in known

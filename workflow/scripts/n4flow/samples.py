@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Self
@@ -76,7 +77,9 @@ class Samples:
                 self.source,
                 f"only {count} usable samples inside the mask after shrinking, fewer than {MINIMUM_SAMPLES}"
                 + describe_dropped(self.dropped),
-                "give a larger mask or a smaller n4.shrink_factor",
+                "give a larger mask or a smaller n4.shrink_factor"
+                if math.prod(self.image_shape) >= MINIMUM_SAMPLES
+                else f"leave it out: {' x '.join(map(str, self.image_shape))} voxels are too few for a field",
             )
         one = self.log_image[np.unravel_index(used.argmax(), used.shape)]
         # plane by plane: as a rule the first one has another intensity
