@@ -64,7 +64,7 @@ class MaskIntensity:
         self.sums = np.zeros([len(nodes) for nodes in self.nodes], order="F")
 
     def add(self, values: Any, usable: Any, first_plane: int) -> None:
-        """Gather a slab; all of them are to be added, in any order.
+        """Gather a slab; all of them are to be added, from the first to the last.
 
         Parameters
         ----------
