@@ -151,7 +151,7 @@ def reference_scan(
     samples, intensity = read_samples(volume, inside, parameters)
     estimate = reference_field(samples, parameters)
     facts = {**estimate_facts(estimate, samples, parameters), "Device": "CPU", "Threads": THREADS}
-    # its mesh is ours, but for a rounding to whole samples
+    # its mesh is ours but for a rounding to whole samples: the mean is right to 1e-6
     field = keep_mean_intensity(estimate.field, intensity, image)
     write_derivatives(volume, {"mask": mask}, files, field, facts, ("SimpleITK",), start, keep_dtype=keep_dtype, xp=np)
 
