@@ -110,5 +110,5 @@ def test_a_shrink_factor_larger_than_an_axis_is_limited(strong, shrink_factor):
 
 
 def test_a_volume_of_few_voxels_is_refused_in_words():
-    with pytest.raises(InputError, match=r"only 27 usable samples .* give a larger mask or a smaller n4.shrink_factor"):
+    with pytest.raises(InputError, match=r"only 27 usable samples .* leave it out: 3 x 3 x 3 voxels are too few"):
         correct(np.arange(1.0, 28.0).reshape(3, 3, 3), voxel_size_mm=(1, 1, 1), device="cpu")
