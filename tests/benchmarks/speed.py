@@ -182,10 +182,15 @@ def forget_peak():
     Path("/proc/self/clear_refs").write_text("5")
 
 
+def warm_up(method):
+    """Let a method import what it needs, and compile."""
+    small = np.random.default_rng(0).uniform(50, 100, (20, 20, 20)).astype(np.float32)
+    method(small, small > 0)
+
+
 def serve(connection, method, image, mask):
     """Run a method whenever asked; send seconds, field and memory."""
-    small = np.random.default_rng(0).uniform(50, 100, (20, 20, 20)).astype(np.float32)
-    method(small, small > 0)  # imports, and compiles
+    warm_up(method)
     before = memory_mb("VmRSS")
     forget_peak()
     while connection.recv():
@@ -328,8 +333,7 @@ def make_large(path, shape):
 
 def large():
     """Rows of the fourth table."""
-    small = np.random.default_rng(0).uniform(50, 100, (20, 20, 20)).astype(np.float32)
-    compiled(small, small > 0)  # into the cache on disk, or the first row of a new clone would have it
+    warm_up(compiled)  # into the cache on disk, or the first row of a new clone would have it
     rows = []
     for shape in ((256, 256, 400), (256, 1024, 1024), (1024, 1024, 2048)):
         with tempfile.TemporaryDirectory() as folder:

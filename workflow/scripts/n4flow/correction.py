@@ -16,7 +16,7 @@ from threadpoolctl import threadpool_limits
 from n4flow.bspline import one_blas_thread
 from n4flow.device import DeviceChoice, array_module, available_cores, select_device, to_host, to_module
 from n4flow.errors import InputError
-from n4flow.estimate import Iteration, estimate_field, last_mesh
+from n4flow.estimate import Iteration, estimate_field, initial_mesh
 from n4flow.field import BiasField
 from n4flow.parameters import N4Parameters
 from n4flow.quadrature import MaskIntensity, keep_mean_intensity
@@ -60,8 +60,8 @@ def read_samples(
     volume = image if isinstance(image, Volume) else Volume(image)
     mask = mask if isinstance(mask, Volume) else Volume(mask)
     volume.check_same_grid(mask, "mask")
-    mesh = last_mesh(volume.path, volume.shape, volume.voxel_size_mm, parameters)
-    intensity = MaskIntensity(volume.shape, mesh)
+    mesh = initial_mesh(volume.path, volume.shape, volume.voxel_size_mm, parameters)
+    intensity = MaskIntensity(volume.shape, mesh.refined(parameters.doublings))
     positions = sample_positions(volume.shape, parameters.shrink_factor)
     log_image = np.zeros([len(p) for p in positions])
     kept = np.zeros(log_image.shape, dtype=bool)
@@ -365,7 +365,7 @@ def correct(
         array[..., None] if flat and array is not None else array for array in (volume, mask, weights, out, bias_out)
     )
     samples = _take_samples(image, inside, confidence, size_mm, affine, parameters.shrink_factor)
-    intensity = MaskIntensity(image.shape, last_mesh("volume", image.shape, size_mm, parameters))
+    field, history = estimate_field(samples, parameters, xp=xp, threads=available_cores())
     planes = max(1, TILE_VOXELS // (image.shape[0] * image.shape[1]))
     tiles = [_planes(slice(start, start + planes)) for start in range(0, image.shape[2], planes)]
 
@@ -374,12 +374,13 @@ def correct(
     def parts() -> Tiles:
         return ((tile, image[tile] if resident else to_host(image[tile])) for tile in tiles)
 
+    intensity = MaskIntensity(image.shape, field.mesh)
     for tile, values in parts():
         module = array_module(values)
-        everywhere = module.ones(values.shape, dtype=bool)
-        within = everywhere if inside is None else inside_mask(to_module(inside[tile], module))
+        within = (
+            module.ones(values.shape, dtype=bool) if inside is None else inside_mask(to_module(inside[tile], module))
+        )
         intensity.add(values, usable_voxels(values, within)[0], tile[2].start)
-    field, history = estimate_field(samples, parameters, xp=xp, threads=available_cores())
     field = keep_mean_intensity(field, intensity, "volume")
     if resident:
         from n4flow.kernels.cuda import FieldDivision

@@ -135,16 +135,6 @@ def initial_mesh(
     return mesh
 
 
-def last_mesh(
-    source: object, image_shape: Sequence[int], voxel_size_mm: Sequence[float], parameters: N4Parameters
-) -> Mesh:
-    """The mesh of the last level, that of the field which is found; parameters and errors as of `initial_mesh`."""
-    mesh = initial_mesh(source, image_shape, voxel_size_mm, parameters)
-    for _ in range(parameters.doublings):
-        mesh = mesh.refined()
-    return mesh
-
-
 def warn_of_long_spans(samples: Samples, mesh: Mesh, parameters: N4Parameters) -> None:
     """Say so where an image is so small in a span that it gets no field.
 

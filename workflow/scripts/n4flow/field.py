@@ -155,9 +155,12 @@ class Mesh:
         """Basis matrices at these voxel indices, per axis."""
         return [self.basis(axis, index) for axis, index in enumerate(positions)]
 
-    def refined(self) -> Mesh:
-        """The mesh with twice as many spans on the same domain."""
-        return Mesh(tuple(2 * s for s in self.spans), self.start, tuple(length / 2 for length in self.span_voxels))
+    def refined(self, doublings: int = 1) -> Mesh:
+        """The mesh with twice as many spans on the same domain, or with those doubled so often."""
+        times = 2**doublings
+        return Mesh(
+            tuple(times * s for s in self.spans), self.start, tuple(length / times for length in self.span_voxels)
+        )
 
 
 @dataclass(frozen=True, eq=False)

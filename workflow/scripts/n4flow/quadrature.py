@@ -79,12 +79,11 @@ class MaskIntensity:
         # in one order, and multiplied plane by plane: the same bits whatever the array's order, and the slab's size
         counted = xp.zeros(values.shape[::-1])
         xp.copyto(counted, values.T, where=usable.T)
-        weights = [[xp.asarray(panel.interpolation) for panel in panels] for panels in self._panels[:2]]
         lines = xp.concatenate(
-            [counted[:, :, panel.voxels] @ w for panel, w in zip(self._panels[0], weights[0], strict=True)], axis=2
+            [counted[:, :, panel.voxels] @ xp.asarray(panel.interpolation) for panel in self._panels[0]], axis=2
         )
         planes = xp.concatenate(
-            [w.T @ lines[:, panel.voxels] for panel, w in zip(self._panels[1], weights[1], strict=True)], axis=1
+            [xp.asarray(panel.interpolation).T @ lines[:, panel.voxels] for panel in self._panels[1]], axis=1
         )
         for k, plane in enumerate(to_host(planes), start=first_plane):
             panel = self._panel_of_plane[k]

@@ -108,8 +108,7 @@ def reference_field(samples: Samples, parameters: N4Parameters) -> Estimate:
     log_field = sitk.GetArrayFromImage(n4.GetLogBiasFieldAsImage(image)).T.astype(np.float64)
     n4.RemoveAllCommands()
 
-    for _ in range(parameters.doublings):
-        grid_mesh = grid_mesh.refined()
+    grid_mesh = grid_mesh.refined(parameters.doublings)
     lattice = _recover_lattice(log_field.reshape(_padded_shape(samples, padding)), grid_mesh)
     return Estimate(BiasField(lattice, grid_mesh, samples.image_shape, samples.affine), history)
 
