@@ -51,7 +51,7 @@ def head_samples(shape):
 
 def run_level(kernels, samples, parameters):
     """What `estimate_field` does, once the samples are on the device."""
-    mesh = initial_mesh(samples.source, samples.image_shape, samples.voxel_size_mm, parameters)
+    mesh = initial_mesh(samples.image_shape, samples.voxel_size_mm, parameters)
     kernels.start_level(np.zeros(mesh.lattice_shape), mesh.bases(samples.positions))
     for _ in range(parameters.iterations[0]):
         kernels.subtract(kernels.fit(kernels.sharpen()))
@@ -134,7 +134,7 @@ def measure_estimate(cupy, bandwidth, peak):
     ]
     field = BiasField(
         lattice,
-        initial_mesh(samples.source, samples.image_shape, samples.voxel_size_mm, parameters),
+        initial_mesh(samples.image_shape, samples.voxel_size_mm, parameters),
         samples.image_shape,
         samples.affine,
     )

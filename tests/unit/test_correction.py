@@ -408,6 +408,20 @@ def test_arrays_that_cannot_be_meant_are_refused_and_nan_in_a_mask_is_outside(he
     image = head.image.copy()
     with pytest.raises(ValueError, match="out overlaps the volume without being it"):
         correct(image, voxel_size_mm=(2, 2, 2), out=image[:, :, ::-1])
+    with pytest.raises(ValueError, match="mask: need real numbers, got <U1"):
+        correct(image, np.where(mask_of_head, "1", "0"), voxel_size_mm=(2, 2, 2))
+    with pytest.raises(ValueError, match="weights: need real numbers, got complex128"):
+        correct(image, weights=mask_of_head * 1j, voxel_size_mm=(2, 2, 2))
+    field = BiasField(np.zeros((4, 1, 1)), Mesh.of_grid((5, 1, 1), (1, 1, 1)), (5, 1, 1), np.eye(4))
+    sheared = np.eye(4)
+    sheared[1, :3] = 1, 1e-13, 0
+    perspective = np.eye(4)
+    perspective[3, 0] = 1
+    for affine, said in ((sheared, "cannot be inverted"), (perspective, "no affine"), (np.eye(4) * np.nan, "affine")):
+        with pytest.raises(ValueError, match=said):
+            correct(image, voxel_size_mm=(2, 2, 2), affine=affine)
+        with pytest.raises(ValueError, match=said):
+            field.on_grid((5, 5), affine)
     with_nan = np.where(mask_of_head, 1, np.nan)
     expected = correct(head.image, mask_of_head, voxel_size_mm=(2, 2, 2), device="cpu")
     result = correct(head.image, with_nan, voxel_size_mm=(2, 2, 2), device="cpu")
@@ -418,7 +432,10 @@ def test_arrays_that_cannot_be_meant_are_refused_and_nan_in_a_mask_is_outside(he
     ("volume", "given", "said"),
     [
         ([[1.0, 2.0]], {}, "NumPy or CuPy array"),
-        (np.ma.masked_equal(np.ones((20, 20, 20)), 1), {}, "mask of a masked one"),
+        (np.ma.masked_equal(np.ones((20, 20, 20)), 1), {}, "volume: .* what a masked one leaves out"),
+        (np.ones((20, 20, 20)), {"mask": np.ma.masked_equal(np.ones((20, 20, 20)), 1)}, "mask: need a NumPy"),
+        (np.ones((20, 20, 20)), {"weights": np.ma.masked_equal(np.ones((20, 20, 20)), 1)}, "weights: need a NumPy"),
+        (np.ones((20, 20, 20)), {"mask": [[1.0]]}, "mask: need a NumPy"),
         (np.ones((20, 20, 20)), {"parameters": {"shrink_factor": 1}}, "from_mapping"),
     ],
 )

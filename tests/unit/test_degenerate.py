@@ -1,9 +1,11 @@
 """Input at the edge of sense: it works within a stated error, or it ends in words. Never is the input handed back."""
 
+import nibabel as nib
 import numpy as np
 import pytest
 
 from n4flow import InputError, N4Parameters, correct
+from n4flow.correction import read_samples
 from n4flow.phantom import make_phantom
 from tests.conftest import demeaned_error, rms
 
@@ -76,6 +78,16 @@ def test_hot_voxels(strong, count):
     assert error_ratio(image, mask, truth, brain, parameters=N4Parameters(shrink_factor=1)) < 0.7
 
 
+def test_voxels_that_cannot_be_used_do_not_count_in_the_mean_that_is_kept(strong):
+    image, mask, *_ = part_of(strong, np.s_[:, :, :])
+    rng = np.random.default_rng(5)
+    broken = rng.random(image.shape) < 0.02
+    image = np.where(broken, rng.choice([np.nan, np.inf, 0, -1e6], image.shape), image)
+    corrected = correct(image, mask, voxel_size_mm=(2, 2, 2), device="cpu").corrected
+    used = mask & ~broken
+    assert corrected[used].sum(dtype=np.float64) == pytest.approx(image[used].sum(dtype=np.float64), rel=1e-7)
+
+
 def test_zeros_in_the_mask(strong):
     image, mask, truth, brain = part_of(strong, np.s_[:, :, :])
     zeroed = np.where(np.random.default_rng(4).random(image.shape) < 0.01, 0, image)
@@ -112,3 +124,27 @@ def test_a_shrink_factor_larger_than_an_axis_is_limited(strong, shrink_factor):
 def test_a_volume_of_few_voxels_is_refused_in_words():
     with pytest.raises(InputError, match=r"only 27 usable samples .* leave it out: 3 x 3 x 3 voxels are too few"):
         correct(np.arange(1.0, 28.0).reshape(3, 3, 3), voxel_size_mm=(1, 1, 1), device="cpu")
+
+
+@pytest.mark.parametrize(("shape", "size", "preset"), [((9, 8, 7), 5, "itk"), ((5, 5, 5), 100, "mri-head")])
+def test_a_file_of_few_voxels_is_refused_for_them_and_not_for_its_mesh(tmp_path, shape, size, preset):
+    affine = np.diag([size, size, size, 1])
+    nib.save(nib.Nifti1Image(np.arange(1.0, 1 + np.prod(shape)).reshape(shape), affine), tmp_path / "a.nii")
+    nib.save(nib.Nifti1Image(np.ones(shape, dtype=np.uint8), affine), tmp_path / "m.nii")
+    with pytest.raises(InputError, match=r"a\.nii: only .* voxels are too few for a field"):
+        read_samples(tmp_path / "a.nii", tmp_path / "m.nii", N4Parameters.from_mapping({"preset": preset}))
+
+
+@pytest.mark.parametrize(("size", "distance"), [(2e-9, 65), (0.5, 1e9)])
+def test_a_mesh_for_no_image_is_refused_before_there_is_a_field_that_no_one_can_load(strong, size, distance):
+    image, mask, *_ = part_of(strong, np.s_[:, :, :])
+    with pytest.raises(
+        InputError, match=r"volume: a span of the mesh is .* voxels long; lower n4\.spline_distance_mm, or"
+    ):
+        correct(
+            image,
+            mask,
+            voxel_size_mm=(size, size, size / 2),
+            parameters=N4Parameters(spline_distance_mm=distance),
+            device="cpu",
+        )

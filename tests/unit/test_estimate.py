@@ -7,6 +7,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 from n4flow import InputError, N4Parameters, correct
 from n4flow.correction import read_samples
 from n4flow.estimate import estimate_field
+from n4flow.field import Mesh
 from n4flow.kernels import plain
 from n4flow.mask import make_mask, otsu_threshold
 from n4flow.phantom import make_phantom
@@ -112,6 +113,8 @@ def test_too_few_samples_one_intensity_and_too_fine_a_mesh_are_refused(small_hea
         estimate_field(samples_of(np.full_like(image, 7.0), np.ones_like(mask)), N4Parameters())
     with pytest.raises(InputError, match="spans along axis 0"):
         estimate_field(samples_of(image, mask), N4Parameters(spline_distance_mm=0.5))
+    with pytest.raises(InputError, match="spans along axis 0"):
+        estimate_field(samples_of(image, mask), N4Parameters(), mesh=Mesh.of_grid(image.shape, (99, 2, 2)))
 
 
 @pytest.mark.data

@@ -153,12 +153,14 @@ def test_the_check_shows_no_stopping_rule(tissues, tmp_path, preset, inu_percent
     assert rms(difference - difference.mean()) < 3e-3
 
 
+@pytest.mark.parametrize("step", [1, 4], ids=["isotropic", "thick"])
 @pytest.mark.parametrize("preset", ["mri-head", "mri-brain", "itk"])
-def test_both_keep_the_mean_in_the_mask(head, tmp_path, preset):
+def test_both_keep_the_mean_in_the_mask(head, tmp_path, preset, step):
     """SimpleITK's mesh differs from the one that the intensities are gathered for by a rounding to whole samples."""
-    mask = head.image > 300
-    for name, array in (("image", head.image), ("mask", mask.astype(np.uint8))):
-        nib.save(nib.Nifti1Image(array, np.diag([2.0, 2, 2, 1])), tmp_path / f"{name}.nii")
+    original = head.image[:, :, ::step]
+    mask = original > 300
+    for name, array in (("image", original), ("mask", mask.astype(np.uint8))):
+        nib.save(nib.Nifti1Image(array, np.diag([2.0, 2, 2 * step, 1])), tmp_path / f"{name}.nii")
     inputs = tmp_path / "image.nii", tmp_path / "mask.nii"
     ours, reference = (
         CorrectionFiles(*(tmp_path / f"{who}-{role}" for role in ("c.nii", "c.json", "f.json"))) for who in "or"
@@ -166,6 +168,6 @@ def test_both_keep_the_mean_in_the_mask(head, tmp_path, preset):
     parameters = N4Parameters.from_mapping({"preset": preset, "iterations": [10] * (4 if preset == "itk" else 2)})
     correct_scan(*inputs, ours, parameters=parameters, device="cpu")
     reference_scan(*inputs, ours.sidecar, reference, parameters=parameters)
-    for files, bound in ((ours, 1e-8), (reference, 3e-6)):
+    for files, bound in ((ours, 1e-8), (reference, 1e-5)):
         corrected = np.asarray(nib.load(files.corrected).dataobj, dtype=np.float64)
-        assert corrected[mask].sum() == pytest.approx(head.image[mask].sum(dtype=np.float64), rel=bound)
+        assert corrected[mask].sum() == pytest.approx(original[mask].sum(dtype=np.float64), rel=bound)

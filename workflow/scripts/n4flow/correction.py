@@ -16,11 +16,21 @@ from threadpoolctl import threadpool_limits
 from n4flow.bspline import one_blas_thread
 from n4flow.device import DeviceChoice, array_module, available_cores, select_device, to_host, to_module
 from n4flow.errors import InputError
-from n4flow.estimate import Iteration, estimate_field, initial_mesh
-from n4flow.field import BiasField
+from n4flow.estimate import Iteration, check_mesh, estimate_field, initial_mesh
+from n4flow.field import BiasField, affine_problem
 from n4flow.parameters import N4Parameters
 from n4flow.quadrature import MaskIntensity, keep_mean_intensity
-from n4flow.samples import Samples, check_dropped, check_range, inside_mask, log_where, sample_positions, usable_voxels
+from n4flow.samples import (
+    Samples,
+    beyond_float32,
+    check_count,
+    check_dropped,
+    check_range,
+    inside_mask,
+    log_where,
+    sample_positions,
+    usable_voxels,
+)
 from n4flow.volume import Volume, VolumeWriter
 
 log = logging.getLogger(__name__)
@@ -54,16 +64,18 @@ def read_samples(
     Raises
     ------
     InputError
-        A file cannot be read, the grids differ, the mask is empty or mostly unusable, or the mesh is finer than the
-        samples.
+        A file cannot be read, the grids differ, there are too few samples, the mesh does not fit them, or the mask is
+        empty or mostly unusable.
     """
     volume = image if isinstance(image, Volume) else Volume(image)
     mask = mask if isinstance(mask, Volume) else Volume(mask)
     volume.check_same_grid(mask, "mask")
-    mesh = initial_mesh(volume.path, volume.shape, volume.voxel_size_mm, parameters)
-    intensity = MaskIntensity(volume.shape, mesh.refined(parameters.doublings))
     positions = sample_positions(volume.shape, parameters.shrink_factor)
     log_image = np.zeros([len(p) for p in positions])
+    check_count(volume.path, log_image.size, volume.shape)
+    mesh = initial_mesh(volume.shape, volume.voxel_size_mm, parameters)
+    check_mesh(volume.path, volume.shape, mesh, parameters)
+    intensity = MaskIntensity(volume.shape, mesh.refined(parameters.doublings))
     kept = np.zeros(log_image.shape, dtype=bool)
     dropped: dict[str, int] = {}
     mask_voxels = 0
@@ -146,9 +158,7 @@ def write_corrected(
                 bias_writer.write(ratio)
             worst = max(worst, _largest_error(values, written, ratio, rounding))
             if worst > BEYOND_FLOAT32:  # within the context: nothing of it stays
-                raise InputError(
-                    volume.path, "holds intensities beyond what float32 holds", "multiply the image by a constant"
-                )
+                raise beyond_float32(volume.path)
             log.info(
                 "%s: frame %d of %d, plane %d of %d written",
                 volume.path.name,
@@ -314,13 +324,18 @@ def correct(
     ValueError
         A shape, dtype or voxel size does not fit, the affine cannot be inverted, or a weight is negative or not finite.
     TypeError
-        The volume is no plain array, or the parameters are no `N4Parameters`.
+        An array is none, or a masked one, or the parameters are no `N4Parameters`.
     """
     parameters = parameters or N4Parameters()
     if not isinstance(parameters, N4Parameters):
         raise TypeError("parameters must be N4Parameters, which N4Parameters.from_mapping makes of a dict")
-    if not hasattr(volume, "shape") or isinstance(volume, np.ma.MaskedArray):
-        raise TypeError("need a NumPy or CuPy array, and the mask of a masked one as `mask`")
+    given = {"mask": mask, "weights": weights, "out": out, "bias_out": bias_out}
+    arrays = {"volume": volume} | {name: array for name, array in given.items() if array is not None}
+    for name, array in arrays.items():
+        if not hasattr(array, "dtype") or isinstance(array, np.ma.MaskedArray):
+            raise TypeError(f"{name}: need a NumPy or CuPy array, and what a masked one leaves out as 0 in `mask`")
+        if array.dtype.kind not in "biuf":
+            raise ValueError(f"{name}: need real numbers, got {array.dtype}")
     voxel_size_mm = tuple(np.atleast_1d(voxel_size_mm).tolist())  # plain numbers, also in messages
     shape = tuple(volume.shape)
     if 0 in shape:
@@ -331,10 +346,8 @@ def correct(
         raise ValueError(f"voxel_size_mm must be above 0, got {voxel_size_mm}")
     size_mm = (*voxel_size_mm, 1.0)[:3]
     affine = np.diag([*size_mm, 1.0]) if affine is None else np.array(affine, dtype=np.float64)
-    if affine.shape != (4, 4) or not np.isfinite(affine).all() or np.linalg.det(affine) == 0:
-        raise ValueError("the affine must be a (4, 4) matrix that can be inverted")
-    if volume.dtype.kind not in "biuf":
-        raise ValueError(f"need real numbers, got {volume.dtype}")
+    if problem := affine_problem(affine):
+        raise ValueError(f"the affine {problem}")
     if mask is not None and tuple(mask.shape) != shape:
         raise ValueError(f"the mask has shape {tuple(mask.shape)}, the volume {shape}")
     if weights is not None:

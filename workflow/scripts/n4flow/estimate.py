@@ -10,7 +10,7 @@ import numpy as np
 
 from n4flow.bspline import one_blas_thread, refine
 from n4flow.errors import InputError
-from n4flow.field import BiasField, Mesh
+from n4flow.field import LARGEST_LENGTH, BiasField, Mesh
 from n4flow.kernels import choose_kernels
 from n4flow.parameters import N4Parameters
 from n4flow.samples import Samples, sample_positions
@@ -58,14 +58,15 @@ def estimate_field(
     Raises
     ------
     InputError
-        Too few samples, all of one intensity, or a mesh finer than the samples.
+        Too few samples, all of one intensity, or a mesh that does not fit them (see `check_mesh`).
 
     References
     ----------
     Tustison et al. 2010, doi:10.1109/TMI.2010.2046908; ITK's N4BiasFieldCorrectionImageFilter.
     """
     samples = samples.check().cropped()
-    mesh = mesh or initial_mesh(samples.source, samples.image_shape, samples.voxel_size_mm, parameters)
+    mesh = mesh or initial_mesh(samples.image_shape, samples.voxel_size_mm, parameters)
+    check_mesh(samples.source, samples.image_shape, mesh, parameters)
     warn_of_long_spans(samples, mesh, parameters)
 
     kernels = choose_kernels(samples, parameters, xp, threads)
@@ -96,15 +97,11 @@ def estimate_field(
     return Estimate(BiasField(lattice, mesh, samples.image_shape, samples.affine), history)
 
 
-def initial_mesh(
-    source: object, image_shape: Sequence[int], voxel_size_mm: Sequence[float], parameters: N4Parameters
-) -> Mesh:
+def initial_mesh(image_shape: Sequence[int], voxel_size_mm: Sequence[float], parameters: N4Parameters) -> Mesh:
     """The mesh of the first level: so many spans on the image, or spans of a length in mm.
 
     Parameters
     ----------
-    source : object
-        Name of the image, for messages.
     image_shape : three ints
         Voxels per axis.
     voxel_size_mm : three floats
@@ -114,16 +111,30 @@ def initial_mesh(
     -------
     Mesh
         `Mesh.of_grid` where `parameters` name spans, else `Mesh.of_distance`.
+    """
+    if parameters.spans:
+        return Mesh.of_grid(image_shape, parameters.spans)
+    return Mesh.of_distance(image_shape, voxel_size_mm, parameters.spline_distance_mm)
+
+
+def check_mesh(source: object, image_shape: Sequence[int], mesh: Mesh, parameters: N4Parameters) -> None:
+    """Refuse a mesh that would fit single voxels, and one that fits no image.
+
+    Parameters
+    ----------
+    source : object
+        Name of the image, for messages.
+    image_shape : three ints
+        Voxels per axis.
+    mesh : Mesh
+        Of the first level.
+    parameters : N4Parameters
 
     Raises
     ------
     InputError
-        The mesh of the last level has more spans than samples along an axis: it would fit single voxels.
+        The mesh of the last level has more spans than samples along an axis, or its spans are longer than any image.
     """
-    if parameters.spans:
-        mesh = Mesh.of_grid(image_shape, parameters.spans)
-    else:
-        mesh = Mesh.of_distance(image_shape, voxel_size_mm, parameters.spline_distance_mm)
     grid = [len(p) for p in sample_positions(image_shape, parameters.shrink_factor)]
     for axis, (spans, count) in enumerate(zip(mesh.spans, grid, strict=True)):
         if (last := spans * 2**parameters.doublings) > max(count, 1):
@@ -132,7 +143,12 @@ def initial_mesh(
                 f"the mesh has {last} spans along axis {axis}, which has {count} samples",
                 "raise n4.spline_distance_mm, or lower n4.spans, n4.shrink_factor or the number of levels",
             )
-    return mesh
+    if (longest := max(mesh.span_voxels)) > LARGEST_LENGTH:
+        raise InputError(
+            source,
+            f"a span of the mesh is {longest:.1e} voxels long",
+            "lower n4.spline_distance_mm, or mend the voxel size",
+        )
 
 
 def warn_of_long_spans(samples: Samples, mesh: Mesh, parameters: N4Parameters) -> None:

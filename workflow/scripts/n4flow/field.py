@@ -217,8 +217,14 @@ class BiasField:
         ------
         InputError
             The image does not meet that of the field anywhere.
+        ValueError
+            A shape without voxels, or an affine that cannot be inverted.
         """
         affine = np.asarray(affine, dtype=np.float64)
+        if problem := affine_problem(affine):
+            raise ValueError(f"the affine {problem}")
+        if min(shape) < 1:
+            raise ValueError(f"a grid of shape {tuple(shape)} holds no voxel")
         shape, to_own = _three_axes(shape), self._to_own(affine)
         if not (
             _boxes_meet(to_own, shape, self.image_shape) and _boxes_meet(np.linalg.inv(to_own), self.image_shape, shape)
@@ -459,14 +465,21 @@ def _counts(content: Mapping[str, Any], name: str, least: int) -> tuple[int, ...
 def _matrix(content: Mapping[str, Any], name: str) -> np.ndarray:
     """An affine transform out of JSON."""
     matrix = _numbers(content, name, (4, 4))
-    if (matrix[3] != [0, 0, 0, 1]).any():
-        raise ValueError(f"{name} is no affine matrix")
+    if problem := affine_problem(matrix):
+        raise ValueError(f"{name} {problem}")
+    return matrix
+
+
+def affine_problem(matrix: np.ndarray) -> str:
+    """What keeps a matrix from leading from voxel indices to mm, in words; empty if nothing does."""
+    if matrix.shape != (4, 4) or (matrix[3] != [0, 0, 0, 1]).any():
+        return "is no affine (4, 4) matrix"
     sizes = np.abs(matrix[:3]).max(axis=0)
     if sizes.max() > LARGEST_LENGTH:
-        raise ValueError(f"{name} is beyond any image")
-    if sizes[:3].min() < 1 / LARGEST_LENGTH or np.linalg.cond(matrix[:3, :3]) > LARGEST_CONDITION:
-        raise ValueError(f"{name} cannot be inverted")
-    return matrix
+        return "is beyond any image"
+    if not sizes[:3].min() >= 1 / LARGEST_LENGTH or not np.linalg.cond(matrix[:3, :3]) <= LARGEST_CONDITION:
+        return "cannot be inverted"
+    return ""
 
 
 def _three_axes(shape: Sequence[int]) -> tuple[int, ...]:

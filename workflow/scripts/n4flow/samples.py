@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
@@ -71,16 +71,7 @@ class Samples:
             Too few of them, or all of one intensity.
         """
         used = self.confidence > 0
-        count = int(np.count_nonzero(used))
-        if count < MINIMUM_SAMPLES:
-            raise InputError(
-                self.source,
-                f"only {count} usable samples inside the mask after shrinking, fewer than {MINIMUM_SAMPLES}"
-                + describe_dropped(self.dropped),
-                "give a larger mask or a smaller n4.shrink_factor"
-                if math.prod(self.image_shape) >= MINIMUM_SAMPLES
-                else f"leave it out: {' x '.join(map(str, self.image_shape))} voxels are too few for a field",
-            )
+        check_count(self.source, int(np.count_nonzero(used)), self.image_shape, self.dropped)
         one = self.log_image[np.unravel_index(used.argmax(), used.shape)]
         # plane by plane: as a rule the first one has another intensity
         if not any(np.any(plane[inside] != one) for plane, inside in zip(self.log_image, used, strict=True)):
@@ -182,7 +173,39 @@ def usable_voxels(values: Any, inside: Any) -> tuple[Any, dict[str, int]]:
     return usable, dropped
 
 
-def check_dropped(source: object, dropped: dict[str, int], mask_voxels: int) -> None:
+def check_count(
+    source: object, count: int, image_shape: Sequence[int], dropped: Mapping[str, int] | None = None
+) -> None:
+    """Refuse an image of too few samples.
+
+    Parameters
+    ----------
+    source : object
+        Name of the image, for messages.
+    count : int
+        Samples inside the mask.
+    image_shape : three ints
+        Voxels per axis.
+    dropped : mapping, optional
+        Voxels of the mask that could not be used, by reason.
+
+    Raises
+    ------
+    InputError
+        They cannot carry a histogram.
+    """
+    if count < MINIMUM_SAMPLES:
+        raise InputError(
+            source,
+            f"only {count} usable samples inside the mask after shrinking, fewer than {MINIMUM_SAMPLES}"
+            + describe_dropped(dropped or {}),
+            "give a larger mask or a smaller n4.shrink_factor"
+            if math.prod(image_shape) >= MINIMUM_SAMPLES
+            else f"leave it out: {' x '.join(map(str, image_shape))} voxels are too few for a field",
+        )
+
+
+def check_dropped(source: object, dropped: Mapping[str, int], mask_voxels: int) -> None:
     """Refuse an empty mask, and one of which most voxels have no logarithm; warn of fewer.
 
     Parameters
@@ -232,14 +255,20 @@ def check_range(source: object, log_values: np.ndarray) -> None:
     darkest, brightest = np.log(float(limits.tiny) * 1e3), np.log(float(limits.max) / 10)
     dark = log_values.min(initial=np.inf) <= darkest and np.median(log_values) <= darkest  # seldom asked: it is slow
     if dark or log_values.max(initial=-np.inf) >= brightest:
-        raise InputError(
-            source,
-            f"its intensities, around {np.exp(np.median(log_values)):.1e}, are beyond what float32 holds",
-            "multiply the image by a constant",
-        )
+        middle, most = np.exp(np.median(log_values)), np.exp(log_values.max())
+        raise beyond_float32(source, f"intensities, around {middle:.1e} and up to {most:.1e},")
 
 
-def describe_dropped(dropped: dict[str, int]) -> str:
+def beyond_float32(source: object, intensities: str = "intensities") -> InputError:
+    """The error for an image of intensities that float32, which everything is written in, does not hold."""
+    return InputError(
+        source,
+        f"holds {intensities} beyond what float32 holds",
+        "multiply the image by a constant, or set single voxels that are wrong to 0",
+    )
+
+
+def describe_dropped(dropped: Mapping[str, int]) -> str:
     """The counts in brackets, as they stand in messages; empty if nothing was dropped."""
     reasons = ", ".join(f"{n} {reason}" for reason, n in dropped.items() if n)
     return f" (dropped from the mask: {reasons})" if reasons else ""

@@ -25,6 +25,7 @@ from nibabel.spatialimages import HeaderDataError
 from nibabel.wrapstruct import WrapStructError
 
 from n4flow.errors import InputError
+from n4flow.field import affine_problem
 from n4flow.files import atomic_bytes, missing_file
 
 #: Voxels in a slab: what reading, evaluating and writing hold in memory at a time, per array. So few lie in a core's
@@ -42,9 +43,6 @@ WRITE_BYTES = 2**20
 
 #: Pieces of so many bytes that may wait for being written.
 WAITING_PIECES = 8
-
-#: Axes of an affine that are closer to each other than this lets them be are one: it cannot be inverted.
-LARGEST_CONDITION = 1e12
 
 #: The most that a byte of a compressed file can stand for.
 DEFLATE_RATIO = 1032
@@ -117,6 +115,8 @@ class Volume:
         scale = MM_PER_UNIT.get(self._unit(), 1.0)
         zooms = [float(z) * scale for z in self.header.get_zooms()[:3]]
         self.affine_mm = self.affine * [[scale], [scale], [scale], [1.0]]
+        if problem := affine_problem(self.affine_mm):
+            raise InputError(self.path, f"its affine {problem}", "mend qform or sform in its header")
         self.has_world = bool(self.header["qform_code"] > 0 or self.header["sform_code"] > 0)
         self.voxel_size_mm = tuple((*zooms, 1.0)[:3])
         scale = SECONDS_PER_UNIT.get(self._unit(1), 1.0)
@@ -175,8 +175,6 @@ class Volume:
         if self.dtype.fields is not None or np.issubdtype(self.dtype, np.complexfloating):
             kind = "complex" if self.dtype.fields is None else "colour"
             raise InputError(self.path, f"holds {kind} values", "give an image of real numbers, such as the magnitude")
-        if not np.isfinite(self.affine).all() or np.linalg.cond(self.affine[:3, :3]) > LARGEST_CONDITION:
-            raise InputError(self.path, "its affine cannot be inverted", "mend qform or sform in its header")
         self._bytes = int(data.offset) + math.prod(map(int, shape)) * self.dtype.itemsize
         there = self.path.stat().st_size
         if self.path.suffix != ".gz" and there < self._bytes:

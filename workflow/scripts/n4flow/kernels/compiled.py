@@ -18,6 +18,7 @@ import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -122,7 +123,10 @@ class Cache(FunctionCache):
     def load_overload(self, *arguments: Any) -> Any:
         """Compiled code, or None."""
         try:
-            return super().load_overload(*arguments)  # type: ignore[no-untyped-call]
+            code = super().load_overload(*arguments)  # type: ignore[no-untyped-call]
+            if code is None:
+                say_once(logging.INFO, f"compiling for this CPU, once: {self.cache_path}")
+            return code
         except Exception as error:  # a file that was cut off, by anything
             log.warning("%s: compiled code cannot be read (%r); it is made anew", self.cache_path, error)
             with contextlib.suppress(Exception):
@@ -137,11 +141,23 @@ class Cache(FunctionCache):
             log.warning("%s: compiled code cannot be kept there (%r)", self.cache_path, error)
 
 
+@cache
+def say_once(level: int, message: str) -> None:
+    """Log what holds of many functions."""
+    log.log(level, message)
+
+
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     """Compile a function when it is first called, once a machine; once a process where no cache can be written."""
     made = njit(function, nogil=True, error_model="numpy")
-    with contextlib.suppress(RuntimeError, OSError):
+    try:
         made._cache = Cache(function)  # type: ignore[no-untyped-call]
+    except (RuntimeError, OSError):
+        say_once(
+            logging.WARNING,
+            f"{cache_folder()}: compiled code cannot be kept there, so that every process compiles, for half a minute; "
+            "let XDG_CACHE_HOME name a folder that can be written",
+        )
     return made
 
 
