@@ -1,9 +1,12 @@
 """Config and sample sheet: what is wrong is told before anything runs, a line each."""
 
+import gzip
 import re
 from dataclasses import fields
 from pathlib import Path
 
+import nibabel as nib
+import numpy as np
 import pytest
 import yaml
 
@@ -17,6 +20,7 @@ from n4flow.inputs import (
     read_sheet,
     results_problem,
     tune_problems,
+    voxels_of_frame,
     with_defaults,
 )
 from n4flow.metrics import FLAG_LIMITS
@@ -32,6 +36,34 @@ SHEET_SCHEMA = load_schema(ROOT / "workflow/schemas/samples.schema.yaml")
 def test_config_of_the_repository_is_the_defaults():
     assert config_problems(CONFIG, CONFIG_SCHEMA) == []
     assert with_defaults({}, CONFIG_SCHEMA) == CONFIG
+
+
+@pytest.mark.parametrize("kind", [nib.Nifti1Image, nib.Nifti2Image])
+@pytest.mark.parametrize("extension", [".nii", ".nii.gz"])
+@pytest.mark.parametrize("order", "<>")
+@pytest.mark.parametrize("shape", [(5, 6), (5, 6, 7), (5, 6, 7, 8)])
+def test_voxels_of_a_frame_as_nibabel_has_them(tmp_path, kind, extension, order, shape):
+    path = tmp_path / f"a{extension}"
+    nib.save(kind(np.zeros(shape, dtype=np.uint8), np.eye(4), kind.header_class(endianness=order)), path)
+    assert voxels_of_frame(path) == np.prod(shape[:3])
+
+
+@pytest.mark.parametrize("content", [b"", b"x" * 400, gzip.compress(b"x" * 400)[:30], (348).to_bytes(4, "little")])
+@pytest.mark.parametrize("name", ["a.nii", "a.nii.gz"])
+def test_what_is_no_image_has_no_voxels(tmp_path, name, content):
+    (tmp_path / name).write_bytes(content)
+    assert voxels_of_frame(tmp_path / name) == 0
+    assert voxels_of_frame(tmp_path / "not there.nii") == voxels_of_frame(tmp_path) == 0
+
+
+@pytest.mark.parametrize(
+    ("text", "hint"),
+    [("2", "write 2 "), ("1e-5", r"write 1\.0e-05 "), ("0.5", r"write 0\.5 "), ("1e300", r"write 1\.0e\+300 ")],
+)
+def test_a_number_that_is_text_is_shown_as_yaml_reads_it(text, hint):
+    (problem,) = config_problems(with_defaults({"n4": {"convergence_threshold": text}}, CONFIG_SCHEMA), CONFIG_SCHEMA)
+    assert re.search(hint, problem)
+    assert yaml.safe_load(hint.replace("\\", "").removeprefix("write ")) == float(text)
 
 
 def test_the_order_of_the_keys_in_a_file_does_not_count():

@@ -237,7 +237,7 @@ def test_jobs_on_the_cpu_do_not_wait_for_each_other_where_there_is_a_gpu(raw, tm
     assert {(rule == "n4", int(gpu)) for rule, gpu in asked} == {(False, gpus), (True, 0)}
 
 
-def test_memory_goes_by_the_share_of_the_voxels_that_is_used(raw, tmp_path):
+def test_memory_goes_by_the_voxels_whatever_their_type_and_by_the_share_of_them_that_is_used(raw, tmp_path):
     folder = tmp_path / "copy"
     shutil.copytree(raw, folder)
     asked = {}
@@ -247,5 +247,6 @@ def test_memory_goes_by_the_share_of_the_voxels_that_is_used(raw, tmp_path):
         assert done.returncode == 0, done.stdout
         jobs = re.findall(r"^rule n4:.*?mem_mb=(\d+)", done.stdout, re.M | re.S)
         asked[factor] = sorted(map(int, jobs))
-    size_mb = max((folder / scan.image).stat().st_size for scan in SCANS.values()) / 1e6
-    assert asked[1][-1] - asked[4][-1] == pytest.approx(60 * size_mb * (1 - 1 / 64), abs=1)
+    (megavoxels,) = {np.prod(nib.load(folder / scan.image).shape) / 1e6 for scan in SCANS.values()}
+    (every,), (fourth,) = set(asked[1]), set(asked[4])
+    assert every - fourth == pytest.approx(80 * megavoxels * (1 - 1 / 64), abs=1)

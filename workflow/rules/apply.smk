@@ -21,7 +21,7 @@ rule apply:
     conda:
         "../../envs/n4.yaml"
     resources:
-        mem_mb=memory_mb(baseline=400, per_mb=20),
+        mem_mb=memory_mb(baseline=400, per_voxel=4),
     params:
         keep_dtype=config["output"]["keep_dtype"],
         package=package_digest("derivatives"),

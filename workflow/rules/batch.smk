@@ -25,7 +25,7 @@ for number, scans in FIELD_BATCHES.items():
             "../../envs/n4.yaml"
         resources:
             gpu=1,
-            mem_mb=memory_mb(baseline=400, per_mb=20, per_mb_unshrunk=60),
+            mem_mb=memory_mb(baseline=400, per_voxel=4, per_sample=80),
             attempt=attempt_of,
         params:
             scans=[field_entry(scan) for scan in scans],
@@ -52,7 +52,7 @@ for number, scans in PAGE_BATCHES.items():
         conda:
             "../../envs/qc.yaml"
         resources:
-            mem_mb=memory_mb(baseline=600, per_mb=80),
+            mem_mb=memory_mb(baseline=600, per_voxel=16),
             attempt=attempt_of,
         params:
             scans=[page_entry(scan) for scan in scans],

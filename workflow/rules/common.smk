@@ -85,6 +85,7 @@ from n4flow.inputs import (
     read_sheet,
     results_problem,
     tune_problems,
+    voxels_of_frame,
     with_defaults,
 )
 from n4flow.provenance import package_digest
@@ -398,18 +399,17 @@ def tune_inputs(wildcards):
     }
 
 
-def memory_mb(baseline, per_mb, per_mb_unshrunk=0):
-    """Memory of a job: a baseline, and more for each megabyte of the image's file (of the largest).
+def memory_mb(baseline, per_voxel, per_sample=0):
+    """Memory of a job: a baseline, and so many bytes for each voxel of the image (of the largest).
 
-    Where every voxel is a sample, `per_mb_unshrunk` comes on top, and so much less the further n4.shrink_factor thins
-    them out. Memory grows with each attempt, for executors that end a job that exceeds it.
+    `per_sample` counts for each voxel that is a sample: for fewer, the further n4.shrink_factor thins them out. Memory
+    grows with each attempt, for executors that end a job that exceeds it.
     """
     thinned = config["n4"].get("shrink_factor", 4) ** 3
 
     def resource(wildcards, input, attempt):
-        images = map(Path, input.get("images") or [input.image])
-        size_mb = max(image.stat().st_size / 1e6 if image.is_file() else 0 for image in images)
-        return int(SNAKEMAKE_MB + baseline + (per_mb + per_mb_unshrunk / thinned) * size_mb) * attempt
+        voxels = max(map(voxels_of_frame, input.get("images") or [input.image]))
+        return int(SNAKEMAKE_MB + baseline + (per_voxel + per_sample / thinned) * voxels / 1e6) * attempt
 
     return resource
 

@@ -19,7 +19,7 @@ rule mask:
     conda:
         "../../envs/n4.yaml"
     resources:
-        mem_mb=memory_mb(baseline=300, per_mb=8),
+        mem_mb=memory_mb(baseline=300, per_voxel=2),
         attempt=attempt_of,
     params:
         **SETTINGS["mask"],

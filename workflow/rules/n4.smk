@@ -18,7 +18,7 @@ rule n4:
         "../../envs/n4.yaml"
     resources:
         gpu=gpus_of_n4,
-        mem_mb=memory_mb(baseline=400, per_mb=20, per_mb_unshrunk=60),
+        mem_mb=memory_mb(baseline=400, per_voxel=4, per_sample=80),
         attempt=attempt_of,
     params:
         **SETTINGS["n4"],

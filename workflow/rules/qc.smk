@@ -18,7 +18,7 @@ rule qc:
     conda:
         "../../envs/qc.yaml"
     resources:
-        mem_mb=memory_mb(baseline=600, per_mb=80),
+        mem_mb=memory_mb(baseline=600, per_voxel=16),
         attempt=attempt_of,
     params:
         **SETTINGS["qc"],

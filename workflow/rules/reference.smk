@@ -19,7 +19,7 @@ rule reference:
     conda:
         "../../envs/reference.yaml"
     resources:
-        mem_mb=memory_mb(baseline=500, per_mb=20, per_mb_unshrunk=140),
+        mem_mb=memory_mb(baseline=500, per_voxel=4, per_sample=200),
     params:
         settings=config["n4"],
         keep_dtype=config["output"]["keep_dtype"],

@@ -25,7 +25,7 @@ rule tune_n4:
         "../../envs/n4.yaml"
     resources:
         gpu=1,
-        mem_mb=memory_mb(baseline=400, per_mb=20, per_mb_unshrunk=60),
+        mem_mb=memory_mb(baseline=400, per_voxel=4, per_sample=80),
     params:
         settings=tune_settings,
         keep_dtype=False,
@@ -47,7 +47,7 @@ rule tune:
     conda:
         "../../envs/qc.yaml"
     resources:
-        mem_mb=memory_mb(baseline=600, per_mb=80),
+        mem_mb=memory_mb(baseline=600, per_voxel=16),
     params:
         scans=[(scan.name, with_reference(scan)) for scan in TUNED],
         combinations=list(COMBINATIONS.values()),

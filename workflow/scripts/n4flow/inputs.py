@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import csv
 import difflib
+import gzip
 import itertools
 import math
 import os
+import struct
+import zlib
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -33,6 +36,25 @@ def load_schema(path: str | Path) -> dict[str, Any]:
     import yaml
 
     return yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+
+
+def voxels_of_frame(path: str | Path) -> int:
+    """Voxels of a NIfTI image, of one frame of a series, as its header has them; 0 if it cannot be read (yet).
+
+    In plain Python: Snakemake's own environment may hold no more.
+    """
+    opener: Any = gzip.open if str(path).endswith(".gz") else open
+    try:
+        with opener(path, "rb") as file:
+            header = file.read(80)
+        for size, place in ((348, "40x8h"), (540, "16x8q")):
+            for order in "<>":
+                if struct.unpack_from(f"{order}i", header)[0] == size:
+                    axes, *shape = struct.unpack_from(order + place, header)
+                    return math.prod(max(0, n) for n in shape[: min(axes, 3)])
+    except (OSError, EOFError, zlib.error, struct.error):
+        pass  # its job tells what is wrong
+    return 0
 
 
 def with_defaults(config: Mapping[str, Any], schema: Mapping[str, Any]) -> dict[str, Any]:
@@ -69,8 +91,16 @@ def schema_problems(content: Any, schema: Mapping[str, Any]) -> Iterator[str]:
             message = told.replace("\n", " ")
             remedy = error.schema.get("description", "see config/README.md")
             if isinstance(error.instance, str) and _is_number(error.instance):
-                remedy += f" (it is text to YAML: write {float(error.instance)!r}, without quotes)"
+                remedy += f" (it is text here: write {_yaml_number(error.instance)} without quotes; "
+                remedy += "what --config has in braces is always text, so put it into a config file)"
             yield f"{place + ': ' if place else ''}{message}; {remedy}"
+
+
+def _yaml_number(text: str) -> str:
+    """A number as YAML 1.1 takes it for one."""
+    number = float(text)
+    whole = str(int(number)) if number.is_integer() and abs(number) < 1e15 else repr(number)
+    return whole if "." in whole or "e" not in whole else whole.replace("e", ".0e")
 
 
 def _is_number(text: str) -> bool:

@@ -66,14 +66,14 @@ class N4Parameters:
     wiener_noise: float = 0.01
 
     def __post_init__(self) -> None:
-        for name in ("iterations", "spans"):
-            if isinstance(value := getattr(self, name), Iterable):
-                object.__setattr__(self, name, tuple(value))
+        for name, value in vars(self).copy().items():
+            several = name in ("iterations", "spans") and isinstance(value, Iterable)
+            object.__setattr__(self, name, tuple(map(_plain, value)) if several else _plain(value))
         iterations: Any = self.iterations
         spans: Any = self.spans
         checks = {
             "mesh": (self.mesh in ("fixed", "refined"), "'fixed' or 'refined'"),
-            "spline_distance_mm": (_number(self.spline_distance_mm) > 0, "a length above 0"),
+            "spline_distance_mm": (1e-9 <= _number(self.spline_distance_mm) <= 1e9, "a length from 1e-9 to 1e9"),
             "iterations": (
                 isinstance(iterations, tuple) and len(iterations) > 0 and all(_whole(n) >= 1 for n in iterations),
                 "a list of whole numbers from 1, one per level",
@@ -92,8 +92,8 @@ class N4Parameters:
             ),
             "shrink_factor": (_whole(self.shrink_factor) >= 1, "a whole number from 1"),
             "histogram_bins": (10 <= _whole(self.histogram_bins) <= 30000, "a whole number from 10 to 30000"),
-            "fwhm": (_number(self.fwhm) > 0, "a number above 0"),
-            "wiener_noise": (_number(self.wiener_noise) > 0, "a number above 0"),
+            "fwhm": (1e-9 <= _number(self.fwhm) <= 1e3, "a number from 1e-9 to 1e3"),
+            "wiener_noise": (0 < _number(self.wiener_noise) <= 1e9, "a number above 0, up to 1e9"),
         }
         for name, (holds, wanted) in checks.items():
             if not holds:
@@ -176,6 +176,11 @@ PRESETS: dict[str, dict[str, Any]] = {
     # what linumpy.gpu.n4 does if nothing is set: a fine mesh, all iterations
     "seed": {"spline_distance_mm": 10.0, "iterations": (25, 25, 25), "convergence_threshold": 0.0, "fwhm": 0.15},
 }
+
+
+def _plain(value: Any) -> Any:
+    """A number of NumPy's as one of Python's."""
+    return value.tolist() if hasattr(value, "tolist") else value
 
 
 def _number(value: object) -> float:
