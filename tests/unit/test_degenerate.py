@@ -67,6 +67,34 @@ def test_few_distinct_values(strong):
     assert error_ratio(levels, mask, truth, brain & mask) < 0.98
 
 
+@pytest.mark.parametrize(
+    "extreme",
+    [
+        {"fwhm": 1e-9},
+        {"fwhm": 1000},
+        {"wiener_noise": 1e-300},
+        {"wiener_noise": 1e9},
+        {"spline_distance_mm": 1e8},
+        {"convergence_threshold": 1e308},
+        {"strong_field_log": 1e-300},
+        {"histogram_bins": 30000},
+    ],
+    ids=str,
+)
+def test_settings_at_the_end_of_their_ranges_give_a_field(strong, extreme):
+    image, mask, *_ = part_of(strong, np.s_[::2, ::2, ::2])
+    parameters = N4Parameters(**{"iterations": (3,), "shrink_factor": 1} | extreme)
+    result = correct(image, mask, voxel_size_mm=(4, 4, 4), parameters=parameters, device="cpu")
+    assert np.isfinite(result.corrected).all()
+    assert (result.bias > 0).all()
+
+
+@pytest.mark.parametrize("beyond", [{"fwhm": 1e200}, {"spline_distance_mm": 1e-320}, {"wiener_noise": 1e200}], ids=str)
+def test_settings_beyond_their_ranges_are_refused(beyond):
+    with pytest.raises(InputError, match=rf"n4\.{next(iter(beyond))}: .* give a"):
+        N4Parameters(**beyond)
+
+
 @pytest.mark.parametrize("count", [1, 20])
 def test_hot_voxels(strong, count):
     image, mask, truth, brain = part_of(strong, np.s_[:, :, :])

@@ -437,7 +437,8 @@ def check_places():
     for place in dict.fromkeys([*places, *made]):
         if problem := why_not_writable(place):
             unwritable.setdefault(problem, place)
-    problems = [f"{problem}: {place} is to be there (pathvars in the config)" for problem, place in unwritable.items()]
+    where = {place: " (pathvars in the config)" for place in places}
+    problems = [f"{problem}: {place} is to be there{where.get(place, '')}" for problem, place in unwritable.items()]
     # a cluster's login node has no GPU, nor has Snakemake's own environment CuPy where the rules have theirs
     may_ask = workflow.local_exec and not workflow.deployment_settings.deployment_method
     if config["device"] == "gpu" and workflow.global_resources["gpu"] != 0 and may_ask and jobs_on_gpu():

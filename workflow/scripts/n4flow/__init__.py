@@ -11,6 +11,7 @@ _ROOMS = {
     "Correction": "correction",
     "InputError": "errors",
     "N4Parameters": "parameters",
+    "basis_matrix": "bspline",
     "bspline_evaluate": "bspline",
     "bspline_fit": "bspline",
     "correct": "correction",

@@ -225,7 +225,7 @@ def _ahead(items: Iterable[Item]) -> Iterator[Item]:
     """The same items, the next of which is made in a thread while one is used: NumPy needs no lock for most of it."""
     source: Iterator[Any] = iter(items)
     end: Any = object()
-    # as `one_blas_thread`, which some builds of BLAS know of each thread by itself
+    # as `one_blas_thread`, which all who come here are in: some builds of BLAS know of each thread by itself
     with ThreadPoolExecutor(1, initializer=threadpool_limits, initargs=(1, "blas")) as thread:
         coming = thread.submit(next, source, end)
         while (item := coming.result()) is not end:

@@ -92,7 +92,7 @@ class N4Parameters:
             ),
             "shrink_factor": (_whole(self.shrink_factor) >= 1, "a whole number from 1"),
             "histogram_bins": (10 <= _whole(self.histogram_bins) <= 30000, "a whole number from 10 to 30000"),
-            "fwhm": (1e-9 <= _number(self.fwhm) <= 1e3, "a number from 1e-9 to 1e3"),
+            "fwhm": (1e-9 <= _number(self.fwhm) <= 1e3, "a number from 1e-9 to 1000"),
             "wiener_noise": (0 < _number(self.wiener_noise) <= 1e9, "a number above 0, up to 1e9"),
         }
         for name, (holds, wanted) in checks.items():
