@@ -561,7 +561,10 @@ def test_what_tune_asks_of_the_sheet_is_checked(subjects, grid, found):
 
 
 def test_a_huge_grid_is_not_spelt_out():
-    grid = {key: list(range(10, 1010)) for key in ("histogram_bins", "spline_distance_mm", "shrink_factor", "fwhm")}
+    grid = {
+        key: list(range(10, 1010))
+        for key in ("histogram_bins", "spline_distance_mm", "shrink_factor", "convergence_threshold")
+    }
     assert config_problems({"tune": {"subjects": ["01"], "grid": grid}}, CONFIG_SCHEMA) == []
     (problem,) = tune_problems({"subjects": ["01"], "grid": grid}, SCANS)
     assert "more than the 100" in problem
