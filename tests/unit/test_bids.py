@@ -182,6 +182,16 @@ def test_what_is_no_scan_of_its_own_is_left_out_and_named(tmp_path, caplog):
     ]
 
 
+def test_files_that_are_all_but_named_as_scans_are_named(tmp_path, caplog):
+    near = ["sub-1_T1w.NII.GZ", "sub-1_run-2_t1w.nii.gz", "sub-1_run-3_T1w copy.nii.gz"]
+    other = ["sub-1_PDT2.nii.gz", "sub-1_T2w.nii", "sub-1_defacemask.nii.gz", "sub-1_T1w.json"]
+    touch(tmp_path, *(f"sub-1/anat/{name}" for name in (*near, *other, "sub-1_run-1_T1w.nii.gz", "sub-1_PD.nii.gz")))
+    assert len(index_dataset(tmp_path, ["T1w", "PD"])) == 2
+    said = [record.getMessage() for record in caplog.records]
+    assert sorted(Path(line.split(": left out")[0]).name for line in said) == sorted(near)
+    assert all(line.endswith("does not end in _T1w.nii.gz (or .nii); rename it") for line in said)
+
+
 def test_scan_whose_label_is_none_is_left_out_so_that_the_others_are_done(tmp_path, caplog):
     touch(tmp_path, "sub-01/anat/sub-01_T1w.nii.gz", "sub-bad-label/anat/sub-bad-label_T1w.nii.gz")
     assert [scan.subject for scan in index_dataset(tmp_path, ["T1w"])] == ["01"]

@@ -81,6 +81,17 @@ def test_the_mean_is_kept_in_a_strong_field_and_on_a_fine_mesh(shape, spans, str
     assert abs(mean_change(kept, values, usable)) <= bound
 
 
+@pytest.mark.parametrize(("voxels", "spans"), [(40, 1), (200, 8), (600, 20), (600, 40)])
+def test_where_intensities_are_even_polynomials_up_to_twice_the_degree_have_their_sum(voxels, spans):
+    shape = (voxels, 1, 1)
+    intensity = gathered(np.ones(shape), np.ones(shape, dtype=bool), Mesh.of_grid(shape, (spans, 1, 1)))
+    degree = 2 * (len(intensity.nodes[0]) // spans) - 1
+    assert degree >= 7
+    polynomial = np.polynomial.Chebyshev(np.random.default_rng(0).normal(size=degree + 1), domain=[0, voxels - 1])
+    sums = (intensity.sums.ravel() * polynomial(intensity.nodes[0])).sum()
+    assert sums == pytest.approx(polynomial(np.arange(voxels)).sum(), rel=1e-11, abs=1e-9)
+
+
 @pytest.mark.parametrize(("spans", "most"), [(1, 12), (4, 48), (13, 160), (29, 160), (40, 160), (64, 256), (200, 800)])
 def test_there_are_far_fewer_nodes_than_voxels(spans, most):
     shape = (2000, 6, 6)

@@ -39,6 +39,7 @@ LONGEST_NAME = 200
 NAMED = 10
 
 LABEL = re.compile(r"[A-Za-z0-9]+")
+IMAGE = re.compile(r"\.nii(\.gz)?$", re.IGNORECASE)
 ENTITY = re.compile(r"[a-z0-9]+-[A-Za-z0-9+]+")
 
 
@@ -171,9 +172,11 @@ def index_dataset(
         for place, session in places:
             for datatype in sorted({DATATYPE_OF[suffix] for suffix in suffixes}):
                 for image in sorted(_images(place / datatype)):
-                    stem = image.name.removesuffix(".gz").removesuffix(".nii")
-                    *parts, suffix = stem.split("_")
-                    if suffix not in suffixes or not all(found & set(parts) for found in wanted.values()):
+                    *parts, suffix = IMAGE.sub("", image.name).split("_")
+                    if not all(found & set(parts) for found in wanted.values()):
+                        continue
+                    if suffix not in suffixes or not image.name.endswith((".nii", ".nii.gz")):
+                        _name_near_miss(image, suffix, suffixes)
                         continue
                     if missing := missing_file(image):
                         log.warning("%s: left out, %s; %s", image, *missing)
@@ -219,6 +222,13 @@ def _left_out(image: Path, entities: list[str], subject: str) -> bool:
     return bool(reason)
 
 
+def _name_near_miss(image: Path, suffix: str, suffixes: Sequence[str]) -> None:
+    """Say so of a file that is meant for one of the suffixes, as it seems, and not named so."""
+    meant = next((name for name in suffixes if suffix.lower().startswith(name.lower())), None)
+    if meant and (suffix == meant or suffix not in DATATYPE_OF):
+        log.warning("%s: left out, its name does not end in _%s.nii.gz (or .nii); rename it", image, meant)
+
+
 def _folders(place: Path, prefix: str) -> list[Path]:
     with os.scandir(place) as entries:
         found = [Path(entry.path) for entry in entries if entry.name.startswith(prefix)]
@@ -231,7 +241,7 @@ def _folders(place: Path, prefix: str) -> list[Path]:
 def _images(place: Path) -> list[Path]:
     try:
         with os.scandir(place) as entries:
-            names = [entry.name for entry in entries if entry.name.endswith((".nii", ".nii.gz"))]
+            names = [entry.name for entry in entries if IMAGE.search(entry.name)]
     except (FileNotFoundError, NotADirectoryError):
         return []
     except OSError as error:  # no permission, a link that leads to itself

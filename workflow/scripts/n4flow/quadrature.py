@@ -62,8 +62,8 @@ class MaskIntensity:
 
     References
     ----------
-    Gautschi, Orthogonal Polynomials: Computation and Approximation, 2004, 1.4: Gauss quadrature from the recurrence
-    coefficients, here those of the discrete Chebyshev polynomials (1.5).
+    Golub & Welsch 1969, doi:10.1090/S0025-5718-69-99647-1: Gauss nodes from a recurrence; that of the discrete
+    Chebyshev polynomials stands in Gautschi, Orthogonal Polynomials: Computation and Approximation, 2004.
     """
 
     def __init__(self, shape: tuple[int, ...], mesh: Mesh) -> None:
@@ -161,10 +161,11 @@ def _panels(mesh: Mesh, axis: int, voxels: int) -> tuple[np.ndarray, list[_Panel
         else:
             middle, degrees = (start + stop - 1) / 2, np.arange(1, count)
             recurrence = degrees / 2 * np.sqrt(((stop - start) ** 2 - degrees**2) / (4 * degrees**2 - 1))
-            places = middle + np.linalg.eigvalsh(np.diag(recurrence, -1))
-            others = [np.delete(places, node) for node in range(count)]
-            away = np.arange(start, stop)[:, None, None] - np.stack(others)
-            interpolation = np.prod(away / (places[:, None] - np.stack(others)), axis=2)
+            places = middle + np.linalg.eigvalsh(np.diag(recurrence, -1))  # takes the lower triangle
+            others = np.stack([np.delete(places, node) for node in range(count)])
+            # Lagrange's polynomials: (voxels, nodes, other nodes), then multiplied
+            factors = (np.arange(start, stop)[:, None, None] - others) / (places[:, None] - others)
+            interpolation = np.prod(factors, axis=2)
         panels.append(_Panel(slice(start, stop), slice(len(nodes), len(nodes) + count), interpolation))
         nodes += places.tolist()
     return np.array(nodes), panels

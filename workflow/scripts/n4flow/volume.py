@@ -206,8 +206,10 @@ class Volume:
             raise InputError(self.path, f"cannot be decompressed ({error})", "copy it again") from None
         except (ImageFileError, HeaderDataError, WrapStructError) as error:
             raise InputError(self.path, f"is no NIfTI image ({error})", "give a .nii or .nii.gz file") from None
-        except (OSError, ValueError) as error:
+        except OSError as error:
             raise InputError(self.path, f"cannot be read ({error})", "copy it again or check its permissions") from None
+        except ValueError as error:
+            raise InputError(self.path, f"cannot be read ({error})", "copy it again or mend its header") from None
 
     def slabs(self, planes: int | None = None) -> Iterator[tuple[slice, int, np.ndarray]]:
         """Read the image from its first voxel to its last.
