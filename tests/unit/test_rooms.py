@@ -10,10 +10,10 @@ import pytest
 from n4flow import provenance
 
 ROOMS = [
-    "__init__", "errors", "files", "console", "parameters", "device", "bspline", "sharpening", "field", "samples",
-    "kernels.protocol", "kernels.plain", "kernels.instructions", "kernels.compiled", "kernels.cuda", "kernels",
-    "quadrature", "estimate", "volume", "bids", "inputs", "ratings", "provenance", "manifest", "batches", "mask",
-    "correction", "derivatives", "reference", "phantom", "metrics", "qc", "qc.rendering", "qc.definitions",
+    "__init__", "errors", "files", "console", "parameters", "device", "affine", "bspline", "sharpening", "field",
+    "samples", "kernels.protocol", "kernels.plain", "kernels.instructions", "kernels.compiled", "kernels.cuda",
+    "kernels", "quadrature", "estimate", "volume", "bids", "inputs", "ratings", "provenance", "manifest", "batches",
+    "mask", "correction", "derivatives", "reference", "phantom", "metrics", "qc", "qc.rendering", "qc.definitions",
     "qc.multiqc", "qc.panels", "qc.viewer", "qc.pages", "qc.dataset", "qc.figures", "qc.guide", "qc.tune",
 ]  # fmt: skip
 

@@ -16,6 +16,7 @@ from snakemake.exceptions import WorkflowError
 # comes from a remote repository: Snakemake fetches what is named.
 PACKAGE_FILES = [
     "__init__.py",
+    "affine.py",
     "batches.py",
     "bids.py",
     "bspline.py",

@@ -13,11 +13,12 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 from threadpoolctl import threadpool_limits
 
+from n4flow.affine import affine_problem
 from n4flow.bspline import one_blas_thread
 from n4flow.device import DeviceChoice, array_module, available_cores, select_device, to_host, to_module
 from n4flow.errors import InputError
 from n4flow.estimate import Iteration, check_mesh, estimate_field, initial_mesh
-from n4flow.field import BiasField, affine_problem
+from n4flow.field import BiasField
 from n4flow.parameters import N4Parameters
 from n4flow.quadrature import MaskIntensity, keep_mean_intensity
 from n4flow.samples import (

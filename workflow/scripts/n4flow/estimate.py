@@ -8,9 +8,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from n4flow.affine import LARGEST_LENGTH
 from n4flow.bspline import one_blas_thread, refine
 from n4flow.errors import InputError
-from n4flow.field import LARGEST_LENGTH, BiasField, Mesh
+from n4flow.field import BiasField, Mesh
 from n4flow.kernels import choose_kernels
 from n4flow.parameters import N4Parameters
 from n4flow.samples import Samples, sample_positions

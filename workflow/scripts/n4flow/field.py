@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from n4flow.affine import LARGEST_LENGTH, affine_problem
 from n4flow.bspline import basis_matrix, control_points, evaluate_at, expand
 from n4flow.errors import InputError
 from n4flow.files import write_json
@@ -29,12 +30,6 @@ BLOCK_POINTS = 2**14
 
 #: Bytes of a lattice of some million control points.
 LARGEST_FILE = 2**26
-
-#: No voxel, mesh or image is larger, in mm or voxels, and none smaller than its inverse.
-LARGEST_LENGTH = 1e9
-
-#: Axes of an affine that are closer to each other than this lets them be are one: it cannot be inverted.
-LARGEST_CONDITION = 1e12
 
 FORMAT = "n4flow log bias field, version 1"
 
@@ -468,18 +463,6 @@ def _matrix(content: Mapping[str, Any], name: str) -> np.ndarray:
     if problem := affine_problem(matrix):
         raise ValueError(f"{name} {problem}")
     return matrix
-
-
-def affine_problem(matrix: np.ndarray) -> str:
-    """What keeps a matrix from leading from voxel indices to mm, in words; empty if nothing does."""
-    if matrix.shape != (4, 4) or (matrix[3] != [0, 0, 0, 1]).any():
-        return "is no affine (4, 4) matrix"
-    sizes = np.abs(matrix[:3]).max(axis=0)
-    if sizes.max() > LARGEST_LENGTH:
-        return "is beyond any image"
-    if not sizes[:3].min() >= 1 / LARGEST_LENGTH or not np.linalg.cond(matrix[:3, :3]) <= LARGEST_CONDITION:
-        return "cannot be inverted"
-    return ""
 
 
 def _three_axes(shape: Sequence[int]) -> tuple[int, ...]:

@@ -24,8 +24,8 @@ from nibabel.filebasedimages import ImageFileError
 from nibabel.spatialimages import HeaderDataError
 from nibabel.wrapstruct import WrapStructError
 
+from n4flow.affine import affine_problem
 from n4flow.errors import InputError
-from n4flow.field import affine_problem
 from n4flow.files import atomic_bytes, missing_file
 
 #: Voxels in a slab: what reading, evaluating and writing hold in memory at a time, per array. So few lie in a core's
