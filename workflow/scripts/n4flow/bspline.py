@@ -73,6 +73,36 @@ def _neighbours(coordinates: np.ndarray, spans: int) -> tuple[np.ndarray, np.nda
     return column, np.stack([(1 - t) ** 3, 3 * t**3 - 6 * t**2 + 4, -3 * t**3 + 3 * t**2 + 3 * t + 1, t**3]) / 6
 
 
+def gram_matrices(points: int, span_length: float) -> list[np.ndarray]:
+    """Mean over an axis of the mesh of the product of two basis functions, and of their first to third derivatives.
+
+    Parameters
+    ----------
+    points : int
+        Control points; 1 on a flat axis, along which nothing varies.
+    span_length : float
+        Length of a mesh element, which derivatives are in.
+
+    Returns
+    -------
+    four (points, points) arrays
+    """
+    if points == 1:
+        return [np.ones((1, 1)), *[np.zeros((1, 1))] * 3]
+    spans = points - 3
+    # the pieces of a cubic spline in a span, as polynomials of the place in it: right with four nodes of Gauss
+    pieces = [np.polynomial.Polynomial(c) for c in ([1, -3, 3, -1], [4, 0, -6, 3], [1, 3, 3, -3], [0, 0, 0, 1])]
+    nodes, weights = np.polynomial.legendre.leggauss(4)
+    grams = []
+    for order in range(4):
+        values = np.stack([piece.deriv(order)((nodes + 1) / 2) / 6 for piece in pieces]) / span_length**order
+        gram = np.zeros((points, points))
+        for span in range(spans):
+            gram[span : span + 4, span : span + 4] += (values * weights / 2) @ values.T / spans
+        grams.append(gram)
+    return grams
+
+
 def evaluate_at(lattice: np.ndarray, coordinates: Sequence[np.ndarray], spans: Sequence[int]) -> np.ndarray:
     """Value of the spline at single points, for grids that are oblique to the mesh.
 

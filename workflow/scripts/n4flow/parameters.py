@@ -5,121 +5,159 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from n4flow.errors import InputError
+
+#: Expected values are twiced in stages whose FWHM is below this: from the first stage on, strong fields would be lost.
+TWICED_BELOW = 0.12
+
+
+class Stage(NamedTuple):
+    """What an iteration does in one stage of the estimate."""
+
+    most_iterations: int
+    fwhm: float
+    twicing: float  # 0 where the stage is too wide for it
 
 
 @dataclass(frozen=True)
 class N4Parameters:
-    """How the bias field is estimated; the defaults are the preset ``mri-head``.
+    """How the bias field is estimated.
 
     Parameters
     ----------
+    fit : {"penalised", "lee-wolberg-shin"}
+        How a spline is fitted to what sharpening leaves: ``penalised`` least squares, which resist bending and are
+        exact for any mask, or the one-step approximation that ITK has.
+    stiffness : float
+        For the penalised fit: what bending costs, beside the residual of a sample.
     mesh : {"fixed", "refined"}
-        ``fixed`` keeps one mesh over all levels; ``refined`` doubles the spans between levels,
-        as ITK does.
-    spline_distance_mm : float
-        Length of a mesh element (span) at the first level. Smaller follows the data more closely,
-        and absorbs tissue contrast once it nears the size of anatomy.
-    iterations : tuple of int
-        The most iterations at each level.
-    convergence_threshold : float
-        A level ends when the coefficient of variation of ``exp`` of the update in the mask falls
-        to this value; see `threshold_after`.
-    strong_field_log : float or None
-        Once the updates add up to more than this, the field is strong, and the threshold falls in
-        proportion: going on then finds more of the field than it absorbs of the contrast. None: the
-        threshold is the same for all fields, as ITK has it.
+        ``fixed`` keeps one mesh over all stages; ``refined`` doubles the spans between stages, as ITK does, and goes
+        with ``lee-wolberg-shin`` alone.
     spans : tuple of int, optional
-        Mesh elements per axis at the first level, from the first to the last voxel, as ITK lays its
-        mesh; instead of `spline_distance_mm`.
+        Mesh elements per axis at the first stage, at most one between two samples of the mask where `domain` is
+        ``mask``; (4, 4, 4) unless there is a `spline_distance_mm`.
+    domain : {"mask", "image"}
+        Where `spans` lie: from the first to the last sample of the mask, or from the first to the last voxel of the
+        image, as ITK lays its mesh.
+    spline_distance_mm : float, optional
+        Length of a mesh element (span) at the first stage, instead of `spans`; such a mesh is centred on the image.
+    iterations : tuple of int
+        The most iterations, a number for each stage.
+    fwhm : float or tuple of float
+        Full width at half maximum, in log intensity, of the Gaussian that is deconvolved (0.15 in Sled et al. 1998
+        and ITK); a number for all stages, or one for each. A wide one finds strong fields; a narrow one spares contrast.
+    twicing : float
+        How much of what the expected value still lacks is added to it, from 0 to 1, in stages with a FWHM below
+        `TWICED_BELOW`. It takes out the pull between tissues; 0 is the expected value of Sled et al.
+    convergence_threshold : float
+        A stage ends when the coefficient of variation of ``exp`` of the update in the mask falls to this value.
     shrink_factor : int
-        The field is estimated on every n-th voxel along each axis (see `estimate.shrink_per_axis`).
+        The field is estimated on every n-th voxel along each axis (see `samples.shrink_per_axis`).
     histogram_bins : int
         Bins of the log intensity histogram, from 10 to 30000.
-    fwhm : float
-        Full width at half maximum, in log intensity, of the Gaussian that is deconvolved (0.15 in
-        Sled et al. 1998 and ITK). Narrower means smaller steps, that take less contrast along.
     wiener_noise : float
         Noise term of the Wiener filter.
 
     Raises
     ------
     InputError
-        A value is of the wrong type or out of its range.
+        A value is of the wrong type or out of its range, or two do not go together.
 
     References
     ----------
     Tustison et al. 2010, doi:10.1109/TMI.2010.2046908; Sled et al. 1998, doi:10.1109/42.668698.
     """
 
+    fit: Literal["penalised", "lee-wolberg-shin"] = "penalised"
+    stiffness: float = 2e-6
     mesh: Literal["fixed", "refined"] = "fixed"
-    spline_distance_mm: float = 65.0
-    iterations: tuple[int, ...] = (200,)
-    convergence_threshold: float = 1e-3
-    strong_field_log: float | None = 0.1
     spans: tuple[int, ...] | None = None
+    domain: Literal["mask", "image"] = "mask"
+    spline_distance_mm: float | None = None
+    iterations: tuple[int, ...] = (40, 40, 40, 40)
+    fwhm: float | tuple[float, ...] = (0.20, 0.14, 0.10, 0.07)
+    twicing: float = 0.9
+    convergence_threshold: float = 1e-3
     shrink_factor: int = 4
     histogram_bins: int = 200
-    fwhm: float = 0.12
     wiener_noise: float = 0.01
 
     def __post_init__(self) -> None:
         for name, value in vars(self).copy().items():
-            several = name in ("iterations", "spans") and isinstance(value, Iterable)
+            several = name in ("iterations", "spans", "fwhm") and isinstance(value, Iterable)
             object.__setattr__(self, name, tuple(map(_plain, value)) if several else _plain(value))
+        if self.spans is None and self.spline_distance_mm is None:
+            object.__setattr__(self, "spans", (4, 4, 4))
         iterations: Any = self.iterations
         spans: Any = self.spans
+        widths: Any = self.fwhm if isinstance(self.fwhm, tuple) else (self.fwhm,)
         checks = {
+            "fit": (self.fit in ("penalised", "lee-wolberg-shin"), "'penalised' or 'lee-wolberg-shin'"),
+            "stiffness": (0 <= _number(self.stiffness) <= 1e9, "a number from 0 to 1e9"),
             "mesh": (self.mesh in ("fixed", "refined"), "'fixed' or 'refined'"),
-            "spline_distance_mm": (1e-9 <= _number(self.spline_distance_mm) <= 1e9, "a length from 1e-9 to 1e9"),
-            "iterations": (
-                isinstance(iterations, tuple) and len(iterations) > 0 and all(_whole(n) >= 1 for n in iterations),
-                "a list of whole numbers from 1, one per level",
-            ),
-            "convergence_threshold": (
-                _number(self.convergence_threshold) >= 0,
-                "a number from 0",
-            ),
-            "strong_field_log": (
-                self.strong_field_log is None or _number(self.strong_field_log) > 0,
-                "a number above 0, or null",
-            ),
             "spans": (
                 spans is None or (isinstance(spans, tuple) and len(spans) == 3 and all(_whole(n) >= 1 for n in spans)),
                 "three whole numbers from 1, one per axis",
             ),
+            "domain": (self.domain in ("mask", "image"), "'mask' or 'image'"),
+            "spline_distance_mm": (
+                self.spline_distance_mm is None or 1e-9 <= _number(self.spline_distance_mm) <= 1e9,
+                "a length from 1e-9 to 1e9",
+            ),
+            "iterations": (
+                isinstance(iterations, tuple) and len(iterations) > 0 and all(_whole(n) >= 1 for n in iterations),
+                "a list of whole numbers from 1, one per stage",
+            ),
+            "fwhm": (
+                len(widths) > 0 and all(1e-9 <= _number(width) <= 1e3 for width in widths),
+                "a number from 1e-9 to 1000, or a list of them, one per stage",
+            ),
+            "twicing": (0 <= _number(self.twicing) <= 1, "a number from 0 to 1"),
+            "convergence_threshold": (
+                _number(self.convergence_threshold) >= 0,
+                "a number from 0",
+            ),
             "shrink_factor": (_whole(self.shrink_factor) >= 1, "a whole number from 1"),
             "histogram_bins": (10 <= _whole(self.histogram_bins) <= 30000, "a whole number from 10 to 30000"),
-            "fwhm": (1e-9 <= _number(self.fwhm) <= 1e3, "a number from 1e-9 to 1000"),
             "wiener_noise": (0 < _number(self.wiener_noise) <= 1e9, "a number above 0, up to 1e9"),
         }
         for name, (holds, wanted) in checks.items():
             if not holds:
                 raise InputError(f"n4.{name}", f"{getattr(self, name)!r} is not valid", f"give {wanted}")
+        if self.spans and self.spline_distance_mm:
+            raise InputError("n4.spans", "stands beside n4.spline_distance_mm", "give one of the two")
+        if self.fit == "penalised" and self.mesh == "refined":
+            raise InputError(
+                "n4.mesh",
+                "a refined mesh does not go with the penalised fit, which needs but one",
+                "set n4.mesh to fixed or n4.fit to lee-wolberg-shin",
+            )
+        if isinstance(self.fwhm, tuple) and len(self.fwhm) != len(iterations):
+            raise InputError(
+                "n4.fwhm",
+                f"{len(self.fwhm)} widths do not go with n4.iterations for {len(iterations)} stages",
+                "give as many of each, or one number as n4.fwhm",
+            )
 
-    def threshold_after(self, changes: Iterable[float]) -> float:
-        """The convergence threshold after these updates.
+    @property
+    def stages(self) -> list[Stage]:
+        """The stages, in their order."""
+        widths = self.fwhm if isinstance(self.fwhm, tuple) else (self.fwhm,) * len(self.iterations)
+        return [
+            Stage(most, fwhm, self.twicing if fwhm < TWICED_BELOW else 0.0)
+            for most, fwhm in zip(self.iterations, widths, strict=True)
+        ]
 
-        Parameters
-        ----------
-        changes : iterable of float
-            Coefficients of variation of all updates so far: steps whose sum is the way that the log
-            field has come, and at least its standard deviation in the mask (to first order).
-
-        Returns
-        -------
-        float
-        """
-        way = math.fsum(changes)
-        if self.strong_field_log is None or way <= self.strong_field_log:
-            return self.convergence_threshold
-        return self.convergence_threshold * self.strong_field_log / way
+    @property
+    def as_itk(self) -> bool:
+        """Whether the histogram is sharpened exactly as ITK does it, see `sharpening.expected_log_values`."""
+        return self.fit == "lee-wolberg-shin" and not self.twicing
 
     @property
     def doublings(self) -> int:
-        """How often the spans are doubled from the first level to the last."""
+        """How often the spans are doubled from the first stage to the last."""
         return len(self.iterations) - 1 if self.mesh == "refined" else 0
 
     @classmethod
@@ -139,12 +177,13 @@ class N4Parameters:
             if name not in known:
                 raise InputError(f"n4.{name}", "there is no such key", f"choose from {', '.join(sorted(known))}")
         own = dict(mapping)
-        preset = own.pop("preset", "mri-head")
+        preset = own.pop("preset", "default")
         if not isinstance(preset, str) or preset not in PRESETS:
             raise InputError("n4.preset", f"{preset!r} is not known", f"choose from {', '.join(PRESETS)}")
         given = {**PRESETS[preset], **own}
-        if "spline_distance_mm" in own and "spans" not in own:
-            given.pop("spans", None)
+        for distance, other in (("spline_distance_mm", "spans"), ("spans", "spline_distance_mm")):
+            if own.get(distance) is not None and own.get(other) is None:
+                given.pop(other, None)
         return cls(**given)
 
     def to_mapping(self) -> dict[str, Any]:
@@ -154,27 +193,29 @@ class N4Parameters:
 
 #: Named settings: what each sets otherwise than the default. tests/benchmarks/ACCURACY.md measures them.
 PRESETS: dict[str, dict[str, Any]] = {
-    # one coarse mesh that stops in time: does next to nothing where there is no field
-    "mri-head": {},
-    # coarse to fine: each mesh goes on where the coarser one has stopped
-    "mri-brain": {
-        "mesh": "refined",
-        "spline_distance_mm": 110.0,
-        "iterations": (200, 200),
-    },
-    # many spans, for fields that vary within millimetres
-    "microscopy": {"spline_distance_mm": 1.5},
+    # a stiff field on one mesh, found with a width that narrows
+    "default": {},
     # what SimpleITK does if nothing is set
     "itk": {
+        "fit": "lee-wolberg-shin",
         "mesh": "refined",
         "spans": (1, 1, 1),
+        "domain": "image",
         "iterations": (50, 50, 50, 50),
-        "convergence_threshold": 1e-3,
-        "strong_field_log": None,
         "fwhm": 0.15,
+        "twicing": 0.0,
     },
     # what linumpy.gpu.n4 does if nothing is set: a fine mesh, all iterations
-    "seed": {"spline_distance_mm": 10.0, "iterations": (25, 25, 25), "convergence_threshold": 0.0, "fwhm": 0.15},
+    "linumpy": {
+        "fit": "lee-wolberg-shin",
+        "spline_distance_mm": 10.0,
+        "iterations": (25, 25, 25),
+        "fwhm": 0.15,
+        "twicing": 0.0,
+        "convergence_threshold": 0.0,
+    },
+    # one mesh, one width, ITK's fit
+    "fixed": {"fit": "lee-wolberg-shin", "iterations": (200,), "fwhm": 0.12, "twicing": 0.0},
 }
 
 
