@@ -28,6 +28,7 @@ PACKAGE_FILES = [
     "estimate.py",
     "field.py",
     "files.py",
+    "fit.py",
     "inputs.py",
     "kernels/__init__.py",
     "kernels/compiled.py",

@@ -18,12 +18,13 @@ from n4flow.bspline import one_blas_thread
 from n4flow.device import DeviceChoice, array_module, available_cores, select_device, to_host, to_module
 from n4flow.errors import InputError
 from n4flow.estimate import Iteration, check_mesh, estimate_field, initial_mesh
-from n4flow.field import BiasField
+from n4flow.field import BiasField, Mesh
 from n4flow.parameters import N4Parameters
 from n4flow.quadrature import MaskIntensity, keep_mean_intensity
 from n4flow.samples import (
     Samples,
     beyond_float32,
+    box_of,
     check_count,
     check_dropped,
     check_range,
@@ -74,22 +75,32 @@ def read_samples(
     positions = sample_positions(volume.shape, parameters.shrink_factor)
     log_image = np.zeros([len(p) for p in positions])
     check_count(volume.path, log_image.size, volume.shape)
-    mesh = initial_mesh(volume.shape, volume.voxel_size_mm, parameters)
-    check_mesh(volume.path, volume.shape, mesh, parameters)
-    intensity = MaskIntensity(volume.shape, mesh.refined(parameters.doublings))
     kept = np.zeros(log_image.shape, dtype=bool)
-    dropped: dict[str, int] = {}
-    mask_voxels = 0
-    for (slab, values), (_, mask_values) in zip(volume.mean_slabs(), mask.mean_slabs(), strict=True):
-        inside = inside_mask(mask_values)
-        usable, lost = usable_voxels(values, inside)
-        intensity.add(values, usable, slab.start)
-        mask_voxels += int(np.count_nonzero(inside))
-        dropped = {reason: dropped.get(reason, 0) + n for reason, n in lost.items()}
-        hit = (positions[2] >= slab.start) & (positions[2] < slab.stop)
-        grid = np.ix_(positions[0], positions[1], positions[2][hit] - slab.start)
-        kept[:, :, hit] = usable[grid]
-        log_image[:, :, hit] = log_where(values[grid], usable[grid])
+    for slab, mask_values in mask.mean_slabs():
+        planes, grid = _samples_in(slab, positions)
+        kept[:, :, planes] = inside_mask(mask_values[grid])
+
+    def mesh_of_kept() -> Mesh:
+        inside = [p[part] for p, part in zip(positions, box_of(kept), strict=True)]
+        return initial_mesh(volume.shape, volume.voxel_size_mm, inside, parameters)
+
+    mesh = None
+    # once, as a rule: unless so much of the mask turns out to be unusable that the mesh on the rest is another
+    while mesh != (wanted := mesh_of_kept()):
+        mesh = wanted
+        check_mesh(volume.path, volume.shape, mesh, parameters)
+        intensity = MaskIntensity(volume.shape, mesh.refined(parameters.doublings))
+        dropped: dict[str, int] = {}
+        mask_voxels = 0
+        for (slab, values), (_, mask_values) in zip(volume.mean_slabs(), mask.mean_slabs(), strict=True):
+            inside = inside_mask(mask_values)
+            usable, lost = usable_voxels(values, inside)
+            intensity.add(values, usable, slab.start)
+            mask_voxels += int(np.count_nonzero(inside))
+            dropped = {reason: dropped.get(reason, 0) + n for reason, n in lost.items()}
+            planes, grid = _samples_in(slab, positions)
+            kept[:, :, planes] = usable[grid]
+            log_image[:, :, planes] = log_where(values[grid], usable[grid])
     check_dropped(volume.path, dropped, mask_voxels)
     check_range(volume.path, log_image[kept])
     samples = Samples(
@@ -103,6 +114,12 @@ def read_samples(
         str(volume.path),
     )
     return samples, intensity
+
+
+def _samples_in(slab: slice, positions: Sequence[np.ndarray]) -> tuple[np.ndarray, tuple[np.ndarray, ...]]:
+    """Which planes of samples lie in a slab, and where its samples lie there."""
+    planes = (positions[2] >= slab.start) & (positions[2] < slab.stop)
+    return planes, np.ix_(positions[0], positions[1], positions[2][planes] - slab.start)
 
 
 @one_blas_thread

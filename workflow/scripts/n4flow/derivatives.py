@@ -183,17 +183,15 @@ def estimate_facts(estimate: Estimate, samples: Samples, parameters: N4Parameter
     -------
     dict
         Plain values, ready for JSON: ``Parameters``, as set; ``Shrink``, per axis; ``Spans``, per axis at the last
-        level, and their ``SpanLengthMm``; ``Samples``, how many there were; ``Dropped``, voxels of the mask that had
-        no logarithm, by reason; ``History``, the CV of the update (without unit) at every iteration;
-        ``Thresholds``, for each level the threshold at its end, and ``Converged``, whether it got there.
+        stage, and their ``SpanLengthMm``; ``Samples``, how many there were; ``Dropped``, voxels of the mask that had
+        no logarithm, by reason; ``History``, the CV of the update (without unit) at every iteration, with its stage as
+        ``Level``; ``Converged``, whether each stage came to the threshold.
     """
-    cvs, converged, thresholds = [], [], []
-    for level in range(1, len(parameters.iterations) + 1):
-        of_level = [line.cv for line in estimate.history if line.level == level]
-        cvs += of_level
-        thresholds.append(parameters.threshold_after(cvs))
-        # a level without an iteration found all values the same
-        converged.append(not of_level or of_level[-1] <= thresholds[-1])
+    converged = []
+    for stage in range(1, len(parameters.stages) + 1):
+        cvs = [line.cv for line in estimate.history if line.stage == stage]
+        # a stage without an iteration found all values the same
+        converged.append(not cvs or cvs[-1] <= parameters.convergence_threshold)
     return {
         "Parameters": parameters.to_mapping(),
         "Shrink": list(shrink_per_axis(samples.image_shape, parameters.shrink_factor)),
@@ -204,8 +202,7 @@ def estimate_facts(estimate: Estimate, samples: Samples, parameters: N4Parameter
         ],
         "Samples": int(samples.mask.sum()),
         "Dropped": samples.dropped,
-        "History": [{"Level": n.level, "Iteration": n.iteration, "CV": float(n.cv)} for n in estimate.history],
-        "Thresholds": thresholds,
+        "History": [{"Level": n.stage, "Iteration": n.iteration, "CV": float(n.cv)} for n in estimate.history],
         "Converged": converged,
     }
 

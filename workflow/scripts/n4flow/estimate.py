@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -12,17 +13,21 @@ from n4flow.affine import LARGEST_LENGTH
 from n4flow.bspline import one_blas_thread, refine
 from n4flow.errors import InputError
 from n4flow.field import BiasField, Mesh
+from n4flow.fit import LeeWolbergShin, PenalisedLeastSquares, SplineFit
 from n4flow.kernels import choose_kernels
 from n4flow.parameters import N4Parameters
 from n4flow.samples import Samples, sample_positions
 
 log = logging.getLogger(__name__)
 
+#: More control points than this make the matrices of the penalised fit, and the time to solve them, large.
+MOST_PENALISED_POINTS = 2500
+
 
 class Iteration(NamedTuple):
     """One line of the history."""
 
-    level: int
+    stage: int
     iteration: int
     cv: float
 
@@ -49,7 +54,7 @@ def estimate_field(
     threads : int
         On the CPU; the result does not depend on it.
     mesh : Mesh, optional
-        Mesh of the first level; by default the one that the parameters describe.
+        Mesh of the first stage; by default the one that the parameters describe.
 
     Returns
     -------
@@ -66,56 +71,94 @@ def estimate_field(
     Tustison et al. 2010, doi:10.1109/TMI.2010.2046908; ITK's N4BiasFieldCorrectionImageFilter.
     """
     samples = samples.check().cropped()
-    mesh = mesh or initial_mesh(samples.image_shape, samples.voxel_size_mm, parameters)
+    mesh = mesh or initial_mesh(samples.image_shape, samples.voxel_size_mm, samples.positions, parameters)
     check_mesh(samples.source, samples.image_shape, mesh, parameters)
     warn_of_long_spans(samples, mesh, parameters)
 
     kernels = choose_kernels(samples, parameters, xp, threads)
-    lattice = np.zeros(mesh.lattice_shape)
+    fit, lattice = fit_on(mesh, samples, parameters), np.zeros(mesh.lattice_shape)
     history: list[Iteration] = []
-    for level, most_iterations in enumerate(parameters.iterations):
-        if level > 0 and parameters.mesh == "refined":
+    for number, stage in enumerate(parameters.stages, start=1):
+        if number > 1 and parameters.mesh == "refined":
             lattice, mesh = refine(lattice), mesh.refined()
-        kernels.start_level(lattice, mesh.bases(samples.positions))
-        for _ in range(most_iterations):
+            fit = fit_on(mesh, samples, parameters)
+        kernels.start_stage(stage, fit, lattice)
+        for _ in range(stage.most_iterations):
             if kernels.converged():
                 break
             expected = kernels.sharpen()
             update = kernels.fit(expected)
             kernels.subtract(update)
-        lattice, cvs = kernels.end_level()
-        history += [Iteration(level + 1, iteration, cv) for iteration, cv in enumerate(cvs, start=1)]
+        lattice, cvs = kernels.end_stage()
+        history += [Iteration(number, iteration, cv) for iteration, cv in enumerate(cvs, start=1)]
         log.info(
-            "%s: level %d of %d, %s spans, %d of at most %d iterations, cv %.2e",
+            "%s: stage %d of %d, FWHM %g, %s spans, %d of at most %d iterations, cv %.2e",
             samples.source,
-            level + 1,
-            len(parameters.iterations),
+            number,
+            len(parameters.stages),
+            stage.fwhm,
             "x".join(map(str, mesh.spans)),
             len(cvs),
-            most_iterations,
+            stage.most_iterations,
             cvs[-1] if cvs else 0,
         )
     return Estimate(BiasField(lattice, mesh, samples.image_shape, samples.affine), history)
 
 
-def initial_mesh(image_shape: Sequence[int], voxel_size_mm: Sequence[float], parameters: N4Parameters) -> Mesh:
-    """The mesh of the first level: so many spans on the image, or spans of a length in mm.
+def initial_mesh(
+    image_shape: Sequence[int],
+    voxel_size_mm: Sequence[float],
+    positions: Sequence[np.ndarray],
+    parameters: N4Parameters,
+) -> Mesh:
+    """The mesh of the first stage: so many spans on the mask or the image, or spans of a length in mm.
 
     Parameters
     ----------
     image_shape : three ints
         Voxels per axis.
     voxel_size_mm : three floats
+    positions : three arrays
+        Voxel indices of the samples along each axis, from the first to the last of the mask.
     parameters : N4Parameters
 
     Returns
     -------
     Mesh
-        `Mesh.of_grid` where `parameters` name spans, else `Mesh.of_distance`.
     """
-    if parameters.spans:
+    if not parameters.spans:
+        assert parameters.spline_distance_mm
+        return Mesh.of_distance(image_shape, voxel_size_mm, parameters.spline_distance_mm)
+    if parameters.domain == "image":
         return Mesh.of_grid(image_shape, parameters.spans)
-    return Mesh.of_distance(image_shape, voxel_size_mm, parameters.spline_distance_mm)
+    # between two samples there is nothing that more than a span could follow
+    spans = [max(1, min(wanted, len(p) - 1)) for wanted, p in zip(parameters.spans, positions, strict=True)]
+    return Mesh.of_box([(float(p[0]), float(p[-1])) for p in positions], spans)
+
+
+def fit_on(mesh: Mesh, samples: Samples, parameters: N4Parameters) -> SplineFit:
+    """How a spline on a mesh is fitted to these samples.
+
+    Parameters
+    ----------
+    mesh : Mesh
+    samples : Samples
+        See `Samples.cropped`.
+    parameters : N4Parameters
+
+    Returns
+    -------
+    SplineFit
+    """
+    weights, bases = samples.confidence, mesh.bases(samples.positions)
+    if parameters.fit == "lee-wolberg-shin":
+        return LeeWolbergShin(weights, bases)
+    # lengths are in units of the size of the mask: a mouse is to the fit what a head is
+    axes = [axis for axis, spans in enumerate(mesh.spans) if spans]
+    volume = np.count_nonzero(weights) * np.prod([samples.spacing_mm[axis] for axis in axes])
+    size = volume ** (1 / len(axes))
+    lengths = [voxels * mm / size for voxels, mm in zip(mesh.span_voxels, samples.voxel_size_mm, strict=True)]
+    return PenalisedLeastSquares(weights, bases, lengths, parameters.stiffness)
 
 
 def check_mesh(source: object, image_shape: Sequence[int], mesh: Mesh, parameters: N4Parameters) -> None:
@@ -128,13 +171,14 @@ def check_mesh(source: object, image_shape: Sequence[int], mesh: Mesh, parameter
     image_shape : three ints
         Voxels per axis.
     mesh : Mesh
-        Of the first level.
+        Of the first stage.
     parameters : N4Parameters
 
     Raises
     ------
     InputError
-        The mesh of the last level has more spans than samples along an axis, or its spans are longer than any image.
+        The mesh of the last stage has more spans than samples along an axis, its spans are longer than any image, or it
+        has too many control points for the penalised fit.
     """
     grid = [len(p) for p in sample_positions(image_shape, parameters.shrink_factor)]
     for axis, (spans, count) in enumerate(zip(mesh.spans, grid, strict=True)):
@@ -142,8 +186,15 @@ def check_mesh(source: object, image_shape: Sequence[int], mesh: Mesh, parameter
             raise InputError(
                 source,
                 f"the mesh has {last} spans along axis {axis}, which has {count} samples",
-                "raise n4.spline_distance_mm, or lower n4.spans, n4.shrink_factor or the number of levels",
+                "raise n4.spline_distance_mm, or lower n4.spans, n4.shrink_factor or the number of stages",
             )
+    points = math.prod(mesh.lattice_shape)
+    if parameters.fit == "penalised" and points > MOST_PENALISED_POINTS:
+        raise InputError(
+            source,
+            f"the mesh has {points} control points, more than the {MOST_PENALISED_POINTS} of a penalised fit",
+            "lower n4.spans, raise n4.spline_distance_mm, or set n4.fit to lee-wolberg-shin",
+        )
     if (longest := max(mesh.span_voxels)) > LARGEST_LENGTH:
         raise InputError(
             source,
@@ -159,7 +210,7 @@ def warn_of_long_spans(samples: Samples, mesh: Mesh, parameters: N4Parameters) -
     ----------
     samples : Samples
     mesh : Mesh
-        Of the first level; it is the last one that counts.
+        Of the first stage; it is the last one that counts.
     parameters : N4Parameters
     """
     size = max(

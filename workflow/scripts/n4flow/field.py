@@ -104,9 +104,26 @@ class Mesh:
         ----------
         ITK's BSplineScatteredDataPointSetToImageFilter.
         """
-        spans = tuple(s if n > 1 else 0 for n, s in zip(shape, spans, strict=True))
-        lengths = tuple((n - 1) / s if s else 1.0 for n, s in zip(shape, spans, strict=True))
-        return cls(spans, (0.0,) * len(spans), lengths)
+        return cls.of_box([(0, n - 1) for n in shape], spans)
+
+    @classmethod
+    def of_box(cls, box: Sequence[tuple[float, float]], spans: Sequence[int]) -> Mesh:
+        """So many spans from the first to the last place along each axis.
+
+        Parameters
+        ----------
+        box : three pairs of float
+            Voxel indices; an axis along which both are the same gets no span.
+        spans : three ints
+            Mesh elements per axis, from 1.
+
+        Returns
+        -------
+        Mesh
+        """
+        spans = tuple(s if last > first else 0 for (first, last), s in zip(box, spans, strict=True))
+        lengths = tuple(float(last - first) / s if s else 1.0 for (first, last), s in zip(box, spans, strict=True))
+        return cls(spans, tuple(float(first) for first, _ in box), lengths)
 
     @property
     def lattice_shape(self) -> tuple[int, ...]:

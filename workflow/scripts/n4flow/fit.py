@@ -31,7 +31,10 @@ BENT = 10.0
 #: A step goes this much less far than the sharpening would let it, and never more than ten times as far as it sees.
 LET_THROUGH, SHORTEST_STEP = 0.6, 0.1
 
-#: The share of a mode that the samples see is never taken for less.
+#: What is added to the sum of both matrices, in units of its mean, where neither tells anything.
+RIDGE = 1e-12
+
+#: What the samples see of a mode is never taken for less.
 LEAST_SEEN = 1e-12
 
 
@@ -124,13 +127,15 @@ class PenalisedLeastSquares:
         # a sum of both that is as much of either is sound, also where the samples do not reach, and for what K costs nothing
         share = np.trace(normal) / np.trace(penalty)
         both = normal + share * penalty
-        both[np.diag_indices_from(both)] += 1e-12 * np.trace(both) / len(both)
+        both[np.diag_indices_from(both)] += RIDGE * np.trace(both) / len(both)
         lower = np.linalg.cholesky(both)
         half = np.linalg.solve(lower, penalty)
         bending, turned = np.linalg.eigh(np.linalg.solve(lower, half.T))
-        self.bending = np.maximum(bending, 0)
-        self.seen = np.maximum(1 - share * self.bending, LEAST_SEEN)
         self.to_points = np.ascontiguousarray(np.linalg.solve(lower.T, turned))
+        self.bending = np.maximum(bending, 0)
+        self.seen = np.maximum((self.to_points * (normal @ self.to_points)).sum(axis=0), LEAST_SEEN)
+        # what neither bends nor is seen, such as a parabola through the two planes of a slab, is left alone
+        self.to_points[:, self.seen + share * self.bending < 0.5] = 0
         self.to_modes = np.ascontiguousarray(turned.T @ lower.T)
 
     def penalty(self, fwhm: float) -> float:

@@ -67,7 +67,7 @@ def reference_field(samples: Samples, parameters: N4Parameters) -> Estimate:
             "leave the weights out, or compare with ANTs",
         )
     samples.check()
-    mesh = initial_mesh(samples.image_shape, samples.voxel_size_mm, parameters)
+    mesh = initial_mesh(samples.image_shape, samples.voxel_size_mm, samples.cropped().positions, parameters)
     check_mesh(samples.source, samples.image_shape, mesh, parameters)
     warn_of_long_spans(samples, mesh, parameters)
     levels = [sum(parameters.iterations)] if parameters.mesh == "fixed" else list(parameters.iterations)
@@ -89,7 +89,7 @@ def reference_field(samples: Samples, parameters: N4Parameters) -> Estimate:
     n4.SetNumberOfControlPoints([control_points(mesh.spans[axis]) for axis in drawn])
     n4.SetConvergenceThreshold(parameters.convergence_threshold)
     n4.SetNumberOfHistogramBins(parameters.histogram_bins)
-    n4.SetBiasFieldFullWidthAtHalfMaximum(parameters.fwhm)
+    n4.SetBiasFieldFullWidthAtHalfMaximum(parameters.stages[-1].fwhm)
     n4.SetWienerFilterNoise(parameters.wiener_noise)
     history: list[Iteration] = []
 
@@ -146,7 +146,7 @@ def reference_scan(
     start = time.perf_counter()
     levels = [line["Level"] for line in json.loads(sidecar.read_text(encoding="utf-8"))["N4"]["History"]]
     counts = tuple(max(1, levels.count(level + 1)) for level in range(len(parameters.iterations)))
-    parameters = replace(parameters, iterations=counts, convergence_threshold=0.0, strong_field_log=None)
+    parameters = replace(parameters, iterations=counts, convergence_threshold=0.0)
     volume, inside = Volume(image), Volume(mask)
     samples, intensity = read_samples(volume, inside, parameters)
     estimate = reference_field(samples, parameters)

@@ -58,6 +58,14 @@ class Samples:
     weights: np.ndarray | None = None
 
     @property
+    def spacing_mm(self) -> tuple[float, ...]:
+        """Distance between samples along each axis; that between voxels where there is one."""
+        return tuple(
+            float(p[-1] - p[0]) / (len(p) - 1) * size if len(p) > 1 else size
+            for p, size in zip(self.positions, self.voxel_size_mm, strict=True)
+        )
+
+    @property
     def confidence(self) -> np.ndarray:
         """Weight of each sample, 0 outside the mask: what the kernels take."""
         return self.mask if self.weights is None else np.where(self.mask, self.weights, 0)
@@ -84,14 +92,12 @@ class Samples:
 
     def cropped(self) -> Self:
         """Without the outer planes that hold no sample of the mask: nothing depends on them."""
-        lines, columns = np.any(self.mask, axis=2), np.any(self.mask, axis=0)
-        hits = [np.flatnonzero(np.any(part, axis=axis)) for part, axis in ((lines, 1), (lines, 0), (columns, 0))]
-        box = [slice(hit[0], hit[-1] + 1) for hit in hits]
+        box = box_of(self.mask)
         return replace(
             self,
-            log_image=self.log_image[tuple(box)],
-            mask=np.ascontiguousarray(self.mask[tuple(box)]),
-            weights=None if self.weights is None else np.ascontiguousarray(self.weights[tuple(box)]),
+            log_image=self.log_image[box],
+            mask=np.ascontiguousarray(self.mask[box]),
+            weights=None if self.weights is None else np.ascontiguousarray(self.weights[box]),
             positions=tuple(p[part] for p, part in zip(self.positions, box, strict=True)),
         )
 
@@ -138,6 +144,13 @@ def sample_positions(shape: Sequence[int], shrink_factor: int) -> tuple[np.ndarr
         first = int(np.floor(((n - 1) - step * (count - 1)) / 2 + 0.5))
         positions.append(first + step * np.arange(count))
     return tuple(positions)
+
+
+def box_of(mask: np.ndarray) -> tuple[slice, ...]:
+    """The part of a mask of three axes, along each of them, outside of which it is 0; all of an empty one."""
+    lines, columns = np.any(mask, axis=2), np.any(mask, axis=0)
+    hits = [np.flatnonzero(np.any(part, axis=axis)) for part, axis in ((lines, 1), (lines, 0), (columns, 0))]
+    return tuple(slice(hit[0], hit[-1] + 1) if len(hit) else slice(None) for hit in hits)
 
 
 def inside_mask(mask: Any) -> Any:

@@ -17,6 +17,15 @@ from n4flow.device import array_module, to_host
 #: 2**53 are exact in float64, so a histogram is the same in whatever order its voxels come.
 SHARE_UNIT = 2**24
 
+#: Bins that the Gaussian is wide at least, unless all is to be as ITK has it.
+NARROWEST_BINS = 2.0
+
+#: Where the blurred histogram has less than this share of its largest entry, there is nothing to go by.
+NEXT_TO_NOTHING = 1e-9
+
+#: A step is taken to see so much of a field at least.
+SMALLEST_GAIN = 0.02
+
 
 def linear_histogram(values: Any, low: float, high: float, bins: int) -> np.ndarray:
     """Histogram whose bin CENTRES run from `low` to `high`, each value shared by its two nearest.
@@ -50,12 +59,21 @@ def linear_histogram(values: Any, low: float, high: float, bins: int) -> np.ndar
 
 
 def expected_log_values(
-    histogram: np.ndarray, low: float, high: float, *, fwhm: float, wiener_noise: float
+    histogram: np.ndarray,
+    low: float,
+    high: float,
+    *,
+    fwhm: float,
+    wiener_noise: float,
+    twicing: float = 0.0,
+    as_itk: bool = True,
 ) -> np.ndarray:
     """Expected sharp log intensity at each bin centre.
 
     The histogram V is taken as the sharp histogram U blurred by a Gaussian F: a Wiener filter
-    gives U, and ``E(u | v) = F * (x U) / F * U``.
+    gives U, and ``E(u | v) = F * (x U) / F * U``. Where classes overlap, E pulls each towards its neighbours:
+    a sharp value x, blurred and looked up, comes back as ``F * E``. Twicing (Tukey) takes the expected value of what
+    it lacks, ``x - F * E``, and adds it to E.
 
     Parameters
     ----------
@@ -65,6 +83,11 @@ def expected_log_values(
     fwhm : float
         Full width at half maximum of F in log intensity.
     wiener_noise : float
+    twicing : float
+        How much of what E lacks is added to it, from 0 to 1.
+    as_itk : bool
+        ITK lets F be narrower than its bins, and E be 0 where U leaves exactly nothing. Otherwise F is at least
+        `NARROWEST_BINS` wide, and E is the value itself where there is next to nothing. Not with twicing.
 
     Returns
     -------
@@ -73,23 +96,54 @@ def expected_log_values(
     References
     ----------
     Sled et al. 1998, doi:10.1109/42.668698, section II-C; padding, normalisation and clipping as in
-    ITK's N4BiasFieldCorrectionImageFilter::SharpenImage.
+    ITK's N4BiasFieldCorrectionImageFilter::SharpenImage; Tukey, Exploratory Data Analysis, 1977.
     """
     bins = len(histogram)
     slope = (high - low) / (bins - 1)
     padded, offset, places, exponents = _padding(bins)
     blurred = np.zeros(padded)
     blurred[offset : offset + bins] = histogram
-    width = fwhm / slope
+    width = fwhm / slope if as_itk else max(fwhm / slope, NARROWEST_BINS)
     gaussian = 2 * np.sqrt(np.log(2) / np.pi) / width * np.exp(exponents / width**2)
     transfer = np.fft.rfft(gaussian)
     wiener = transfer.real / (transfer.real**2 + transfer.imag**2 + wiener_noise)
     sharp = np.maximum(np.fft.irfft(np.fft.rfft(blurred) * wiener, padded), 0)
 
     # in bins from the first one; that of the value is added after the division
-    numerator, denominator = np.fft.irfft(transfer * np.fft.rfft([places * sharp, sharp]), padded)[:, offset:][:, :bins]
-    empty = denominator == 0
-    return np.where(empty, 0, low + slope * (numerator / np.where(empty, 1, denominator)))
+    numerator, density = np.fft.irfft(transfer * np.fft.rfft([places * sharp, sharp]), padded)
+    there = density != 0 if as_itk else density > NEXT_TO_NOTHING * density.max()
+    divisor = np.where(there, density, 1)
+    expected = numerator / divisor
+    if twicing:
+        # F is cut off at the ends, and not of sum 1: the value itself has to come back as itself
+        lacking = places - np.fft.irfft(transfer * np.fft.rfft(np.where(there, expected, places)), padded) / transfer[0].real
+        expected += twicing * np.fft.irfft(transfer * np.fft.rfft(lacking * sharp), padded) / divisor
+    values = np.where(there, low + slope * expected, 0 if as_itk else low + slope * places)
+    return np.asarray(values[offset : offset + bins])
+
+
+def sharpening_gain(histogram: np.ndarray, table: np.ndarray, low: float, high: float) -> float:
+    """The share of a small field that one step sees: the mean of ``1 - dE/dv`` over the voxels.
+
+    Where the histogram is sharp, E is nearly a staircase, and a step sees all; where it is broad, E is nearly the value
+    itself, and the residual next to nothing.
+
+    Parameters
+    ----------
+    histogram : (bins,) array
+    table : (bins,) array
+        From `expected_log_values`.
+    low, high : float
+        Log intensity of the first and the last bin centre.
+
+    Returns
+    -------
+    float
+        At least `SMALLEST_GAIN`.
+    """
+    between = histogram[1:] + histogram[:-1]
+    slope = (high - low) / (len(table) - 1)
+    return max(1 - float(between @ np.diff(table)) / (slope * float(between.sum())), SMALLEST_GAIN)
 
 
 @lru_cache

@@ -29,7 +29,6 @@ from llvmlite.binding import get_host_cpu_name  # type: ignore[import-untyped]
 from numba import njit
 from numba.core.caching import CompileResultCacheImpl, FunctionCache, InTreeCacheLocator
 
-from n4flow.bspline import divisors, fit_matrices
 from n4flow.kernels import instructions
 from n4flow.kernels.instructions import APART, add, fused, give_way, publish, read, replace, seconds
 from n4flow.kernels.protocol import HostKernels, Oriented, Statistics
@@ -66,7 +65,7 @@ OUTSIDE, BEYOND = np.float32(1e30), np.float32(1e29)
 
 #: Steps that threads share, over chunks of voxels or over planes of the lattice; the last is none, but the end of the
 #: threads that wait.
-OMEGA, ONTO_OMEGA, DELTA, ONTO_DELTA, HISTOGRAM, EXPAND, SUBTRACT, LEAVE = range(8)
+GATHER, ONTO_LATTICE, HISTOGRAM, EXPAND, SUBTRACT, LEAVE = range(6)
 
 #: Where the numbers stand that tell the threads what to do: number and step of a pass, and how many parts are done.
 PASS, DONE = 0, APART
@@ -194,8 +193,7 @@ class Work(NamedTuple):
 
     rows: Rows
     bases: tuple[Taps, Taps, Taps]
-    delta: tuple[Taps, Taps, Taps]
-    omega: tuple[Taps, Taps, Taps]
+    matrices: tuple[Taps, Taps, Taps]  # with which the residual is gathered
     # what a pass is given
     limits: np.ndarray  # (2,) float64: values of the first and the last bin centre
     table: np.ndarray  # (bins,) float64: expected sharp value at each bin centre
@@ -208,9 +206,8 @@ class Work(NamedTuple):
     counts: np.ndarray  # (chunks, 2, bins) int64: voxels, and shares of the upper bins
     parts: np.ndarray  # (chunks, reach, m1 or 4, length) float32: contraction onto the first two axes
     found: np.ndarray  # (chunks, 4) float64: smallest and largest value, sums of expm1(-update) - shift and its square
-    factors: np.ndarray  # (m0, m1, m2) float64: one over what the fit divides by; 1 for omega itself
     # what comes of it
-    lattice: np.ndarray  # (m0, m1, m2) float64: contracted along all axes, times the factors
+    lattice: np.ndarray  # (m0, m1, m2) float64: the residual, contracted along all axes
     histogram: np.ndarray  # (bins,) float64
     totals: np.ndarray  # (4,) float64: as `found`
     # to work in, thread by thread; the end stays free, so that threads do not write to one line of the cache
@@ -252,10 +249,10 @@ class CompiledKernels(HostKernels):
         extremes = (float(np.float32(v - self.centre)) + self.centre for v in (samples.low, samples.high))
         super().__init__(parameters, *extremes)
 
-    def set_mesh(self, bases: Sequence[np.ndarray]) -> None:
-        bases = [bases[axis] for axis in self.axes]
-        self.lattice_shape = tuple(basis.shape[1] for basis in bases)
-        basis, omega, delta = ((taps_of(a), taps_of(b), taps_of(c)) for a, b, c in (bases, *fit_matrices(bases)))
+    def set_mesh(self, bases: Sequence[np.ndarray], matrices: Sequence[np.ndarray]) -> None:
+        self.lattice_shape = tuple(bases[axis].shape[1] for axis in self.axes)
+        i, j, k = self.axes
+        basis, gathering = ((taps_of(of[i]), taps_of(of[j]), taps_of(of[k])) for of in (bases, matrices))
         n0, n1, n2 = (max(m, 4) for m in self.lattice_shape)  # taps reach as far
         run = max(RUN, 1 << (self.length - 1).bit_length())
         column = basis[0].column.astype(int)
@@ -264,8 +261,7 @@ class CompiledKernels(HostKernels):
         self.work = Work(
             rows=self.rows,
             bases=basis,
-            delta=delta,
-            omega=omega,
+            matrices=gathering,
             limits=np.zeros(2),
             table=np.zeros(bins),
             lines=np.zeros((2, bins + 1), np.float32),
@@ -276,7 +272,6 @@ class CompiledKernels(HostKernels):
             counts=np.zeros((chunks, 2, bins), np.int64),
             parts=np.zeros((chunks, reach, n1, self.length), np.float32),
             found=np.zeros((chunks, 4)),
-            factors=np.ones(self.lattice_shape),
             lattice=np.zeros(self.lattice_shape),
             histogram=np.zeros(bins),
             totals=np.zeros(4),
@@ -291,11 +286,9 @@ class CompiledKernels(HostKernels):
             taken=np.zeros(max(chunks, n0), np.int64),
         )
         self.helpers: dict[int, Future[None]] = {}
-        self._do(OMEGA, ONTO_OMEGA)
-        self.work.factors[:] = 1 / divisors(self.work.lattice)
 
-    def end_level(self) -> tuple[np.ndarray, list[float]]:
-        ended = super().end_level()
+    def end_stage(self) -> tuple[np.ndarray, list[float]]:
+        ended = super().end_stage()
         _lead(LEAVE, LEAVE, self.work)
         return ended
 
@@ -304,10 +297,10 @@ class CompiledKernels(HostKernels):
         self._do(HISTOGRAM, HISTOGRAM)
         return self.work.histogram.copy()
 
-    def fit(self, table: np.ndarray) -> np.ndarray:
+    def gather(self, table: np.ndarray) -> np.ndarray:
         self._set_limits()
         self.work.table[:] = table - self.centre
-        self._do(DELTA, ONTO_DELTA)
+        self._do(GATHER, ONTO_LATTICE)
         return self.work.lattice.transpose(self.given_axes).copy()
 
     def subtract_update(self, update: np.ndarray) -> Statistics:
@@ -391,10 +384,10 @@ def _expand(a: int, thread: int, work: Work) -> None:
 
 
 @compiled
-def _onto_lattice(a: int, thread: int, work: Work, of_residual: bool) -> None:
+def _onto_lattice(a: int, thread: int, work: Work) -> None:
     """Add what the chunks contracted onto a plane of the lattice, in their order; contract that along the last axis."""
     chunks, parts, lattice = work.rows.chunks, work.parts, work.lattice
-    first, _, third = work.delta if of_residual else work.omega
+    first, _, third = work.matrices
     points, turned, sums = work.points[thread], work.turned[thread], work.sums[thread]
     begin, end = ZERO, np.uint64(len(parts))
     while begin < end and first.column[chunks[begin + ONE] - ONE] + FOUR <= a:
@@ -420,7 +413,7 @@ def _onto_lattice(a: int, thread: int, work: Work, of_residual: bool) -> None:
             points[c + THREE, b] += w3 * turned[k, b]
     for b in range(np.uint64(lattice.shape[1])):
         for c in range(np.uint64(lattice.shape[2])):
-            lattice[a, b, c] = points[c, b] * work.factors[a, b, c]
+            lattice[a, b, c] = points[c, b]
 
 
 @compiled
@@ -428,7 +421,7 @@ def _lead(first: int, last: int, work: Work) -> None:
     """Do steps, one after the other, together with the threads that follow."""
     control = work.control
     for step in range(first, last + 1):
-        if step == DELTA:
+        if step == GATHER:
             _find_lines(work)
         number = (read(control, PASS) >> STEP_BITS) + 1
         publish(control, DONE, 0)
@@ -444,7 +437,7 @@ def _lead(first: int, last: int, work: Work) -> None:
 
 @compiled
 def _follow(thread: int, work: Work) -> None:
-    """Take part in one step after the other, until the end of the level; wait for the next, but not for ever."""
+    """Take part in one step after the other, until the end of the stage; wait for the next, but not for ever."""
     control, last = work.control, -1
     while True:
         turns, begun, now = 0, seconds(), read(control, PASS)
@@ -470,7 +463,7 @@ def _take_part(thread: int, number: int, step: int, work: Work) -> int:
     """
     if step == LEAVE:
         return 0
-    on_lattice = step in (ONTO_OMEGA, ONTO_DELTA, EXPAND)
+    on_lattice = step in (ONTO_LATTICE, EXPAND)
     parts = len(work.lattice) if on_lattice else len(work.parts)
     share = parts * thread // len(work.plane)
     for turn in range(parts):
@@ -484,9 +477,9 @@ def _take_part(thread: int, number: int, step: int, work: Work) -> int:
             elif step == EXPAND:
                 _expand(np.uint64(part), np.uint64(thread), work)
             elif on_lattice:
-                _onto_lattice(np.uint64(part), np.uint64(thread), work, step == ONTO_DELTA)
+                _onto_lattice(np.uint64(part), np.uint64(thread), work)
             else:
-                _contract(np.uint64(part), np.uint64(thread), work, step == DELTA)
+                _contract(np.uint64(part), np.uint64(thread), work)
             add(work.control, DONE, 1)
     return parts
 
@@ -629,14 +622,14 @@ def _histogram(chunk: int, thread: int, work: Work) -> None:
 
 
 @compiled
-def _contract(chunk: int, thread: int, work: Work, of_residual: bool) -> None:
-    """Sum of the weighted residual, or of the weights alone, onto two axes of the lattice."""
+def _contract(chunk: int, thread: int, work: Work) -> None:
+    """Sum of the weighted residual onto two axes of the lattice."""
     rows, values, lines = work.rows, work.rows.values, work.lines
     low, scale = np.float32(work.limits[ZERO]), _bins_per_unit(work)
-    first, second, _ = work.delta if of_residual else work.omega
+    first, second, _ = work.matrices
     parts, plane = work.parts[chunk], work.plane[thread]
     residual, index, run = work.run[thread, ZERO], work.indices[thread], np.uint64(work.run.shape[2] - BEYOND_PAGE)
-    zero, one, outside = np.float32(0), np.float32(1), np.float32(lines.shape[1] - 1)
+    zero, outside = np.float32(0), np.float32(lines.shape[1] - 1)
     weighted, start = len(rows.weights) > 0, rows.chunks[chunk]
     parts[:] = zero
     for i in range(start, rows.chunks[chunk + ONE]):
@@ -647,15 +640,11 @@ def _contract(chunk: int, thread: int, work: Work, of_residual: bool) -> None:
             while row < end and rows.offset[row + ONE] <= at + run:
                 row += ONE
             n = rows.offset[row] - at
-            if of_residual:
-                for k in range(n):
-                    index[k] = np.int32(min(max((values[at + k] - low) * scale, zero), outside))
-                for k in range(n):
-                    line = np.uint32(index[k])
-                    residual[k] = fused(values[at + k], lines[ONE, line], lines[ZERO, line])
-            else:
-                for k in range(n):
-                    residual[k] = one if values[at + k] < BEYOND else zero
+            for k in range(n):
+                index[k] = np.int32(min(max((values[at + k] - low) * scale, zero), outside))
+            for k in range(n):
+                line = np.uint32(index[k])
+                residual[k] = fused(values[at + k], lines[ONE, line], lines[ZERO, line])
             if weighted:
                 for k in range(n):
                     residual[k] *= rows.weights[at + k]

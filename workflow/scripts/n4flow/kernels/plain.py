@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from n4flow.bspline import contract, divisors, expand, fit_matrices
+from n4flow.bspline import contract, expand
 from n4flow.kernels.protocol import HostKernels, Statistics
 from n4flow.parameters import N4Parameters
 from n4flow.sharpening import linear_histogram, look_up
@@ -39,26 +39,23 @@ class PlainKernels(HostKernels):
         used = self.values[inside]
         super().__init__(parameters, float(used.min()), float(used.max()))
 
-    def set_mesh(self, bases: Sequence[np.ndarray]) -> None:
-        (a, b, c), self.delta_matrices = fit_matrices(bases)
-        self.bases = bases
-        omega: Any = sum(contract(self.weights[block].astype(np.float64), (a[block], b, c)) for block in self.blocks)
-        self.divisors = divisors(omega)
+    def set_mesh(self, bases: Sequence[np.ndarray], matrices: Sequence[np.ndarray]) -> None:
+        self.bases, self.matrices = bases, matrices
 
     def histogram(self) -> np.ndarray:
         bins = self.parameters.histogram_bins
         parts = [linear_histogram(values, self.low, self.high, bins) for values, _, _ in self._inside()]
         return np.sum(parts, axis=0)
 
-    def fit(self, table: np.ndarray) -> np.ndarray:
-        a, b, c = self.delta_matrices
-        delta: Any = 0
+    def gather(self, table: np.ndarray) -> np.ndarray:
+        a, b, c = self.matrices
+        total: Any = 0
         for values, inside, block in self._inside():
             residual = np.zeros(inside.shape)
             residual[inside] = values - look_up(values, table, self.low, self.high)
             residual *= self.weights[block]
-            delta = delta + contract(residual, (a[block], b, c))
-        return delta / self.divisors
+            total = total + contract(residual, (a[block], b, c))
+        return np.asarray(total)
 
     def subtract_update(self, update: np.ndarray) -> Statistics:
         a, b, c = self.bases

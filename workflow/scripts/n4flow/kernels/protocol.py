@@ -13,38 +13,38 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from n4flow.parameters import N4Parameters
-from n4flow.sharpening import expected_log_values
+from n4flow.fit import SplineFit
+from n4flow.parameters import N4Parameters, Stage
+from n4flow.sharpening import expected_log_values, sharpening_gain
 
 
 class Kernels(Protocol):
     """Holds ``u - B`` on the sample grid, on its device, and works on it in passes.
 
-    Tables and updates stay where they are made: they go from one pass to the next, and only
-    `end_level` hands numbers to the host.
+    What is expected, and updates, stay where they are made: they go from one pass to the next, and only
+    `end_stage` hands numbers to the host.
     """
 
-    def start_level(self, lattice: np.ndarray, bases: Sequence[np.ndarray]) -> None:
-        """Take the control points of B on the mesh of a level, and its basis matrices (n_axis, m_axis)."""
+    def start_stage(self, stage: Stage, fit: SplineFit, lattice: np.ndarray) -> None:
+        """Take what a stage does, the fit on its mesh, and the control points of B there.
+
+        As long as the fit is the same object, so is the mesh: nothing is made anew for it.
+        """
 
     def sharpen(self) -> Any:
-        """Expected sharp log intensity over the histogram of ``u - B``, as a look-up table."""
+        """What is expected over the histogram of ``u - B``: sharp log intensities as a look-up table, and the gain."""
 
-    def fit(self, table: Any) -> Any:
-        """Control points that approximate the residual ``(u - B) - E(u - B)``, with E the table."""
+    def fit(self, expected: Any) -> Any:
+        """Control points that the fit makes of the residual ``(u - B) - E(u - B)``, with E the table."""
 
     def subtract(self, update: Any) -> None:
         """Add the spline with these control points to B, and note how much that changed."""
 
     def converged(self) -> bool:
-        """Whether the level may end; may be late by a few iterations, which then do nothing."""
+        """Whether the stage may end; may be late by a few iterations, which then do nothing."""
 
-    def end_level(self) -> tuple[np.ndarray, list[float]]:
-        """Control points of B, and the coefficient of variation of ``exp(-update)`` at each iteration.
-
-        Where already the first update is below the threshold there is nothing to find on this mesh,
-        and the update is taken back.
-        """
+    def end_stage(self) -> tuple[np.ndarray, list[float]]:
+        """Control points of B, and the coefficient of variation of ``exp(-update)`` at each iteration."""
 
 
 class Oriented(NamedTuple):
@@ -80,6 +80,13 @@ class Statistics(NamedTuple):
     cv: float  # coefficient of variation of exp(-update), as N4 measures convergence
 
 
+class Expected(NamedTuple):
+    """What sharpening a histogram finds."""
+
+    table: np.ndarray  # (bins,): expected sharp log intensity at the bin centres
+    gain: float  # see `sharpening.sharpening_gain`
+
+
 class HostKernels(ABC):
     """`Kernels` whose small arrays are NumPy's: what is left to do is the three passes.
 
@@ -93,46 +100,55 @@ class HostKernels(ABC):
     def __init__(self, parameters: N4Parameters, low: float, high: float) -> None:
         self.parameters = parameters
         self.low, self.high = low, high
-        self.cvs: list[float] = []  # of all levels
+        self.spline_fit: SplineFit | None = None
 
-    def start_level(self, lattice: np.ndarray, bases: Sequence[np.ndarray]) -> None:
-        self.lattice = self.start = lattice
-        self.first = len(self.cvs)
-        self.set_mesh(bases)
+    def start_stage(self, stage: Stage, fit: SplineFit, lattice: np.ndarray) -> None:
+        if fit is not self.spline_fit:
+            self.set_mesh(fit.bases, fit.matrices)
+        self.stage, self.spline_fit, self.lattice = stage, fit, lattice
+        self.cvs: list[float] = []
 
-    def sharpen(self) -> np.ndarray:
-        given = self.parameters
+    def sharpen(self) -> Expected:
         histogram = self.histogram()
-        return expected_log_values(histogram, self.low, self.high, fwhm=given.fwhm, wiener_noise=given.wiener_noise)
+        table = expected_log_values(
+            histogram,
+            self.low,
+            self.high,
+            fwhm=self.stage.fwhm,
+            wiener_noise=self.parameters.wiener_noise,
+            twicing=self.stage.twicing,
+            as_itk=self.parameters.as_itk,
+        )
+        return Expected(table, sharpening_gain(histogram, table, self.low, self.high))
+
+    def fit(self, expected: Expected) -> np.ndarray:
+        assert self.spline_fit
+        return self.spline_fit.update(self.gather(expected.table), self.lattice, expected.gain, self.stage.fwhm)
 
     def subtract(self, update: np.ndarray) -> None:
         self.low, self.high, cv = self.subtract_update(update)
-        self.lattice, self.update = self.lattice + update, update
+        self.lattice = self.lattice + update
         self.cvs.append(cv)
 
     def converged(self) -> bool:
-        if self.low == self.high:
-            return True
-        return len(self.cvs) > self.first and self.cvs[-1] <= self.parameters.threshold_after(self.cvs)
+        return self.low == self.high or (
+            len(self.cvs) > 0 and self.cvs[-1] <= self.parameters.convergence_threshold
+        )
 
-    def end_level(self) -> tuple[np.ndarray, list[float]]:
-        cvs = self.cvs[self.first :]
-        if len(cvs) == 1 and cvs[0] <= self.parameters.threshold_after(self.cvs):
-            self.low, self.high, _ = self.subtract_update(-self.update)
-            self.lattice = self.start
-        return self.lattice, cvs
+    def end_stage(self) -> tuple[np.ndarray, list[float]]:
+        return self.lattice, self.cvs
 
     @abstractmethod
-    def set_mesh(self, bases: Sequence[np.ndarray]) -> None:
-        """Take the basis matrices of a level; compute ``omega`` once."""
+    def set_mesh(self, bases: Sequence[np.ndarray], matrices: Sequence[np.ndarray]) -> None:
+        """Take the basis matrices of a mesh, and those with which the residual is gathered."""
 
     @abstractmethod
     def histogram(self) -> np.ndarray:
         """Histogram of ``u - B`` as `sharpening.linear_histogram` defines it."""
 
     @abstractmethod
-    def fit(self, table: np.ndarray) -> np.ndarray:
-        """As `Kernels.fit`."""
+    def gather(self, table: np.ndarray) -> np.ndarray:
+        """Sum of the weighted residual over the voxels, contracted with the matrices of the fit."""
 
     @abstractmethod
     def subtract_update(self, update: np.ndarray) -> Statistics:
