@@ -6,10 +6,10 @@
 //
 // No sum has an order that chance decides: histograms are whole numbers; other sums are added by
 // single threads in the order of the voxels, and beyond them in trees of a fixed shape. So results
-// are the same bits in every run. `done` ends a level on the device: once it is set, every pass
+// are the same bits in every run. `done` ends a stage on the device: once it is set, every pass
 // returns at once. All shared memory is dynamic, and of a grid and of a block only x is used.
 //
-// Compile with THREADS, WARP_ROWS, HISTOGRAM_VOXELS and STRETCH defined.
+// Compile with the constants defined that cuda.py names: it has them from where the host's code has them.
 
 extern __shared__ __align__(16) unsigned char dynamic_shared[];
 
@@ -26,9 +26,6 @@ typedef unsigned long long count64;
 #define WARP 32
 #define ALL_LANES 0xffffffffu
 
-// no control point is seen by less than the smallest normal float64
-#define SMALLEST 2.2250738585072014e-308
-
 static_assert(THREADS % WARP == 0, "blocks are made of whole warps");
 static_assert(HISTOGRAM_VOXELS % 4 == 0, "voxels are read in fours");
 static_assert(HISTOGRAM_VOXELS < 65536, "a block's histogram would overflow");
@@ -40,6 +37,25 @@ __device__ double warp_sum(double value)
     for (int apart = WARP / 2; apart > 0; apart /= 2)
         value += __shfl_down_sync(ALL_LANES, value, apart);
     return value; // in the first lane
+}
+
+__device__ double larger(double a, double b) { return fmax(a, b); }
+__device__ double plus(double a, double b) { return a + b; }
+
+// Join a number of each thread of a block, in a fixed order: in all threads. `of_warp` is shared memory for a number a
+// warp, which nobody else may use before all have come out of here.
+template <double (*JOIN)(double, double)> __device__ double block_joined(double value, double* of_warp)
+{
+    for (int apart = WARP / 2; apart > 0; apart /= 2)
+        value = JOIN(value, __shfl_down_sync(ALL_LANES, value, apart));
+    __syncthreads(); // all have read what was there before
+    if (threadIdx.x % WARP == 0)
+        of_warp[threadIdx.x / WARP] = value;
+    __syncthreads();
+    value = of_warp[0];
+    for (int warp = 1; warp < THREADS / WARP; ++warp)
+        value = JOIN(value, of_warp[warp]);
+    return value;
 }
 
 // What `subtract` finds: of a voxel, a thread, a block, and in the end of all.
@@ -173,17 +189,29 @@ __device__ void transform_back(double2* z, const double2* __restrict__ roots, in
     __syncthreads();
 }
 
-// What sharpening.expected_log_values does, by one block. Out come the residuals u - E(u) at the bin
-// centres, as value and step to the next bin; the histogram is left empty for the next iteration.
+// z = F * z, but for the factor 1 / padded, in place and by one block.
+__device__ void blur(double2* z, const double* transfer, const double2* __restrict__ roots, int padded)
+{
+    transform(z, roots, padded);
+    for (int n = threadIdx.x; n < padded; n += THREADS)
+        z[n] = make_double2(z[n].x * transfer[n], z[n].y * transfer[n]);
+    transform_back(z, roots, padded);
+}
+
+// What sharpening.expected_log_values and sharpening.sharpening_gain do, by one block. Out come the residuals u - E(u) at
+// the bin centres, as value and step to the next bin, and the gain; the histogram is left empty for the next iteration.
 // Log intensities are relative to `centre`. `roots` holds exp(-2 pi i k / padded).
 extern "C" __global__ void sharpen(const int* __restrict__ done, const float* __restrict__ range, count64* counts,
-                                   int bins, int padded, double fwhm, double noise, double centre,
-                                   const double2* __restrict__ roots, double* scratch, int in_shared, float2* lines)
+                                   int bins, int padded, double fwhm, double noise, double twicing, int as_itk,
+                                   double centre, const double2* __restrict__ roots, double* scratch, int in_shared,
+                                   float2* lines, double* gain)
 {
     if (*done)
         return;
-    double2* z = reinterpret_cast<double2*>(in_shared ? reinterpret_cast<double*>(dynamic_shared) : scratch);
+    double* of_warp = reinterpret_cast<double*>(dynamic_shared);
+    double2* z = reinterpret_cast<double2*>(in_shared ? of_warp + THREADS / WARP : scratch);
     double* transfer = reinterpret_cast<double*>(z + padded);
+    double *sharp = transfer + padded, *density = sharp + padded, *expected = density + padded;
     const double low = range[0], slope = ((double)range[1] - low) / (bins - 1);
     const int offset = (padded - bins) / 2;
     if (!(slope > 0)) { // all values are the same: nothing is left to sharpen
@@ -192,11 +220,13 @@ extern "C" __global__ void sharpen(const int* __restrict__ done, const float* __
             if (bin < bins - 1)
                 lines[bin] = make_float2(0.0f, 0.0f);
         }
+        if (threadIdx.x == 0)
+            *gain = 1;
         return;
     }
 
     const double ln2 = 0.693147180559945309, pi = 3.14159265358979324;
-    const double width = fwhm / slope, top = 2 * sqrt(ln2 / pi) / width;
+    const double width = as_itk ? fwhm / slope : fmax(fwhm / slope, NARROWEST_BINS), top = 2 * sqrt(ln2 / pi) / width;
     for (int n = threadIdx.x; n < padded; n += THREADS) {
         const double distance = min(n, padded - n) / width;
         z[n] = make_double2(top * exp(-4 * ln2 * distance * distance), 0.0);
@@ -207,55 +237,84 @@ extern "C" __global__ void sharpen(const int* __restrict__ done, const float* __
         z[n] = make_double2(0.0, 0.0);
     }
     __syncthreads();
-    for (int bin = threadIdx.x; bin < bins; bin += THREADS) {
+    for (int bin = threadIdx.x; bin < bins; bin += THREADS)
         z[offset + bin].x = (double)counts[bin] / SHARE_UNIT;
-        counts[bin] = 0;
-    }
     transform(z, roots, padded);
     for (int n = threadIdx.x; n < padded; n += THREADS) {
         const double wiener = transfer[n] / (transfer[n] * transfer[n] + noise);
         z[n] = make_double2(z[n].x * wiener, z[n].y * wiener);
     }
     transform_back(z, roots, padded);
-    // numerator and denominator are real: one transform does for both
+    // numerator and denominator are real: one transform does for both. In bins from the first one
     for (int n = threadIdx.x; n < padded; n += THREADS) {
-        const double sharp = fmax(z[n].x, 0.0);
-        z[n] = make_double2((low + (n - offset) * slope) * sharp, sharp);
+        sharp[n] = fmax(z[n].x, 0.0);
+        z[n] = make_double2((n - offset) * sharp[n], sharp[n]);
     }
-    transform(z, roots, padded);
+    blur(z, transfer, roots, padded);
+    double mine = 0;
     for (int n = threadIdx.x; n < padded; n += THREADS)
-        z[n] = make_double2(z[n].x * transfer[n], z[n].y * transfer[n]);
-    transform_back(z, roots, padded);
-
-    for (int bin = threadIdx.x; bin < bins; bin += THREADS) {
-        const double2 ratio = z[offset + bin];
-        const double expected = ratio.y == 0 ? -centre : ratio.x / ratio.y;
-        transfer[bin] = low + bin * slope - expected;
+        mine = fmax(mine, z[n].y);
+    const double least = as_itk ? 0.0 : NEXT_TO_NOTHING * block_joined<larger>(mine, of_warp);
+    for (int n = threadIdx.x; n < padded; n += THREADS) {
+        // 0 where there is next to nothing to divide by
+        density[n] = (as_itk ? z[n].y != 0 : z[n].y > least) ? z[n].y : 0.0;
+        expected[n] = density[n] != 0 ? z[n].x / density[n] : as_itk ? (-centre - low) / slope : (double)(n - offset);
+    }
+    if (twicing > 0) {
+        for (int n = threadIdx.x; n < padded; n += THREADS)
+            z[n] = make_double2(expected[n], 0.0);
+        blur(z, transfer, roots, padded);
+        const double whole = transfer[0] * padded; // of F * 1
+        for (int n = threadIdx.x; n < padded; n += THREADS)
+            z[n] = make_double2((n - offset - z[n].x / whole) * sharp[n], 0.0);
+        blur(z, transfer, roots, padded);
+        for (int n = threadIdx.x; n < padded; n += THREADS)
+            if (density[n] != 0)
+                expected[n] += twicing * z[n].x / density[n];
     }
     __syncthreads();
-    for (int bin = threadIdx.x; bin < bins - 1; bin += THREADS)
-        lines[bin] = make_float2((float)transfer[bin], (float)(transfer[bin + 1] - transfer[bin]));
+
+    double voxels = 0, rise = 0;
+    for (int bin = threadIdx.x; bin < bins; bin += THREADS) {
+        const double left = (bin - expected[offset + bin]) * slope;
+        if (bin == bins - 1)
+            break;
+        const double step = expected[offset + bin + 1] - expected[offset + bin];
+        lines[bin] = make_float2((float)left, (float)((1 - step) * slope));
+        const double between = (double)counts[bin] + (double)counts[bin + 1];
+        voxels += between;
+        rise += between * step;
+    }
+    voxels = block_joined<plus>(voxels, of_warp);
+    rise = block_joined<plus>(rise, of_warp);
+    if (threadIdx.x == 0)
+        *gain = fmax(1 - rise / voxels, SMALLEST_GAIN);
+    for (int bin = threadIdx.x; bin < bins; bin += THREADS)
+        counts[bin] = 0;
 }
 
 // ---------------------------------------------------------------------------- fit
 
-// First stage of the fit, from rows to planes: a thread adds up the voxels (i, ., k) of a group of
+// The residual is gathered onto the lattice in three passes. First, from rows to planes: a thread adds up the voxels (i, ., k) of a group of
 // GROUP_ROWS rows, each with its four weights along j. Sums of rows that begin at the same control
 // point go into the same four slots; on to the next control point, the first of the four is complete.
 // `width` is the length of a row, rounded up to whole warps.
-template <bool RESIDUAL>
-__device__ void sum_rows(const float* __restrict__ range, const float* __restrict__ values,
-                         const float* __restrict__ weights, int weighted, const int64* __restrict__ row_base,
-                         const int2* __restrict__ row_ends, int planes, int rows, int length, int width, int groups,
-                         const int* __restrict__ group_rows, const int* __restrict__ group_slots,
-                         const int* __restrict__ columns, const float4* __restrict__ taps,
-                         const float2* __restrict__ lines, int bins, int slots, float* parts)
+extern "C" __global__ void gather_rows(const int* __restrict__ done, const float* __restrict__ range,
+                                       const float* __restrict__ values, const float* __restrict__ weights,
+                                       int weighted, const int64* __restrict__ row_base,
+                                       const int2* __restrict__ row_ends, int planes, int rows, int length, int width,
+                                       int groups, const int* __restrict__ group_rows,
+                                       const int* __restrict__ group_slots, const int* __restrict__ columns,
+                                       const float4* __restrict__ taps, const float2* __restrict__ lines, int bins,
+                                       int slots, float* parts)
 {
+    if (*done)
+        return;
     const int64 mine = (int64)blockIdx.x * THREADS + threadIdx.x, plane = mine / width / groups;
     const int k = (int)(mine % width), group = (int)(mine / width % groups);
     if (k >= length || plane >= planes)
         return;
-    const float low = RESIDUAL ? range[0] : 0.0f, scale = RESIDUAL ? range[2] : 0.0f;
+    const float low = range[0], scale = range[2];
     float* out = parts + (plane * slots + group_slots[group]) * length + k;
     float sum0 = 0, sum1 = 0, sum2 = 0, sum3 = 0;
     const int last = group_rows[group + 1];
@@ -280,14 +339,11 @@ __device__ void sum_rows(const float* __restrict__ range, const float* __restric
             }
             if (is_nan(value[n]))
                 continue;
-            float given = 1;
-            if (RESIDUAL) {
-                int bin;
-                float fraction;
-                bin_of(value[n], low, scale, bins, &bin, &fraction);
-                const float2 line = lines[bin];
-                given = line.x + fraction * line.y;
-            }
+            int bin;
+            float fraction;
+            bin_of(value[n], low, scale, bins, &bin, &fraction);
+            const float2 line = lines[bin];
+            float given = line.x + fraction * line.y;
             if (weighted)
                 given *= weights[row_base[plane * rows + j] + k];
             const float4 weight = taps[j];
@@ -303,35 +359,10 @@ __device__ void sum_rows(const float* __restrict__ range, const float* __restric
     out[3 * (int64)length] = sum3;
 }
 
-extern "C" __global__ void fit_rows(const int* __restrict__ done, const float* __restrict__ range,
-                                    const float* __restrict__ values, const float* __restrict__ weights, int weighted,
-                                    const int64* __restrict__ row_base, const int2* __restrict__ row_ends, int planes,
-                                    int rows, int length, int width, int groups, const int* __restrict__ group_rows,
-                                    const int* __restrict__ group_slots, const int* __restrict__ columns,
-                                    const float4* __restrict__ taps, const float2* __restrict__ lines, int bins,
-                                    int slots, float* parts)
-{
-    if (*done)
-        return;
-    sum_rows<true>(range, values, weights, weighted, row_base, row_ends, planes, rows, length, width, groups, group_rows,
-                   group_slots, columns, taps, lines, bins, slots, parts);
-}
-
-// The same for the weights alone, of which `omega` is made.
-extern "C" __global__ void omega_rows(const float* __restrict__ values, const float* __restrict__ weights, int weighted,
-                                      const int64* __restrict__ row_base, const int2* __restrict__ row_ends, int planes,
-                                      int rows, int length, int width, int groups, const int* __restrict__ group_rows,
-                                      const int* __restrict__ group_slots, const int* __restrict__ columns,
-                                      const float4* __restrict__ taps, int slots, float* parts)
-{
-    sum_rows<false>(nullptr, values, weights, weighted, row_base, row_ends, planes, rows, length, width, groups,
-                    group_rows, group_slots, columns, taps, nullptr, 0, slots, parts);
-}
-
-// Second stage, along k: a warp adds up one sum over a plane, for control points b along j and c
+// Second, along k: a warp adds up one sum over a plane, for control points b along j and c
 // along k. `reach` holds the first voxel from which on a control point begins: those of c are
 // reach[c] .. reach[c + 4].
-extern "C" __global__ void fit_planes(const int* __restrict__ done, const float* __restrict__ parts, int planes,
+extern "C" __global__ void gather_planes(const int* __restrict__ done, const float* __restrict__ parts, int planes,
                                       int points_j, int points_k, int length, int groups, int slots,
                                       const int* __restrict__ group_rows, const int* __restrict__ group_slots,
                                       const int* __restrict__ columns_j, const int* __restrict__ columns_k,
@@ -359,12 +390,14 @@ extern "C" __global__ void fit_planes(const int* __restrict__ done, const float*
         sums[mine] = sum;
 }
 
-// Third stage, along i: a warp adds up one control point; `points` of them lie in a plane of the
-// lattice. Without `omega` the sum is what is wanted, with it the quotient.
-__device__ void sum_planes(const double* __restrict__ sums, int points_i, int points,
-                           const int* __restrict__ columns, const int* __restrict__ reach,
-                           const double* __restrict__ taps, const double* __restrict__ omega, double* lattice)
+// Third, along i: a warp adds up one control point, times a factor; `points` of them lie in a plane of the lattice.
+extern "C" __global__ void gather_lattice(const int* __restrict__ done, const double* __restrict__ sums, int points_i,
+                                          int points, const int* __restrict__ columns, const int* __restrict__ reach,
+                                          const double* __restrict__ taps, const double* __restrict__ factors,
+                                          double* lattice)
 {
+    if (*done)
+        return;
     const int64 mine = (int64)blockIdx.x * (THREADS / WARP) + threadIdx.x / WARP;
     if (mine >= (int64)points_i * points)
         return; // the whole warp
@@ -374,24 +407,50 @@ __device__ void sum_planes(const double* __restrict__ sums, int points_i, int po
         sum += sums[(int64)i * points + point] * taps[4 * (int64)i + a - columns[i]];
     sum = warp_sum(sum);
     if (threadIdx.x % WARP == 0)
-        lattice[mine] = omega == nullptr ? sum : omega[mine] > SMALLEST ? sum / omega[mine] : 0.0;
+        lattice[mine] = sum * factors[mine];
 }
 
-extern "C" __global__ void fit_lattice(const int* __restrict__ done, const double* __restrict__ sums, int points_i,
-                                       int points, const int* __restrict__ columns, const int* __restrict__ reach,
-                                       const double* __restrict__ taps, const double* __restrict__ omega,
-                                       double* update)
+// What a warp makes of a row of a matrix (of `length` columns) times a vector: in the first lane.
+__device__ double row_times(const double* __restrict__ matrix, int row, int length, const double* __restrict__ vector)
+{
+    double sum = 0;
+    for (int n = threadIdx.x % WARP; n < length; n += WARP)
+        sum += matrix[(int64)row * length + n] * vector[n];
+    return warp_sum(sum);
+}
+
+// What fit.PenalisedLeastSquares.update does, mode by mode, a warp for each. `gathered` is per sample.
+extern "C" __global__ void solve(const int* __restrict__ done, const double* __restrict__ of_points,
+                                 const double* __restrict__ gathered, int modes, int points,
+                                 const double* __restrict__ bending, const double* __restrict__ seen,
+                                 const double* __restrict__ field, const double* __restrict__ gain,
+                                 const double* __restrict__ bent, double penalty_of_stage, double* update)
 {
     if (*done)
         return;
-    sum_planes(sums, points_i, points, columns, reach, taps, omega, update);
+    const int mode = blockIdx.x * (THREADS / WARP) + threadIdx.x / WARP;
+    if (mode >= modes)
+        return; // the whole warp
+    const double wanted = row_times(of_points, mode, points, gathered);
+    if (threadIdx.x % WARP == 0) {
+        const double penalty = penalty_of_stage * *gain / sqrt(1 + *bent / BENT) * bending[mode];
+        const double step = fmin(fmax(*gain / LET_THROUGH, SHORTEST_STEP), 1.0);
+        update[mode] = (wanted - penalty * field[mode]) / (step * seen[mode] + penalty);
+    }
 }
 
-extern "C" __global__ void omega_lattice(const double* __restrict__ sums, int points_i, int points,
-                                         const int* __restrict__ columns, const int* __restrict__ reach,
-                                         const double* __restrict__ taps, double* omega)
+// The control points of these modes, a warp for each.
+extern "C" __global__ void points_of_modes(const int* __restrict__ done, const double* __restrict__ to_points,
+                                           const double* __restrict__ of_modes, int points, int modes, double* update)
 {
-    sum_planes(sums, points_i, points, columns, reach, taps, nullptr, omega);
+    if (*done)
+        return;
+    const int point = blockIdx.x * (THREADS / WARP) + threadIdx.x / WARP;
+    if (point >= points)
+        return; // the whole warp
+    const double value = row_times(to_points, point, modes, of_modes);
+    if (threadIdx.x % WARP == 0)
+        update[point] = value;
 }
 
 // ---------------------------------------------------------------------------- evaluation
@@ -487,14 +546,14 @@ extern "C" __global__ void subtract(const int* __restrict__ done, const float* _
 }
 
 // The end of an iteration, by one block: join what the blocks of `subtract` found, add the update to
-// the lattice, note how much changed, and decide whether the level is done.
-// `range` is low, high and bins per unit; `counters` are done and the number of iterations; `changes`
-// is the sum of what all updates so far changed: from `strong` on, the threshold falls in proportion.
+// the lattice and, where the fit has modes, to those, note how much changed, and decide whether the stage is done.
+// `range` is low, high and bins per unit; `counters` are done and the number of iterations; `bent` is the penalty on
+// the field, for the next iteration.
 extern "C" __global__ void finish(int* counters, float* range, const float* __restrict__ extremes,
                                   const double* __restrict__ sums, int blocks, int64 voxels, int bins,
-                                  double threshold, double strong, double* changes,
-                                  const double* __restrict__ update, int points, double* lattice,
-                                  double* cvs)
+                                  double threshold, const double* __restrict__ update, int points, double* lattice,
+                                  const double* __restrict__ bending, const double* __restrict__ mode_update, int modes,
+                                  double* field, double* bent, double* cvs)
 {
     if (counters[0])
         return;
@@ -514,8 +573,16 @@ extern "C" __global__ void finish(int* counters, float* range, const float* __re
     }
     for (int n = threadIdx.x; n < points; n += THREADS)
         lattice[n] += update[n];
+    double of_modes = 0;
+    for (int n = threadIdx.x; n < modes; n += THREADS) {
+        field[n] += mode_update[n];
+        of_modes += bending[n] * field[n] * field[n];
+    }
+    of_modes = block_joined<plus>(of_modes, reinterpret_cast<double*>(dynamic_shared));
+    __syncthreads();
     found = block_found(found); // its barrier: all have read the counters before they change
     if (threadIdx.x == 0) {
+        *bent = of_modes;
         const double variance = (found.squares - found.total * found.total / voxels) / (voxels - 1);
         const double cv = sqrt(fmax(variance, 0.0)) / (1 + found.total / voxels);
         range[0] = found.low;
@@ -523,8 +590,7 @@ extern "C" __global__ void finish(int* counters, float* range, const float* __re
         range[2] = (float)((bins - 1) / ((double)found.high - (double)found.low));
         cvs[counters[1]] = cv;
         counters[1] += 1;
-        changes[0] += cv;
-        counters[0] = cv <= (changes[0] <= strong ? threshold : threshold * strong / changes[0]) || found.low == found.high;
+        counters[0] = cv <= threshold || found.low == found.high;
     }
 }
 

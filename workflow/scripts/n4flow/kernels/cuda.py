@@ -1,7 +1,7 @@
 """The three passes, and the division by the field, on an NVIDIA GPU: launches what `cuda.cu` holds.
 
-An iteration is a chain of launches that waits for nothing: extremes, statistics, lattice and the
-decision that a level is done stay on the device, and the host looks only now and then.
+An iteration is a chain of launches that waits for nothing: what sharpening finds, statistics, lattice
+and the decision that a stage is done stay on the device, and the host looks only now and then.
 """
 
 from __future__ import annotations
@@ -13,10 +13,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from n4flow.bspline import fit_matrices
 from n4flow.field import BiasField
+from n4flow.fit import BENT, LET_THROUGH, SHORTEST_STEP, LeeWolbergShin, PenalisedLeastSquares, SplineFit
 from n4flow.kernels.protocol import Oriented
-from n4flow.parameters import N4Parameters
+from n4flow.parameters import N4Parameters, Stage
+from n4flow.sharpening import NARROWEST_BINS, NEXT_TO_NOTHING, SMALLEST_GAIN
 
 #: Threads in a block.
 THREADS = 256
@@ -39,7 +40,7 @@ SHARED_BYTES = 48 * 1024
 #: More copies of a block's histogram than this save no time; nor may they take this much from other blocks.
 HISTOGRAM_COPIES, HISTOGRAM_BYTES = 8, 16 * 1024
 
-#: A level is looked at every so many iterations: those past its end cost only their launches.
+#: A stage is looked at every so many iterations: those past its end cost only their launches.
 LOOK_EVERY = 8
 
 #: Bytes of a Found in cuda.cu.
@@ -47,13 +48,30 @@ FOUND_BYTES = 24
 
 WARP = 32
 
+#: Of shared memory: what a block adds up numbers in.
+SUM_BYTES = 8 * THREADS // WARP
+
+#: Numbers that sharpening holds for each bin of the padded histogram (as in cuda.cu).
+SHARPEN_DOUBLES = 6
+
 SOURCE = Path(__file__).with_name("cuda.cu")
 
 
 def compiler_options() -> tuple[str, ...]:
     """What `SOURCE` is compiled with."""
-    sizes = {"THREADS": THREADS, "WARP_ROWS": WARP_ROWS, "HISTOGRAM_VOXELS": HISTOGRAM_VOXELS, "STRETCH": STRETCH}
-    return ("-std=c++17", *(f"-D{name}={value}" for name, value in sizes.items()))
+    constants = {
+        "THREADS": THREADS,
+        "WARP_ROWS": WARP_ROWS,
+        "HISTOGRAM_VOXELS": HISTOGRAM_VOXELS,
+        "STRETCH": STRETCH,
+        "NARROWEST_BINS": NARROWEST_BINS,
+        "NEXT_TO_NOTHING": NEXT_TO_NOTHING,
+        "SMALLEST_GAIN": SMALLEST_GAIN,
+        "BENT": BENT,
+        "LET_THROUGH": LET_THROUGH,
+        "SHORTEST_STEP": SHORTEST_STEP,
+    }
+    return ("-std=c++17", *(f"-D{name}={value}" for name, value in constants.items()))
 
 
 @cache
@@ -150,7 +168,9 @@ class CudaKernels:
         self.counters = cupy.zeros(2, dtype=np.int32)  # done, iterations
         self.done = self.counters[:1]
         self.cvs = cupy.zeros(max(parameters.iterations), dtype=np.float64)
-        self.changes = cupy.zeros(1, dtype=np.float64)  # the sum of the cvs of all levels
+        self.gain = cupy.zeros(1, dtype=np.float64)
+        self.bent = cupy.zeros(1, dtype=np.float64)
+        self.spline_fit: SplineFit | None = None
 
         self.counts = cupy.zeros(bins, dtype=np.uint64)
         self.copies = min(max(HISTOGRAM_BYTES // (4 * bins), int(4 * bins <= SHARED_BYTES)), HISTOGRAM_COPIES)
@@ -158,34 +178,45 @@ class CudaKernels:
         self.padded = 2 ** (int(np.ceil(np.log2(bins))) + 1)
         angles = -2 * np.pi / self.padded * np.arange(self.padded // 2)
         self.roots = cupy.asarray(np.stack([np.cos(angles), np.sin(angles)], axis=1))
-        self.sharpen_bytes = 24 * self.padded
-        self.in_shared = int(self.sharpen_bytes <= SHARED_BYTES)
-        self.scratch = cupy.zeros(1 if self.in_shared else 3 * self.padded, dtype=np.float64)
+        in_shared = SUM_BYTES + SHARPEN_DOUBLES * 8 * self.padded
+        self.in_shared = int(in_shared <= SHARED_BYTES)
+        self.sharpen_bytes = in_shared if self.in_shared else SUM_BYTES
+        self.scratch = cupy.zeros(1 if self.in_shared else SHARPEN_DOUBLES * self.padded, dtype=np.float64)
 
         self.subtract_blocks = -(-self.planes * self.rows_a_plane // (WARP_ROWS * THREADS // WARP))
         self.extremes = cupy.zeros((self.subtract_blocks, 2), dtype=np.float32)
         self.sums = cupy.zeros((self.subtract_blocks, 2), dtype=np.float64)
 
-    def start_level(self, lattice: np.ndarray, bases: Sequence[np.ndarray]) -> None:
+    def start_stage(self, stage: Stage, fit: SplineFit, lattice: np.ndarray) -> None:
         import cupy
 
-        bases = [bases[axis] for axis in self.axes]
-        self.start = lattice
-        self.lattice = cupy.asarray(np.ascontiguousarray(lattice.transpose(self.axes)))
-        self.update = cupy.zeros(self.lattice.shape, dtype=np.float64)
+        if fit is not self.spline_fit:
+            self._set_mesh(fit)
+        self.stage, self.enqueued = stage, 0
+        self.lattice[...] = cupy.asarray(np.ascontiguousarray(lattice.transpose(self.axes)))
+        if isinstance(fit, PenalisedLeastSquares):
+            modes = fit.to_modes @ lattice.ravel()
+            self.modes[...] = cupy.asarray(modes)
+            self.bent[...] = cupy.asarray(np.array([(fit.bending * modes**2).sum()]))
         low, high, _ = self.range.get().tolist()
         self.counters[:] = 0
         if low == high:
             self.counters[:1] = 1
-        self.enqueued = 0
-        m0, m1, m2 = self.lattice.shape
-        self.padded_j = max(m1, 4)
+        # all that an iteration launches is put together here, since that takes as long as an iteration
+        self.to_sharpen, self.to_fit, self.to_subtract = self._to_sharpen(), self._to_fit(), self._to_subtract()
 
+    def _set_mesh(self, fit: SplineFit) -> None:
+        import cupy
+
+        self.spline_fit = fit
+        bases, matrices = ([of[axis] for axis in self.axes] for of in (fit.bases, fit.matrices))
+        shape = m0, m1, m2 = tuple(basis.shape[1] for basis in bases)
+        self.padded_j = max(m1, 4)
+        self.lattice, self.update = (cupy.zeros(shape, dtype=np.float64) for _ in range(2))
         columns = [_first_columns(basis) for basis in bases]
         types = (np.float64, np.float32, np.float64)
-        self.taps, self.omega_taps, self.delta_taps = (
-            [_taps(*given) for given in zip(matrices, columns, types, strict=True)]
-            for matrices in (bases, *fit_matrices(bases))
+        self.taps, self.gather_taps = (
+            [_taps(*given) for given in zip(of, columns, types, strict=True)] for of in (bases, matrices)
         )
         self.reach = [_reach(columns[axis], bases[axis].shape[1]) for axis in (0, 2)]
         # groups of rows, and the slots that their sums take: one for each control point that they reach
@@ -198,16 +229,21 @@ class CudaKernels:
         self.plane_sums = cupy.empty((self.planes, m1, m2), dtype=np.float64)
         self.along = cupy.empty((self.planes, self.padded_j, self.length), dtype=np.float32)
 
-        self.omega = cupy.empty(self.lattice.shape, dtype=np.float64)
-        # all that an iteration launches is put together here, since that takes as long as an iteration
-        self.to_sharpen, self.to_fit, self.to_subtract = self._to_sharpen(), self._to_fit(), self._to_subtract()
-        _run(
-            [
-                self._sum_rows("omega_rows", [], self.omega_taps[1], []),
-                self._sum_planes(self.omega_taps[2]),
-                _launch("omega_lattice", WARP * m0 * m1 * m2, *self._lattice_sum(self.omega_taps[0]), self.omega),
-            ]
-        )
+        points = m0 * m1 * m2
+        if isinstance(fit, PenalisedLeastSquares):
+            # control points in the order of our axes
+            order = np.arange(points).reshape([shape[axis] for axis in np.argsort(self.axes)])
+            to_points = fit.to_points[order.transpose(self.axes).ravel()]
+            self.to_points, self.of_points = cupy.asarray(to_points), cupy.asarray(np.ascontiguousarray(to_points.T))
+            self.bending, self.seen = cupy.asarray(fit.bending), cupy.asarray(fit.seen)
+            self.modes, self.mode_update = (cupy.zeros(len(fit.seen), dtype=np.float64) for _ in range(2))
+            self.gathered = cupy.zeros(shape, dtype=np.float64)
+            self.factors = cupy.asarray(np.full(shape, 1 / fit.total))
+        else:
+            assert isinstance(fit, LeeWolbergShin)
+            self.bending = self.modes = self.mode_update = cupy.zeros(0, dtype=np.float64)
+            self.gathered = self.update
+            self.factors = cupy.asarray(np.ascontiguousarray(1 / fit.divisors.transpose(self.axes)))
 
     def sharpen(self) -> Any:
         _run(self.to_sharpen)
@@ -226,18 +262,8 @@ class CudaKernels:
     def converged(self) -> bool:
         return self.enqueued % LOOK_EVERY == 0 and bool(self.done.get()[0])
 
-    def end_level(self) -> tuple[np.ndarray, list[float]]:
-        import cupy
-
-        done, iterations = self.counters.get().tolist()
-        cvs = self.cvs.get()[:iterations].tolist()
-        changes = self.changes.get()
-        if done and iterations == 1 and cvs[0] <= self.parameters.threshold_after(changes.tolist()):
-            self.counters[:] = 0
-            self.update *= -1
-            _run(self.to_subtract)
-            self.changes[:] = cupy.asarray(changes)
-            return self.start, cvs
+    def end_stage(self) -> tuple[np.ndarray, list[float]]:
+        cvs = self.cvs.get()[: self.counters.get()[1]].tolist()
         return np.ascontiguousarray(self.lattice.get().transpose(np.argsort(self.axes))), cvs
 
     def _to_sharpen(self) -> list[Callable[[], None]]:
@@ -251,19 +277,42 @@ class CudaKernels:
         sharpen = _launch(
             "sharpen",
             THREADS,
-            *(self.done, self.range, self.counts, self.bins, self.padded, float(given.fwhm)),
-            *(float(given.wiener_noise), self.centre, self.roots, self.scratch, self.in_shared, self.lines),
-            shared_bytes=self.sharpen_bytes if self.in_shared else 0,
+            *(self.done, self.range, self.counts, self.bins, self.padded, float(self.stage.fwhm)),
+            *(float(given.wiener_noise), float(self.stage.twicing), int(given.as_itk), self.centre, self.roots),
+            *(self.scratch, self.in_shared, self.lines, self.gain),
+            shared_bytes=self.sharpen_bytes,
         )
         return [histogram, sharpen]
 
     def _to_fit(self) -> list[Callable[[], None]]:
         m0, m1, m2 = self.lattice.shape
-        lattice_sum = self._lattice_sum(self.delta_taps[0])
+        points, (first, second, third) = m0 * m1 * m2, self.gather_taps
+        gather = [
+            self._sum_rows(second),
+            self._sum_planes(third),
+            _launch(
+                "gather_lattice",
+                WARP * points,
+                *(self.done, self.plane_sums, m0, m1 * m2, first.columns, self.reach[0], first.weights),
+                *(self.factors, self.gathered),
+            ),
+        ]
+        if not isinstance(self.spline_fit, PenalisedLeastSquares):
+            return gather
+        modes = self.modes.size
         return [
-            self._sum_rows("fit_rows", [self.done, self.range], self.delta_taps[1], [self.lines, self.bins]),
-            self._sum_planes(self.delta_taps[2]),
-            _launch("fit_lattice", WARP * m0 * m1 * m2, self.done, *lattice_sum, self.omega, self.update),
+            *gather,
+            _launch(
+                "solve",
+                WARP * modes,
+                *(self.done, self.of_points, self.gathered, modes, points, self.bending, self.seen, self.modes),
+                *(self.gain, self.bent, float(self.spline_fit.penalty(self.stage.fwhm)), self.mode_update),
+            ),
+            _launch(
+                "points_of_modes",
+                WARP * points,
+                *(self.done, self.to_points, self.mode_update, points, modes, self.update),
+            ),
         ]
 
     def _to_subtract(self) -> list[Callable[[], None]]:
@@ -280,35 +329,31 @@ class CudaKernels:
             "finish",
             THREADS,
             *(self.counters, self.range, self.extremes, self.sums, self.subtract_blocks, np.int64(self.count)),
-            *(self.bins, float(given.convergence_threshold), float(given.strong_field_log or np.inf), self.changes),
-            *(update, update.size, self.lattice, self.cvs),
+            *(self.bins, float(given.convergence_threshold), update, update.size, self.lattice),
+            *(self.bending, self.mode_update, self.modes.size, self.modes, self.bent, self.cvs),
             shared_bytes=shared_bytes,
         )
         expand = _expansion(self.done, update, (0, 1, 2), self.taps[0], self.taps[2], self.along)
         return [expand, subtract, finish]
 
-    def _sum_rows(self, kernel: str, before: list[Any], taps: Taps, table: list[Any]) -> Callable[[], None]:
+    def _sum_rows(self, taps: Taps) -> Callable[[], None]:
         rows = self.rows
         return _launch(
-            kernel,
+            "gather_rows",
             self.planes * self.groups * self.width,
-            *(*before, rows.values, rows.weights, self.weighted, rows.base, rows.ends, self.planes),
+            *(self.done, self.range, rows.values, rows.weights, self.weighted, rows.base, rows.ends, self.planes),
             *(self.rows_a_plane, self.length, self.width, self.groups, self.group_rows, self.group_slots),
-            *(*taps, *table, self.slots, self.parts),
+            *(*taps, self.lines, self.bins, self.slots, self.parts),
         )
 
     def _sum_planes(self, taps: Taps) -> Callable[[], None]:
         _, m1, m2 = self.lattice.shape
         return _launch(
-            "fit_planes",
+            "gather_planes",
             WARP * self.planes * m1 * m2,
             *(self.done, self.parts, self.planes, m1, m2, self.length, self.groups, self.slots, self.group_rows),
             *(self.group_slots, self.taps[1].columns, taps.columns, self.reach[1], taps.weights, self.plane_sums),
         )
-
-    def _lattice_sum(self, taps: Taps) -> list[Any]:
-        m0, m1, m2 = self.lattice.shape
-        return [self.plane_sums, m0, m1 * m2, taps.columns, self.reach[0], taps.weights]
 
 
 def _rows(samples: Oriented) -> _Rows:
