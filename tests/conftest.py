@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from n4flow import kernels
+from n4flow import N4Parameters, kernels
 from n4flow.phantom import load_tissues, make_phantom
 from n4flow.samples import Samples, log_where
 
@@ -40,6 +40,11 @@ def kernel_set(request, monkeypatch):
     """Run a test with either set of CPU kernels, whatever the number of voxels."""
     monkeypatch.setattr(kernels, "COMPILED_VOXELS", 0 if request.param == "compiled" else 2**62)
     return request.param
+
+
+def lee_wolberg_shin(iterations=(200,), **settings):
+    """Parameters of ITK's fit and its expected values; one mesh and one width, unless they are given."""
+    return N4Parameters(**{"fit": "lee-wolberg-shin", "twicing": 0, "fwhm": 0.12, "iterations": iterations} | settings)
 
 
 def samples_of(image, mask, voxel_size_mm=(1.0, 1.0, 1.0)):

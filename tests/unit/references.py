@@ -12,7 +12,8 @@ import SimpleITK as sitk
 
 from n4flow.parameters import N4Parameters
 
-DEFAULT_HISTOGRAM = {key: getattr(N4Parameters(), key) for key in ("histogram_bins", "fwhm", "wiener_noise")}
+FIXED = N4Parameters.from_mapping({"preset": "fixed"})
+DEFAULT_HISTOGRAM = {key: getattr(FIXED, key) for key in ("histogram_bins", "fwhm", "wiener_noise")}
 
 
 def remembered(function):

@@ -19,7 +19,7 @@ from n4flow.estimate import estimate_field
 from n4flow.field import Mesh
 from n4flow.mask import otsu_threshold
 from n4flow.samples import sample_positions
-from tests.conftest import rms, samples_of
+from tests.conftest import lee_wolberg_shin, rms, samples_of
 from tests.unit.references import (
     DEFAULT_HISTOGRAM,
     ants_log_field,
@@ -125,8 +125,8 @@ def central(arrays, shrink_factor):
 
 def our_field(image, mask, schedule, *, weights=None, histogram=DEFAULT_HISTOGRAM):
     """Our estimate on all voxels of an array, with ITK's mesh and the place it gives the last voxel."""
-    parameters = N4Parameters(
-        mesh=schedule.mesh, iterations=schedule.iterations, shrink_factor=1, convergence_threshold=0, **histogram
+    parameters = lee_wolberg_shin(
+        schedule.iterations, mesh=schedule.mesh, shrink_factor=1, convergence_threshold=0, **histogram
     )
     positions = tuple(itk_positions(n, n) for n in image.shape)
     samples = replace(samples_of(image, mask), positions=positions, weights=weights)
@@ -199,7 +199,7 @@ def test_histogram_settings_agree_with_ants(ants, small_head):
 def test_two_dimensions_agree_with_simpleitk(head):
     image = head.image[:, :, 45]
     mask = image > otsu_threshold(image.ravel())
-    parameters = N4Parameters(mesh="fixed", iterations=(30,), shrink_factor=1, convergence_threshold=0)
+    parameters = lee_wolberg_shin((30,), shrink_factor=1, convergence_threshold=0)
     samples = samples_of(image[:, :, None], mask[:, :, None])
     ours = estimate_field(samples, parameters, mesh=Mesh.of_grid(samples.image_shape, (4, 4, 0))).field
     reference = simpleitk_log_field(image, mask, (30,), (4, 4))
@@ -258,8 +258,8 @@ def border_differences(image, schedule):
     assert (image > 0).all()
     reference = simpleitk_log_field(image, mask, schedule.iterations, schedule.spans)
     mesh = Mesh.of_grid(image.shape, schedule.spans)
-    parameters = N4Parameters(
-        mesh=schedule.mesh, iterations=schedule.iterations, shrink_factor=1, convergence_threshold=0
+    parameters = lee_wolberg_shin(
+        schedule.iterations, mesh=schedule.mesh, shrink_factor=1, convergence_threshold=0
     )
     own = samples_of(image, mask)
     moved = replace(own, positions=tuple(itk_positions(n, n) for n in image.shape))
@@ -293,7 +293,7 @@ def test_the_place_itk_gives_the_last_voxel_matters_on_a_thin_stack(scan):
     grid = np.ix_(*shrink_positions(image.shape, 2))
     image, mask = image[grid], mask[grid]
     assert mask[:, :, -1].any()
-    parameters = N4Parameters(mesh="refined", iterations=(20,) * 4, shrink_factor=1, convergence_threshold=0)
+    parameters = lee_wolberg_shin((20,) * 4, mesh="refined", shrink_factor=1, convergence_threshold=0)
     samples = samples_of(image, mask)
     ours = estimate_field(samples, parameters, mesh=Mesh.of_grid(image.shape, (1, 1, 1))).field
     reference = simpleitk_log_field(image, mask, REFINED.iterations, REFINED.spans)
@@ -335,17 +335,18 @@ def test_weights_of_0_and_1_are_a_mask_to_simpleitk(small_head, confidence):
 def test_weights_of_correct_agree_with_ants(ants, small_head, confidence):
     """From the arrays to the field, with an odd number of voxels per axis: ANTs then pads alike on both sides."""
     image, mask, weights = (array[:33, :39, :31] for array in (*small_head, confidence))
-    parameters = N4Parameters(
-        mesh="refined", iterations=(20, 20), spline_distance_mm=20, shrink_factor=1, convergence_threshold=0
+    parameters = lee_wolberg_shin(
+        (20, 20), mesh="refined", spline_distance_mm=20, shrink_factor=1, convergence_threshold=0
     )
     ours = correct(image, mask, voxel_size_mm=(1, 1, 1), weights=weights, parameters=parameters, device="cpu")
     reference = ants_log_field(ants, image, mask, parameters.iterations, 20, weights=weights)
     check(np.log(ours.bias.astype(np.float64)), reference, mask, REFINED)
 
 
-def test_weights_matter_and_their_scale_does_not(small_head, confidence):
+@pytest.mark.parametrize("parameters", [N4Parameters(shrink_factor=1), lee_wolberg_shin(shrink_factor=1)])
+def test_weights_matter_and_their_scale_does_not(small_head, confidence, parameters):
     image, mask = small_head
-    options = {"voxel_size_mm": (6, 6, 6), "device": "cpu", "parameters": N4Parameters(shrink_factor=1)}
+    options = {"voxel_size_mm": (6, 6, 6), "device": "cpu", "parameters": parameters}
     plain, weighted, scaled = (
         np.log(correct(image, mask, weights=weights, **options).bias[mask])
         for weights in (None, confidence, 8 * confidence.astype(np.float64))
@@ -409,7 +410,7 @@ def test_our_virtual_domain_differs_from_ants_by_whole_voxels_alone(ants, small_
         tuple(-float(before) for before, _ in padding),
         tuple((n + sum(p) - 1) / s for n, p, s in zip(shape, padding, spans, strict=True)),
     )
-    parameters = N4Parameters(mesh="refined", iterations=(20, 20), shrink_factor=1, convergence_threshold=0)
+    parameters = lee_wolberg_shin((20, 20), mesh="refined", shrink_factor=1, convergence_threshold=0)
     samples = samples_of(image, mask, voxel_size_mm)
     reference = ants_log_field(ants, image, mask, parameters.iterations, distance, voxel_size_mm=voxel_size_mm)
     on_rounded = estimate_field(samples, parameters, mesh=rounded).field.log_at(samples.positions)
