@@ -16,19 +16,23 @@ from numpy.testing import assert_allclose, assert_array_equal
 from threadpoolctl import threadpool_info, threadpool_limits
 
 from n4flow import N4Parameters, correct, kernels
-from n4flow.bspline import bspline_fit, expand
+from n4flow.bspline import bspline_fit, contract, expand
 from n4flow.correction import read_samples, write_corrected
-from n4flow.estimate import estimate_field
+from n4flow.estimate import estimate_field, fit_on
 from n4flow.field import BiasField, Mesh
+from n4flow.fit import LeeWolbergShin, PenalisedLeastSquares
 from n4flow.kernels import PlainKernels, compiled, plain
 from n4flow.kernels.compiled import CompiledKernels
+from n4flow.kernels.protocol import Expected
+from n4flow.parameters import Stage
 from n4flow.quadrature import MaskIntensity, keep_mean_intensity
 from n4flow.sharpening import linear_histogram, look_up
 from n4flow.volume import Volume
-from tests.conftest import samples_of
+from tests.conftest import lee_wolberg_shin, samples_of
 
 SHAPE = (7, 6, 5)
 PARAMETERS = N4Parameters(histogram_bins=50)
+STAGE = Stage(200, 0.12, 0.0)
 
 SETS = {
     "plain": lambda *given: PlainKernels(*given, PARAMETERS),
@@ -53,6 +57,18 @@ def small_chunks(monkeypatch):
     monkeypatch.setattr(compiled, "CHUNK_VOXELS", 200)
 
 
+def started(made, mesh, positions=None, weights=None, lattice=None):
+    """The same kernels, at the start of a stage on a mesh: with ITK's fit, or where there are weights a penalised one."""
+    positions = positions or [np.arange(n) for n in SHAPE]
+    bases = mesh.bases(positions)
+    if weights is None:
+        fit = LeeWolbergShin(np.ones([len(p) for p in positions]), bases)
+    else:
+        fit = PenalisedLeastSquares(weights, bases, [n / 10 for n in mesh.span_voxels], 2e-6)
+    made.start_stage(STAGE, fit, np.zeros(mesh.lattice_shape) if lattice is None else lattice)
+    return made
+
+
 def scattered(shape, weighted, share=0.1, seed=6):
     """Log intensities, weights that are 0 outside of a mask, and the mask; a plane and both corners are outside."""
     rng = np.random.default_rng(seed)
@@ -71,17 +87,16 @@ def test_statistics_are_those_of_the_samples_of_the_mask(field, name, block_voxe
     made = SETS[name](log_image, weights)
     near = {"rel": TOLERANCE[name]}
     assert (made.low, made.high) == pytest.approx((log_image[mask].min(), log_image[mask].max()), **near)
-    bases = field.mesh.bases([np.arange(n) for n in SHAPE])
-    made.start_level(np.zeros_like(field.lattice), bases)
+    started(made, field.mesh)
     made.subtract(field.lattice)
-    update = expand(field.lattice, bases)[mask]
+    update = expand(field.lattice, field.mesh.bases([np.arange(n) for n in SHAPE]))[mask]
     change, left = np.exp(-update), log_image[mask] - update
     assert made.cvs == [pytest.approx(np.std(change, ddof=1) / np.mean(change), **near)]
     assert (made.low, made.high) == pytest.approx((left.min(), left.max()), **near)
     made.subtract(field.lattice)
     left -= update
     assert (made.low, made.high) == pytest.approx((left.min(), left.max()), **near)
-    lattice, cvs = made.end_level()
+    lattice, cvs = made.end_stage()
     assert cvs[0] == cvs[1]
     assert_array_equal(lattice, 2 * field.lattice)
 
@@ -102,20 +117,27 @@ def test_a_pass_of_any_set_is_that_of_the_definition(shape, spans, weighted, sha
     table = np.sort(np.random.default_rng(seed).normal(4, 1, 50))
     residual = np.zeros(shape)
     residual[mask] = values - look_up(values, table, values.min(), values.max())
-    update = bspline_fit(residual, weights, bases)
+    fits = {
+        "one step": (LeeWolbergShin(weights, bases), bspline_fit(residual, weights, bases)),
+        "least squares": (PenalisedLeastSquares(weights, bases, (0.3, 0.4, 0.5), 2e-6), None),
+    }
     for name, make in SETS.items():
         made = make(log_image, weights)
-        made.start_level(np.zeros(mesh.lattice_shape), bases)
-        assert_allclose(made.histogram(), histogram, atol=1e-4 * mask.sum() ** 0.5)
-        assert_allclose(made.fit(table), update, atol=20 * TOLERANCE[name], err_msg=name)
+        for fit, update in fits.values():
+            made.start_stage(STAGE, fit, np.zeros(mesh.lattice_shape))
+            assert_allclose(made.histogram(), histogram, atol=1e-4 * mask.sum() ** 0.5)
+            gathered = contract(np.where(mask, residual * weights, 0), fit.matrices)
+            assert_allclose(made.gather(table), gathered, atol=2e-7 * mask.sum() + 1e-12, err_msg=name)
+            if update is not None:
+                assert_allclose(made.fit(Expected(table, 1.0)), update, atol=20 * TOLERANCE[name], err_msg=name)
 
 
 @pytest.mark.parametrize("name", SETS)
-def test_a_level_on_values_that_are_all_the_same_is_over_at_once(field, name):
+def test_a_stage_on_values_that_are_all_the_same_is_over_at_once(field, name):
     made = SETS[name](np.full(SHAPE, 4.5), np.ones(SHAPE, dtype=bool))
-    made.start_level(np.zeros_like(field.lattice), field.mesh.bases([np.arange(n) for n in SHAPE]))
+    started(made, field.mesh)
     assert made.converged()
-    lattice, cvs = made.end_level()
+    lattice, cvs = made.end_stage()
     assert cvs == []
     assert not lattice.any()
 
@@ -124,12 +146,11 @@ def test_a_histogram_of_more_voxels_than_an_entry_holds(monkeypatch):
     """An entry has 23 bits for the count, beside its sign, and 40 for the shares: it is emptied in time."""
     values = np.full((8, 1100, 1000), 5.0)  # 8.8 million in one bin
     values[0, 0, 0], values[0, 0, 1] = 4.0, 6.003
-    bases = Mesh.of_grid(values.shape, (1, 1, 1)).bases([np.arange(n) for n in values.shape])
+    mesh, positions = Mesh.of_grid(values.shape, (1, 1, 1)), [np.arange(n) for n in values.shape]
     found = []
     for chunk_voxels in (200, 2**30):
         monkeypatch.setattr(compiled, "CHUNK_VOXELS", chunk_voxels)
-        made = SETS["compiled"](values, np.ones(values.shape, dtype=bool))
-        made.start_level(np.zeros((4, 4, 4)), bases)
+        made = started(SETS["compiled"](values, np.ones(values.shape, dtype=bool)), mesh, positions)
         found.append(made.histogram())
     assert_allclose(found[0], linear_histogram(values.ravel(), 4.0, 6.003, 50), rtol=1e-4, atol=1e-3)
     assert_array_equal(found[1], found[0])
@@ -138,11 +159,10 @@ def test_a_histogram_of_more_voxels_than_an_entry_holds(monkeypatch):
 @pytest.mark.parametrize("range_", [1e-34, 1e-37, 1e-45])
 def test_values_that_float32_barely_tells_apart_stay_within_the_histogram(range_):
     values = range_ * np.random.default_rng(0).random((20, 21, 37))
-    bases = Mesh.of_grid(values.shape, (1, 1, 1)).bases([np.arange(n) for n in values.shape])
-    made = SETS["compiled"](values, np.ones(values.shape, dtype=bool))
-    made.start_level(np.zeros((4, 4, 4)), bases)
+    mesh, positions = Mesh.of_grid(values.shape, (1, 1, 1)), [np.arange(n) for n in values.shape]
+    made = started(SETS["compiled"](values, np.ones(values.shape, dtype=bool)), mesh, positions)
     assert made.histogram().sum() == pytest.approx(values.size)
-    made.end_level()
+    made.end_stage()
 
 
 @pytest.mark.parametrize("strength", [1e-3, 0.3, 3, 12])
@@ -150,13 +170,11 @@ def test_the_change_of_an_update_of_any_size_is_exact(strength):
     """Its exponential is a series, of an argument halved as often as it takes."""
     shape = (20, 20, 20)
     mesh = Mesh.of_grid(shape, (2, 2, 2))
-    bases = mesh.bases([np.arange(n) for n in shape])
     log_image, weights, _ = scattered(shape, False, 0.7)
     update = strength * np.random.default_rng(1).uniform(-1, 1, mesh.lattice_shape)
     cvs = []
     for make in SETS.values():
-        made = make(log_image, weights)
-        made.start_level(np.zeros_like(update), bases)
+        made = started(make(log_image, weights), mesh, [np.arange(n) for n in shape])
         made.subtract(update)
         cvs += made.cvs
     assert cvs[1] == pytest.approx(cvs[0], rel=2e-5)
@@ -172,8 +190,7 @@ def test_a_change_far_from_0_with_little_spread_is_measured(mean):
     update = mean + 1e-4 * np.random.default_rng(1).uniform(-1, 1, mesh.lattice_shape)
     cvs = []
     for make in SETS.values():
-        made = make(log_image, weights)
-        made.start_level(np.zeros_like(update), mesh.bases([np.arange(n) for n in shape]))
+        made = started(make(log_image, weights), mesh, [np.arange(n) for n in shape])
         made.subtract(update)
         cvs += made.cvs
     assert cvs[1] == pytest.approx(cvs[0], rel=2e-3)
@@ -181,17 +198,42 @@ def test_a_change_far_from_0_with_little_spread_is_measured(mean):
 
 def test_compiled_code_gives_the_same_bits_for_any_number_of_threads(head):
     samples = samples_of(head.image[::2, ::2, ::2], head.image[::2, ::2, ::2] > 300, (4.0, 4.0, 4.0))
-    parameters = N4Parameters(mesh="refined", iterations=(3, 3), spline_distance_mm=80, shrink_factor=1)
-    lattices = []
-    for threads in (1, 2, 7, 100):
-        made = CompiledKernels(samples.log_image, samples.confidence, parameters, threads)
-        made.start_level(np.zeros((5, 5, 5)), Mesh.of_grid(samples.image_shape, (2, 2, 2)).bases(samples.positions))
-        for _ in range(3):
-            made.subtract(made.fit(made.sharpen()))
-        lattices.append(made.end_level()[0])
-    assert len(made.rows.chunks) > 30
-    for lattice in lattices[1:]:
-        assert_array_equal(lattice, lattices[0])
+    for weights in (None, samples.confidence):
+        lattices = []
+        for threads in (1, 2, 7, 100):
+            made = CompiledKernels(samples.log_image, samples.confidence, PARAMETERS, threads)
+            started(made, Mesh.of_grid(samples.image_shape, (2, 2, 2)), samples.positions, weights)
+            for _ in range(3):
+                made.subtract(made.fit(made.sharpen()))
+            lattices.append(made.end_stage()[0])
+        assert len(made.rows.chunks) > 30
+        for lattice in lattices[1:]:
+            assert_array_equal(lattice, lattices[0])
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_stages_on_one_mesh_are_those_of_kernels_that_begin_anew(head, name, monkeypatch):
+    """What a mesh needs is made once; a stage has its own width, and goes on from the last lattice and values."""
+    samples = samples_of(head.image[::4, ::4, ::4], head.image[::4, ::4, ::4] > 300, (8.0, 8.0, 8.0))
+    parameters = N4Parameters(iterations=(3, 4), fwhm=(0.2, 0.07), convergence_threshold=0)
+    mesh = Mesh.of_grid(samples.image_shape, (2, 2, 2))
+    fit = fit_on(mesh, samples, parameters)
+    made = SETS[name](samples.log_image, samples.confidence)
+    meshes, set_mesh = [], made.set_mesh
+    monkeypatch.setattr(made, "set_mesh", lambda *given: meshes.append(given) or set_mesh(*given))
+    lattice = np.zeros(mesh.lattice_shape)
+    for stage in parameters.stages:
+        again = SETS[name](samples.log_image - expand(lattice, fit.bases), samples.confidence)
+        results = []
+        for kernels_of_stage in (made, again):
+            kernels_of_stage.start_stage(stage, fit, lattice)
+            for _ in range(stage.most_iterations):
+                kernels_of_stage.subtract(kernels_of_stage.fit(kernels_of_stage.sharpen()))
+            results.append(kernels_of_stage.end_stage())
+        assert_allclose(results[0][0], results[1][0], atol=1e-5)
+        assert_allclose(results[0][1], results[1][1], rtol=1e-4)
+        lattice = results[0][0]
+    assert len(meshes) == 1
 
 
 def iterated(field, threads, iterations=200):
@@ -199,7 +241,7 @@ def iterated(field, threads, iterations=200):
     shape = (40, 6, 5)
     log_image, weights, _ = scattered(shape, True, 0.7)
     made = CompiledKernels(log_image, weights, PARAMETERS, threads)
-    made.start_level(np.zeros_like(field.lattice), Mesh.of_grid(shape, (2, 1, 1)).bases([np.arange(n) for n in shape]))
+    started(made, Mesh.of_grid(shape, (2, 1, 1)), [np.arange(n) for n in shape])
     for _ in range(iterations):
         made.subtract(made.fit(made.sharpen()))
     return made.lattice, made
@@ -222,10 +264,10 @@ def test_threads_that_have_waited_in_vain_are_called_back(field):
     assert_array_equal(made.lattice, iterated(field, 1, iterations=6)[0])
 
 
-def test_no_thread_waits_beyond_the_end_of_a_level(field):
+def test_no_thread_waits_beyond_the_end_of_a_stage(field):
     """It would wait for seconds where others keep its core busy."""
     _, made = iterated(field, 3, iterations=5)
-    made.end_level()
+    made.end_stage()
     assert made.work.control[compiled.PASS] % 2**compiled.STEP_BITS == compiled.LEAVE
     assert eventually(lambda: all(helper.done() for helper in made.helpers.values()))
 
@@ -246,10 +288,13 @@ sys.path.insert(0, sys.argv[1])
 import numpy as np
 from n4flow import N4Parameters
 from n4flow.field import Mesh
+from n4flow.fit import LeeWolbergShin
 from n4flow.kernels.compiled import CompiledKernels
 image = np.random.default_rng(0).uniform(4, 5, (30, 30, 30))
 made = CompiledKernels(image, image > 0, N4Parameters(), 4)
-made.start_level(np.zeros((4, 4, 4)), Mesh.of_grid(image.shape, (1, 1, 1)).bases([np.arange(30)] * 3))
+fit = LeeWolbergShin(image > 0, Mesh.of_grid(image.shape, (1, 1, 1)).bases([np.arange(30)] * 3))
+made.start_stage(N4Parameters().stages[0], fit, np.zeros((4, 4, 4)))
+made.histogram()
 raise ValueError("on purpose")
 """
     command = [sys.executable, "-c", code, pytestconfig.rootpath / "workflow" / "scripts"]
@@ -257,11 +302,12 @@ raise ValueError("on purpose")
     assert ended.stderr.endswith("on purpose\n")
 
 
-def test_a_thread_that_comes_after_the_end_of_a_level_does_nothing():
+def test_a_thread_that_comes_after_the_end_of_a_stage_does_nothing():
     log_image = np.random.default_rng(0).normal(4, 1, (20, 20, 20))
     made = SETS["compiled, 3 threads"](log_image, np.ones(log_image.shape, dtype=bool))
-    made.start_level(np.zeros((4, 4, 4)), Mesh.of_grid(log_image.shape, (1, 1, 1)).bases([np.arange(20)] * 3))
-    made.end_level()
+    started(made, Mesh.of_grid(log_image.shape, (1, 1, 1)), [np.arange(20)] * 3)
+    made.histogram()
+    made.end_stage()
     for helper in made.helpers.values():
         helper.result(timeout=60)
     compiled._follow(1, made.work)
@@ -273,7 +319,7 @@ def test_voxels_outside_are_in_no_bin_even_where_all_values_are_the_same():
     mask[:10] = True
     mask[::2, ::2, ::2] = False
     made = SETS["compiled"](np.full(mask.shape, 4.5), mask)
-    made.start_level(np.zeros((4, 4, 4)), Mesh.of_grid(mask.shape, (1, 1, 1)).bases([np.arange(20)] * 3))
+    started(made, Mesh.of_grid(mask.shape, (1, 1, 1)), [np.arange(20)] * 3)
     assert made.histogram().sum() == mask.sum()
 
 
@@ -365,12 +411,15 @@ def test_one_and_two_blas_threads_give_the_same_bits():
     # wide and thin: the products in which OpenBLAS does share out the sums
     image = np.random.default_rng(7).uniform(50, 100, (16, 500, 500)).astype(np.float32)
     samples = samples_of(image, np.ones(image.shape, dtype=bool))
-    parameters = N4Parameters(spans=(2, 30, 30), iterations=(1,), shrink_factor=1)
-    lattices = []
-    for threads in (1, 2):
-        with threadpool_limits(threads, user_api="blas"):
-            lattices.append(estimate_field(samples, parameters).field.lattice)
-    assert_array_equal(*lattices)
+    for parameters in (
+        lee_wolberg_shin((1,), spans=(2, 30, 30), shrink_factor=1),
+        N4Parameters(iterations=(1,), fwhm=0.1, shrink_factor=1),
+    ):
+        lattices = []
+        for threads in (1, 2):
+            with threadpool_limits(threads, user_api="blas"):
+                lattices.append(estimate_field(samples, parameters).field.lattice)
+        assert_array_equal(*lattices)
 
 
 @pytest.fixture
@@ -407,13 +456,14 @@ def files_of(folder, field):
 
 def test_an_estimate_uses_one_blas_thread(blas_threads):
     image = np.random.default_rng(9).uniform(50, 100, (12, 12, 12))
-    estimate_field(samples_of(image, np.ones(image.shape, dtype=bool)), N4Parameters(iterations=(1,)))
+    estimate_field(samples_of(image, np.ones(image.shape, dtype=bool)), N4Parameters(iterations=(1,), fwhm=0.1))
     assert blas_threads == {1}
 
 
 def test_a_corrected_array_uses_one_blas_thread(blas_threads):
     image = np.random.default_rng(9).uniform(50, 100, (12, 12, 12))
-    correct(image, voxel_size_mm=(1, 1, 1), parameters=N4Parameters(iterations=(1,), shrink_factor=1), device="cpu")
+    parameters = N4Parameters(iterations=(1,), fwhm=0.1, shrink_factor=1)
+    correct(image, voxel_size_mm=(1, 1, 1), parameters=parameters, device="cpu")
     assert blas_threads == {1}
 
 
