@@ -1,10 +1,12 @@
-"""SimpleITK and ANTs on arrays, and the grids they lay: what our fields are compared with."""
+"""What our fields are compared with: SimpleITK and ANTs on arrays, with the grids they lay, and a direct estimate."""
 
 import hashlib
 import os
 import pickle
 import warnings
-from functools import wraps
+from functools import reduce, wraps
+from itertools import product
+from math import comb, factorial
 
 import numpy as np
 import pytest
@@ -145,3 +147,106 @@ def ants_padding(shape, voxel_size_mm, spline_distance_mm):
         spans.append(count)
         padding.append((extra // 2, extra - extra // 2))
     return spans, padding
+
+
+def spline_basis(coordinates, spans, order=0):
+    """Cubic B-splines on a mesh, or a derivative of them, from the recursion over the degree: (n, spans + 3)."""
+
+    def cardinal(x, degree):
+        if degree == 0:
+            return ((x >= 0) & (x < 1)).astype(float)
+        return (x * cardinal(x, degree - 1) + (degree + 1 - x) * cardinal(x - 1, degree - 1)) / degree
+
+    places = np.asarray(coordinates, dtype=float)[:, None] + 3 - np.arange(spans + 3)
+    places = np.where(coordinates == spans, np.nextafter(places.T, -1), places.T).T  # the last knot belongs to the last span
+    return sum((-1) ** k * comb(order, k) * cardinal(places - k, 3 - order) for k in range(order + 1))
+
+
+def dense_penalty(spans, span_lengths):
+    """Mean of the squared third derivatives over a mesh, from their values at Gauss nodes: (points, points)."""
+    nodes, weights = np.polynomial.legendre.leggauss(4)
+    axes = [
+        [spline_basis(((nodes + 1) / 2 + np.arange(n)[:, None]).ravel(), n, order) / h**order for order in range(4)]
+        for n, h in zip(spans, span_lengths, strict=True)
+    ]
+    shares = reduce(np.kron, [np.tile(weights / 2, n) / n for n in spans])
+    total = 0
+    for orders in product(range(4), repeat=3):
+        if sum(orders) == 3:
+            values = reduce(np.kron, [axis[order] for axis, order in zip(axes, orders, strict=True)])
+            total = total + factorial(3) / np.prod([factorial(n) for n in orders]) * (values.T * shares) @ values
+    return total
+
+
+def direct_expected(histogram, low, high, fwhm, wiener_noise, twicing):
+    """The expected value at each bin centre, with every convolution as a product with a matrix."""
+    bins = len(histogram)
+    size = 2 ** (int(np.ceil(np.log2(bins))) + 1)
+    first = (size - bins) // 2
+    slope = (high - low) / (bins - 1)
+    places = low + (np.arange(size) - first) * slope
+    width = max(fwhm / slope, 2)
+    distance = np.abs(np.arange(size)[:, None] - np.arange(size))
+    distance = np.minimum(distance, size - distance)
+    kernel = 2 * np.sqrt(np.log(2) / np.pi) / width * np.exp(-4 * np.log(2) * (distance / width) ** 2)
+    blurred = np.zeros(size)
+    blurred[first : first + bins] = histogram
+    # of a symmetric kernel: the least squares that a Wiener filter solves
+    sharp = np.maximum(np.linalg.solve(kernel @ kernel + wiener_noise * np.eye(size), kernel @ blurred), 0)
+    density = kernel @ sharp
+    there = density > 1e-9 * density.max()
+
+    def mean(values):
+        return np.divide(kernel @ (values * sharp), density, out=np.zeros(size), where=there)
+
+    expected = np.where(there, mean(places), places)
+    lacking = places - kernel @ expected / kernel.sum(axis=1)
+    return (expected + twicing * mean(lacking))[first : first + bins]
+
+
+def direct_log_field(log_values, coordinates, spans, span_lengths, stages, weights=None):
+    """The penalised estimate voxel by voxel, with dense matrices; the thresholds and constants are written out.
+
+    Parameters
+    ----------
+    log_values : (n,) array
+        Of the samples.
+    coordinates : three (n,) arrays
+        Where they lie on the mesh.
+    spans, span_lengths : three numbers each
+    stages : sequence of (FWHM, twicing)
+    weights : (n,) array, optional
+
+    Returns
+    -------
+    (n,) array, int
+        The field at the samples, and the number of iterations.
+    """
+    weights = np.ones(len(log_values)) if weights is None else weights
+    axes = [spline_basis(p, n) for p, n in zip(coordinates, spans, strict=True)]
+    basis = np.einsum("na,nb,nc->nabc", *axes).reshape(len(log_values), -1)
+    normal, penalty = (basis.T * weights) @ basis, dense_penalty(spans, span_lengths)
+    count = weights.sum()
+    lattice, iterations = np.zeros(basis.shape[1]), 0
+    for fwhm, twicing in stages:
+        for _ in range(40):
+            iterations += 1
+            values = log_values - basis @ lattice
+            low, high = values.min(), values.max()
+            centres = np.linspace(low, high, 200)
+            shares = np.maximum(0, 1 - np.abs(values[:, None] - centres) / (centres[1] - centres[0]))
+            histogram = shares.sum(axis=0)
+            expected = direct_expected(histogram, low, high, fwhm, 0.01, twicing)
+            between = histogram[1:] + histogram[:-1]
+            gain = max(np.average(1 - np.diff(expected) / np.diff(centres), weights=between), 0.02)
+            bent = lattice @ penalty @ lattice
+            price = 2e-6 * gain * (1 + 20000 / count) * max(1, fwhm / 0.1) ** 4 / np.sqrt(1 + bent / 10) * count
+            residual = values - np.interp(values, centres, expected)
+            step = np.clip(gain / 0.6, 0.1, 1)
+            wanted = basis.T @ (weights * residual) - price * penalty @ lattice
+            update = np.linalg.lstsq(step * normal + price * penalty, wanted)[0]
+            lattice = lattice + update
+            change = np.exp(-basis @ update)
+            if np.std(change, ddof=1) / np.mean(change) <= 1e-3:
+                break
+    return basis @ lattice, iterations

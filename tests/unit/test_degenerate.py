@@ -7,7 +7,7 @@ import pytest
 from n4flow import InputError, N4Parameters, correct
 from n4flow.correction import read_samples
 from n4flow.phantom import make_phantom
-from tests.conftest import demeaned_error, rms
+from tests.conftest import demeaned_error, lee_wolberg_shin, rms
 
 pytestmark = pytest.mark.usefixtures("kernel_set")
 
@@ -76,20 +76,33 @@ def test_few_distinct_values(strong):
         {"wiener_noise": 1e9},
         {"spline_distance_mm": 1e8},
         {"convergence_threshold": 1e308},
-        {"strong_field_log": 1e-300},
+        {"stiffness": 0},
+        {"stiffness": 1e9},
+        {"twicing": 1},
         {"histogram_bins": 30000},
     ],
     ids=str,
 )
 def test_settings_at_the_end_of_their_ranges_give_a_field(strong, extreme):
     image, mask, *_ = part_of(strong, np.s_[::2, ::2, ::2])
-    parameters = N4Parameters(**{"iterations": (3,), "shrink_factor": 1} | extreme)
+    parameters = N4Parameters(**{"iterations": (3, 3), "fwhm": (0.15, 0.1), "shrink_factor": 1} | extreme)
     result = correct(image, mask, voxel_size_mm=(4, 4, 4), parameters=parameters, device="cpu")
     assert np.isfinite(result.corrected).all()
     assert (result.bias > 0).all()
 
 
-@pytest.mark.parametrize("beyond", [{"fwhm": 1e200}, {"spline_distance_mm": 1e-320}, {"wiener_noise": 1e200}], ids=str)
+@pytest.mark.parametrize(
+    "beyond",
+    [
+        {"fwhm": 1e200},
+        {"fwhm": (0.2, 0.1, 0, 0.1)},
+        {"spline_distance_mm": 1e-320},
+        {"wiener_noise": 1e200},
+        {"stiffness": -1e-9},
+        {"twicing": 1.1},
+    ],
+    ids=str,
+)
 def test_settings_beyond_their_ranges_are_refused(beyond):
     with pytest.raises(InputError, match=rf"n4\.{next(iter(beyond))}: .* give a"):
         N4Parameters(**beyond)
@@ -124,19 +137,19 @@ def test_zeros_in_the_mask(strong):
 
 @pytest.mark.parametrize("scale", [1e-4, 1e4])
 def test_huge_and_tiny_voxels(strong, scale, caplog):
-    """With the mesh in proportion nothing changes; without, it is refused, or said to find next to nothing."""
+    """The default knows no millimetres; a distance is refused where it does not fit, or said to find next to nothing."""
     image, mask, truth, brain = part_of(strong, np.s_[:, :, :])
     size = (2.0 * scale,) * 3
-    fitting = N4Parameters(shrink_factor=2, spline_distance_mm=N4Parameters().spline_distance_mm * scale)
-    assert error_ratio(image, mask, truth, brain, size, fitting) == pytest.approx(
+    assert error_ratio(image, mask, truth, brain, size) == pytest.approx(
         error_ratio(image, mask, truth, brain), rel=1e-6
     )
+    distance = N4Parameters(spline_distance_mm=65)
     if scale > 1:
         with pytest.raises(InputError, match=r"spans along axis 0, which has .* raise n4\.spline_distance_mm"):
-            correct(image, mask, voxel_size_mm=size, device="cpu")
+            correct(image, mask, voxel_size_mm=size, parameters=distance, device="cpu")
     else:
         assert "times as long" not in caplog.text
-        flat = correct(image, mask, voxel_size_mm=size, device="cpu")
+        flat = correct(image, mask, voxel_size_mm=size, parameters=lee_wolberg_shin(spline_distance_mm=65), device="cpu")
         assert np.ptp(np.log(flat.bias)) < 1e-3
         assert "a span of the mesh is 2778 times as long as the image" in caplog.text
         assert "lower n4.spline_distance_mm, or mend the voxel size" in caplog.text
@@ -154,7 +167,7 @@ def test_a_volume_of_few_voxels_is_refused_in_words():
         correct(np.arange(1.0, 28.0).reshape(3, 3, 3), voxel_size_mm=(1, 1, 1), device="cpu")
 
 
-@pytest.mark.parametrize(("shape", "size", "preset"), [((9, 8, 7), 5, "itk"), ((5, 5, 5), 100, "mri-head")])
+@pytest.mark.parametrize(("shape", "size", "preset"), [((9, 8, 7), 5, "itk"), ((5, 5, 5), 100, "default")])
 def test_a_file_of_few_voxels_is_refused_for_them_and_not_for_its_mesh(tmp_path, shape, size, preset):
     affine = np.diag([size, size, size, 1])
     nib.save(nib.Nifti1Image(np.arange(1.0, 1 + np.prod(shape)).reshape(shape), affine), tmp_path / "a.nii")
