@@ -64,7 +64,10 @@ def test_few_distinct_values(strong):
     mask = levels > 2
     assert len(np.unique(levels[mask])) <= 10
     # ten spikes look like a sharp histogram: little is corrected, but nothing is made worse
-    assert error_ratio(levels, mask, truth, brain & mask) < 0.98
+    bias = correct(levels, mask, voxel_size_mm=(2, 2, 2), parameters=N4Parameters(shrink_factor=2), device="cpu").bias
+    error, field = (rms(demeaned_error(given, truth, brain & mask)) for given in (bias, np.ones_like(truth)))
+    assert error < field
+    assert error_ratio(levels, mask, truth, brain & mask, parameters=lee_wolberg_shin(shrink_factor=2)) < 0.98
 
 
 @pytest.mark.parametrize(
@@ -76,7 +79,7 @@ def test_few_distinct_values(strong):
         {"wiener_noise": 1e9},
         {"spline_distance_mm": 1e8},
         {"convergence_threshold": 1e308},
-        {"stiffness": 0},
+        {"stiffness": 1e-9},
         {"stiffness": 1e9},
         {"twicing": 1},
         {"histogram_bins": 30000},
@@ -98,7 +101,7 @@ def test_settings_at_the_end_of_their_ranges_give_a_field(strong, extreme):
         {"fwhm": (0.2, 0.1, 0, 0.1)},
         {"spline_distance_mm": 1e-320},
         {"wiener_noise": 1e200},
-        {"stiffness": -1e-9},
+        {"stiffness": 0},
         {"twicing": 1.1},
     ],
     ids=str,
@@ -141,7 +144,7 @@ def test_huge_and_tiny_voxels(strong, scale, caplog):
     image, mask, truth, brain = part_of(strong, np.s_[:, :, :])
     size = (2.0 * scale,) * 3
     assert error_ratio(image, mask, truth, brain, size) == pytest.approx(
-        error_ratio(image, mask, truth, brain), rel=1e-6
+        error_ratio(image, mask, truth, brain), rel=1e-5
     )
     distance = N4Parameters(spline_distance_mm=65)
     if scale > 1:

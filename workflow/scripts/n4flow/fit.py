@@ -31,11 +31,9 @@ BENT = 10.0
 #: A step goes this much less far than the sharpening would let it, and never more than ten times as far as it sees.
 LET_THROUGH, SHORTEST_STEP = 0.6, 0.1
 
-#: What is added to the sum of both matrices, in units of its mean, where neither tells anything.
-RIDGE = 1e-12
-
-#: What the samples see of a mode is never taken for less.
-LEAST_SEEN = 1e-12
+#: What is neither seen nor costs more than this share of what others are, or do, is left alone: a parabola through the
+#: two planes of a slab, say.
+UNTOLD = 1e-8
 
 
 class SplineFit(Protocol):
@@ -124,19 +122,19 @@ class PenalisedLeastSquares:
         self.scale = stiffness * (1 + FEW_SAMPLES / self.total)
         normal = normal_matrix(weights, bases) / self.total
         penalty = penalty_matrix([basis.shape[1] for basis in bases], span_lengths)
-        # a sum of both that is as much of either is sound, also where the samples do not reach, and for what K costs nothing
+        # first a sum of both that is as much of either, which is sound also where one of them says nothing
         share = np.trace(normal) / np.trace(penalty)
-        both = normal + share * penalty
-        both[np.diag_indices_from(both)] += RIDGE * np.trace(both) / len(both)
-        lower = np.linalg.cholesky(both)
-        half = np.linalg.solve(lower, penalty)
-        bending, turned = np.linalg.eigh(np.linalg.solve(lower, half.T))
-        self.to_points = np.ascontiguousarray(np.linalg.solve(lower.T, turned))
-        self.bending = np.maximum(bending, 0)
-        self.seen = np.maximum((self.to_points * (normal @ self.to_points)).sum(axis=0), LEAST_SEEN)
-        # what neither bends nor is seen, such as a parabola through the two planes of a slab, is left alone
-        self.to_points[:, self.seen + share * self.bending < 0.5] = 0
-        self.to_modes = np.ascontiguousarray(turned.T @ lower.T)
+        sizes, turned = np.linalg.eigh(normal + share * penalty)
+        told = sizes > UNTOLD * sizes.mean()
+        roots, turned = np.sqrt(sizes[told]), turned[:, told]
+        half = turned / roots
+        bending, turned_again = np.linalg.eigh(half.T @ penalty @ half)
+        bending = np.maximum(bending, 0)
+        seen = np.maximum(1 - share * bending, 0)
+        told = seen + self.scale * bending > UNTOLD
+        self.bending, self.seen, turned_again = bending[told], seen[told], turned_again[:, told]
+        self.to_points = half @ turned_again
+        self.to_modes = turned_again.T @ (turned * roots).T
 
     def penalty(self, fwhm: float) -> float:
         """What bending costs in a stage, before it is known how much the field bends and how much a step sees."""

@@ -95,7 +95,7 @@ class N4Parameters:
         widths: Any = self.fwhm if isinstance(self.fwhm, tuple) else (self.fwhm,)
         checks = {
             "fit": (self.fit in ("penalised", "lee-wolberg-shin"), "'penalised' or 'lee-wolberg-shin'"),
-            "stiffness": (0 <= _number(self.stiffness) <= 1e9, "a number from 0 to 1e9"),
+            "stiffness": (1e-9 <= _number(self.stiffness) <= 1e9, "a number from 1e-9 to 1e9"),
             "mesh": (self.mesh in ("fixed", "refined"), "'fixed' or 'refined'"),
             "spans": (
                 spans is None or (isinstance(spans, tuple) and len(spans) == 3 and all(_whole(n) >= 1 for n in spans)),

@@ -23,6 +23,9 @@ NODES_PER_AXIS = 160
 
 FEWEST_NODES_PER_SPAN = 4
 
+#: In spans: no voxel is beyond the mesh by so little.
+ROUNDING = 1e-9
+
 #: Nodes at which a field is evaluated at a time, for the sake of memory.
 BLOCK_NODES = 2**20
 
@@ -150,12 +153,16 @@ def _panels(mesh: Mesh, axis: int, voxels: int) -> tuple[np.ndarray, list[_Panel
     """Places of the nodes along an axis, and the panels."""
     spans = max(1, mesh.spans[axis])
     most = max(FEWEST_NODES_PER_SPAN, min(NODES_PER_SPAN, NODES_PER_AXIS // spans))
-    span = np.clip(np.floor(mesh.coordinate(axis, np.arange(voxels))), 0, spans - 1)
+    coordinate = mesh.coordinate(axis, np.arange(voxels))
+    span = np.clip(np.floor(coordinate), 0, spans - 1)
+    if mesh.spans[axis]:  # beyond the mesh the value at its end holds
+        span[coordinate < -ROUNDING] = -1
+        span[coordinate > spans + ROUNDING] = spans
     borders = [0, *(np.flatnonzero(np.diff(span)) + 1).tolist(), voxels]
     nodes: list[float] = []
     panels = []
     for start, stop in pairwise(borders):
-        count = min(most, stop - start)
+        count = min(most, stop - start) if 0 <= span[start] < spans else 1
         if count == stop - start:  # each voxel is a node
             places, interpolation = np.arange(start, stop, dtype=np.float64), np.eye(count)
         else:
