@@ -158,7 +158,9 @@ def spline_basis(coordinates, spans, order=0):
         return (x * cardinal(x, degree - 1) + (degree + 1 - x) * cardinal(x - 1, degree - 1)) / degree
 
     places = np.asarray(coordinates, dtype=float)[:, None] + 3 - np.arange(spans + 3)
-    places = np.where(coordinates == spans, np.nextafter(places.T, -1), places.T).T  # the last knot belongs to the last span
+    places = np.where(
+        coordinates == spans, np.nextafter(places.T, -1), places.T
+    ).T  # the last knot belongs to the last span
     return sum((-1) ** k * comb(order, k) * cardinal(places - k, 3 - order) for k in range(order + 1))
 
 

@@ -258,9 +258,7 @@ def border_differences(image, schedule):
     assert (image > 0).all()
     reference = simpleitk_log_field(image, mask, schedule.iterations, schedule.spans)
     mesh = Mesh.of_grid(image.shape, schedule.spans)
-    parameters = lee_wolberg_shin(
-        schedule.iterations, mesh=schedule.mesh, shrink_factor=1, convergence_threshold=0
-    )
+    parameters = lee_wolberg_shin(schedule.iterations, mesh=schedule.mesh, shrink_factor=1, convergence_threshold=0)
     own = samples_of(image, mask)
     moved = replace(own, positions=tuple(itk_positions(n, n) for n in image.shape))
     differences = (

@@ -113,7 +113,9 @@ def test_the_estimate_is_the_direct_one(head, weighted, name, monkeypatch):
 
 @pytest.mark.parametrize("unit", [1e-4, 1 / 30, 1e4])
 def test_the_default_knows_no_millimetres(small_head, unit):
-    lattices = [estimate_field(samples_of(*small_head, (size,) * 3), N4Parameters()).field.lattice for size in (6, 6 * unit)]
+    lattices = [
+        estimate_field(samples_of(*small_head, (size,) * 3), N4Parameters()).field.lattice for size in (6, 6 * unit)
+    ]
     assert_allclose(*lattices, atol=1e-6)
 
 

@@ -58,7 +58,7 @@ def small_chunks(monkeypatch):
 
 
 def started(made, mesh, positions=None, weights=None, lattice=None):
-    """The same kernels, at the start of a stage on a mesh: with ITK's fit, or where there are weights a penalised one."""
+    """The same kernels, at the start of a stage on a mesh: with ITK's fit, or where there are weights a penalised."""
     positions = positions or [np.arange(n) for n in SHAPE]
     bases = mesh.bases(positions)
     if weights is None:

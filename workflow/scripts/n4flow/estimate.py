@@ -155,8 +155,8 @@ def fit_on(mesh: Mesh, samples: Samples, parameters: N4Parameters) -> SplineFit:
         return LeeWolbergShin(weights, bases)
     # lengths are in units of the size of the mask: a mouse is to the fit what a head is
     axes = [axis for axis, spans in enumerate(mesh.spans) if spans]
-    volume = np.count_nonzero(weights) * np.prod([samples.spacing_mm[axis] for axis in axes])
-    size = volume ** (1 / len(axes))
+    volume = np.count_nonzero(weights) * math.prod(samples.spacing_mm[axis] for axis in axes)
+    size = float(volume ** (1 / len(axes)))
     lengths = [voxels * mm / size for voxels, mm in zip(mesh.span_voxels, samples.voxel_size_mm, strict=True)]
     return PenalisedLeastSquares(weights, bases, lengths, parameters.stiffness)
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from functools import reduce
 from itertools import product
 from math import factorial
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
@@ -28,34 +28,13 @@ FULL_STIFFNESS_FWHM = 0.1
 #: A field that bends more than this shows that there is one: the penalty falls with the root of what it bends.
 BENT = 10.0
 
-#: A step goes this much less far than the sharpening would let it, and never more than ten times as far as it sees.
-LET_THROUGH, SHORTEST_STEP = 0.6, 0.1
+#: Where a step sees less of a field than this, it goes further: the samples damp it by gain / FULLY_DAMPED_GAIN, but by
+#: no less than LEAST_DAMPING.
+FULLY_DAMPED_GAIN, LEAST_DAMPING = 0.6, 0.1
 
 #: What is neither seen nor costs more than this share of what others are, or do, is left alone: a parabola through the
 #: two planes of a slab, say.
 UNTOLD = 1e-8
-
-
-class SplineFit(Protocol):
-    """What the kernels and the estimate ask of a fit on a mesh."""
-
-    bases: Sequence[np.ndarray]  # three (n_axis, m_axis): the spline on the grid of the samples
-    matrices: Sequence[np.ndarray]  # likewise: with these the residual is gathered
-
-    def update(self, gathered: np.ndarray, lattice: np.ndarray, gain: float, fwhm: float) -> np.ndarray:
-        """What to add to the control points.
-
-        Parameters
-        ----------
-        gathered : (m0, m1, m2) array
-            Sum over the samples of weight times residual times one column of each of `matrices`.
-        lattice : (m0, m1, m2) array
-            The control points so far.
-        gain : float
-            See `sharpening.sharpening_gain`.
-        fwhm : float
-            Of the stage.
-        """
 
 
 class LeeWolbergShin:
@@ -75,11 +54,29 @@ class LeeWolbergShin:
 
     def __init__(self, weights: np.ndarray, bases: Sequence[np.ndarray]) -> None:
         self.bases = bases
-        squares, self.matrices = fit_matrices(bases)
+        squares, cubes = fit_matrices(bases)
+        self.matrices: Sequence[np.ndarray] = cubes
         self.divisors = divisors(contract_weights(weights, squares))
 
     def update(self, gathered: np.ndarray, lattice: np.ndarray, gain: float, fwhm: float) -> np.ndarray:
-        """As `SplineFit.update`; it asks for nothing but what was gathered."""
+        """What to add to the control points.
+
+        Parameters
+        ----------
+        gathered : (m0, m1, m2) array
+            Sum over the samples of weight times residual times one column of each of `matrices`.
+        lattice : (m0, m1, m2) array
+            The control points so far.
+        gain : float
+            See `sharpening.sharpening_gain`.
+        fwhm : float
+            Of the stage.
+
+        Returns
+        -------
+        (m0, m1, m2) array
+            Here it hangs on what was gathered alone.
+        """
         return gathered / self.divisors
 
 
@@ -87,7 +84,7 @@ class PenalisedLeastSquares:
     """Least squares, exact for any mask, with a penalty on the squared third derivatives of the whole field.
 
     With ``G`` the normal matrix, ``K`` the penalty's, ``phi`` the control points, N the sum of the weights and
-    ``r`` the residual, the update solves ``(step G + N penalty K) update = B^T r - N penalty K phi``. Both matrices are
+    ``r`` the residual, the update solves ``(damping G + N penalty K) update = B^T r - N penalty K phi``. Both matrices are
     made diagonal together, once a mesh: then it is two products with a matrix.
 
     Parameters
@@ -105,7 +102,7 @@ class PenalisedLeastSquares:
     to_points : (points, modes) array
         Control points (in C order) of each mode.
     to_modes : (modes, points) array
-        Its inverse.
+        Modes of control points: a left inverse of `to_points`.
     bending : (modes,) array
         Penalty on each mode: K there.
     seen : (modes,) array
@@ -141,13 +138,16 @@ class PenalisedLeastSquares:
         return self.scale * max(1.0, fwhm / FULL_STIFFNESS_FWHM) ** 4
 
     def update(self, gathered: np.ndarray, lattice: np.ndarray, gain: float, fwhm: float) -> np.ndarray:
-        """As `SplineFit.update`."""
+        """As `LeeWolbergShin.update`."""
         modes = self.to_modes @ lattice.ravel()
         bent = float((self.bending * modes**2).sum())
         penalty = self.penalty(fwhm) * gain / np.sqrt(1 + bent / BENT) * self.bending
-        step = min(max(gain / LET_THROUGH, SHORTEST_STEP), 1.0)
+        damping = min(max(gain / FULLY_DAMPED_GAIN, LEAST_DAMPING), 1.0)
         wanted = self.to_points.T @ (gathered.ravel() / self.total) - penalty * modes
-        return (self.to_points @ (wanted / (step * self.seen + penalty))).reshape(lattice.shape)
+        return (self.to_points @ (wanted / (damping * self.seen + penalty))).reshape(lattice.shape)
+
+
+SplineFit = LeeWolbergShin | PenalisedLeastSquares
 
 
 def contract_weights(weights: np.ndarray, matrices: Sequence[np.ndarray]) -> Any:

@@ -116,8 +116,6 @@ def config_problems(config: Mapping[str, Any], schema: Mapping[str, Any]) -> lis
     # what a schema cannot say: JSON's integers hold 4.0, and its numbers NaN
     found += [f"{key}: is no finite number; give one" for key, value in _leaves(config) if _not_finite(value)]
     if not found:
-        if {"spans", "spline_distance_mm"} <= set(config.get("n4", {})):
-            found.append("n4.spans: stands beside n4.spline_distance_mm; give one of the two")
         try:
             N4Parameters.from_mapping(config.get("n4", {}))
         except InputError as error:
@@ -167,12 +165,9 @@ def _grid_problems(config: Mapping[str, Any], schema: Mapping[str, Any]) -> Iter
             yield "tune.grid: has too many keys; put those with one value under n4"
             continue
         try:
-            parameters = N4Parameters.from_mapping({**config.get("n4", {}), **chosen})
+            N4Parameters.from_mapping({**config.get("n4", {}), **chosen})
         except InputError as error:
             yield f"tune.grid: {name}: {error}"
-            continue
-        if "spline_distance_mm" in grid and parameters.spans is not None:
-            yield "tune.grid.spline_distance_mm: changes nothing where n4.spans are set; take one of the two out"
 
 
 def tune_problems(tune: Mapping[str, Any], scans: Sequence[Scan]) -> list[str]:

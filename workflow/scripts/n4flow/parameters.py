@@ -47,7 +47,8 @@ class N4Parameters:
         The most iterations, a number for each stage.
     fwhm : float or tuple of float
         Full width at half maximum, in log intensity, of the Gaussian that is deconvolved (0.15 in Sled et al. 1998
-        and ITK); a number for all stages, or one for each. A wide one finds strong fields; a narrow one spares contrast.
+        and ITK); a number for all stages, or one for each. A wide one finds strong fields, a narrow one spares
+        contrast.
     twicing : float
         How much of what the expected value still lacks is added to it, from 0 to 1, in stages with a FWHM below
         `TWICED_BELOW`. It takes out the pull between tissues; 0 is the expected value of Sled et al.

@@ -109,15 +109,18 @@ def expected_log_values(
     wiener = transfer.real / (transfer.real**2 + transfer.imag**2 + wiener_noise)
     sharp = np.maximum(np.fft.irfft(np.fft.rfft(blurred) * wiener, padded), 0)
 
+    def blur(values: Any) -> np.ndarray:
+        return np.fft.irfft(transfer * np.fft.rfft(values), padded)
+
     # in bins from the first one; that of the value is added after the division
-    numerator, density = np.fft.irfft(transfer * np.fft.rfft([places * sharp, sharp]), padded)
+    numerator, density = blur([places * sharp, sharp])
     there = density != 0 if as_itk else density > NEXT_TO_NOTHING * density.max()
     divisor = np.where(there, density, 1)
     expected = numerator / divisor
     if twicing:
         # F is cut off at the ends, and not of sum 1: the value itself has to come back as itself
-        lacking = places - np.fft.irfft(transfer * np.fft.rfft(np.where(there, expected, places)), padded) / transfer[0].real
-        expected += twicing * np.fft.irfft(transfer * np.fft.rfft(lacking * sharp), padded) / divisor
+        lacking = places - blur(np.where(there, expected, places)) / transfer[0].real
+        expected += twicing * blur(lacking * sharp) / divisor
     values = np.where(there, low + slope * expected, 0 if as_itk else low + slope * places)
     return np.asarray(values[offset : offset + bins])
 

@@ -434,8 +434,8 @@ extern "C" __global__ void solve(const int* __restrict__ done, const double* __r
     const double wanted = row_times(of_points, mode, points, gathered);
     if (threadIdx.x % WARP == 0) {
         const double penalty = penalty_of_stage * *gain / sqrt(1 + *bent / BENT) * bending[mode];
-        const double step = fmin(fmax(*gain / LET_THROUGH, SHORTEST_STEP), 1.0);
-        update[mode] = (wanted - penalty * field[mode]) / (step * seen[mode] + penalty);
+        const double damping = fmin(fmax(*gain / FULLY_DAMPED_GAIN, LEAST_DAMPING), 1.0);
+        update[mode] = (wanted - penalty * field[mode]) / (damping * seen[mode] + penalty);
     }
 }
 

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from n4flow.field import BiasField
-from n4flow.fit import BENT, LET_THROUGH, SHORTEST_STEP, LeeWolbergShin, PenalisedLeastSquares, SplineFit
+from n4flow.fit import BENT, FULLY_DAMPED_GAIN, LEAST_DAMPING, PenalisedLeastSquares, SplineFit
 from n4flow.kernels.protocol import Oriented
 from n4flow.parameters import N4Parameters, Stage
 from n4flow.sharpening import NARROWEST_BINS, NEXT_TO_NOTHING, SMALLEST_GAIN
@@ -68,8 +68,8 @@ def compiler_options() -> tuple[str, ...]:
         "NEXT_TO_NOTHING": NEXT_TO_NOTHING,
         "SMALLEST_GAIN": SMALLEST_GAIN,
         "BENT": BENT,
-        "LET_THROUGH": LET_THROUGH,
-        "SHORTEST_STEP": SHORTEST_STEP,
+        "FULLY_DAMPED_GAIN": FULLY_DAMPED_GAIN,
+        "LEAST_DAMPING": LEAST_DAMPING,
     }
     return ("-std=c++17", *(f"-D{name}={value}" for name, value in constants.items()))
 
@@ -240,7 +240,6 @@ class CudaKernels:
             self.gathered = cupy.zeros(shape, dtype=np.float64)
             self.factors = cupy.asarray(np.full(shape, 1 / fit.total))
         else:
-            assert isinstance(fit, LeeWolbergShin)
             self.bending = self.modes = self.mode_update = cupy.zeros(0, dtype=np.float64)
             self.gathered = self.update
             self.factors = cupy.asarray(np.ascontiguousarray(1 / fit.divisors.transpose(self.axes)))

@@ -131,9 +131,7 @@ class HostKernels(ABC):
         self.cvs.append(cv)
 
     def converged(self) -> bool:
-        return self.low == self.high or (
-            len(self.cvs) > 0 and self.cvs[-1] <= self.parameters.convergence_threshold
-        )
+        return self.low == self.high or (len(self.cvs) > 0 and self.cvs[-1] <= self.parameters.convergence_threshold)
 
     def end_stage(self) -> tuple[np.ndarray, list[float]]:
         return self.lattice, self.cvs
