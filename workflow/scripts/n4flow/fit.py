@@ -6,10 +6,8 @@ said here.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from functools import reduce
-from itertools import product
-from math import factorial
 from typing import Any
 
 import numpy as np
@@ -186,7 +184,7 @@ def normal_matrix(weights: np.ndarray, bases: Sequence[np.ndarray]) -> np.ndarra
         place[first, second] = place[second, first] = np.arange(len(first))
         places.append(place)
     sums = contract_weights(weights, products)
-    (a, b, c), points = places, int(np.prod([len(place) for place in places]))
+    (a, b, c), points = places, math.prod(len(place) for place in places)
     whole = sums[a[:, None, None, :, None, None], b[:, None, None, :, None], c[:, None, None, :]]
     return np.asarray(whole.reshape(points, points))
 
@@ -208,10 +206,10 @@ def penalty_matrix(points: Sequence[int], span_lengths: Sequence[float]) -> np.n
     (points, points) array
         Control points in C order.
     """
-    grams = [gram_matrices(m, length) for m, length in zip(points, span_lengths, strict=True)]
+    a, b, c = (gram_matrices(m, length) for m, length in zip(points, span_lengths, strict=True))
     total: Any = 0
-    for orders in product(range(4), repeat=3):
-        if sum(orders) == 3:
-            times = factorial(3) / np.prod([factorial(order) for order in orders])
-            total = total + times * reduce(np.kron, (gram[order] for gram, order in zip(grams, orders, strict=True)))
+    for i in range(4):
+        # as often as the third derivatives of this kind occur among all 27
+        planes = [math.comb(3, i) * math.comb(3 - i, j) * np.kron(b[j], c[3 - i - j]) for j in range(4 - i)]
+        total = total + np.kron(a[i], sum(planes))
     return np.asarray(total)
