@@ -32,7 +32,7 @@ localrules:
     n4,
 
 
-if config["reference"]["fraction"] == 0:  # else most pages are drawn when SimpleITK is done, by themselves
+if 2 * len(WITH_REFERENCE) < len(SCANS):  # else most pages are drawn when SimpleITK is done, by themselves
 
     localrules:
         qc,

@@ -84,7 +84,7 @@ def make_study(folder, images, subjects, changes):
         writer.writerow(["subject", "image", "modality"])
         writer.writerows([scan.subject, scan.image, scan.modality] for scan in scans)
     config = yaml.safe_load((REPOSITORY / "config" / "config.yaml").read_text())
-    config |= {"reference": {"fraction": 0}, **changes}
+    config |= {"reference": {"scans": 0}, **changes}
     (folder / "config" / "config.yaml").write_text(yaml.safe_dump(config))
     return scans
 

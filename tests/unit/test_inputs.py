@@ -16,13 +16,13 @@ from n4flow.errors import InputError
 from n4flow.inputs import (
     config_problems,
     grid_combinations,
-    in_fraction,
     load_schema,
     read_sheet,
     results_problem,
     tune_problems,
     voxels_of_frame,
     with_defaults,
+    with_least_hash,
 )
 from n4flow.metrics import FLAG_LIMITS
 from n4flow.parameters import PRESETS, N4Parameters
@@ -211,7 +211,21 @@ def changed(key, value):
         ("n4.mesh", "coarse", "config: n4.mesh: 'coarse' is not one of ['fixed', 'refined']; "),
         ("mask.percentile", 100, "config: mask.percentile: 100 is greater than or equal to the maximum of 100; "),
         ("output.keep_dtype", "yes", "config: output.keep_dtype: 'yes' is not of type 'boolean'; "),
-        ("reference.fraction", 1.1, "config: reference.fraction: 1.1 is greater than the maximum of 1; "),
+        ("reference.scans", -1, "config: reference.scans: -1 is less than the minimum of 0; how many scans SimpleITK"),
+        ("reference.scans", 0.5, "config: reference.scans: 0.5 is not of type 'integer', 'string'; "),
+        ("reference.scans", True, "config: reference.scans: True is not of type 'integer', 'string'; "),
+        ("reference.scans", "half", "config: reference.scans: 'half' does not fit; how many scans SimpleITK corrects"),
+        ("reference.scans", "20", "config: reference.scans: '20' does not fit; "),
+        (
+            "reference.fraction",
+            0.1,
+            "config: reference.fraction: there is no such key; give reference.scans, a number of scans, or all",
+        ),
+        (
+            "qc",
+            {"flags": {"reference_r": 0.9}},
+            "config: qc.flags.reference_r: there is no such key; give reference_rms, the rms difference from ",
+        ),
         ("qc.field_window_log", -0.4, "config: qc.field_window_log: -0.4 is less than or equal to the minimum of 0; "),
     ],
 )
@@ -450,30 +464,37 @@ def test_results_do_not_go_where_images_lie(tmp_path, results, image, fits):
         assert problem.startswith(f"config: pathvars: the results would be written to {results}, where {image} lies; ")
 
 
-# ---------------------------------------------------------------- the fraction
+# ---------------------------------------------------------------- the scans with a reference
 
 
-NAMES = [f"sub-{n:04d}_T1w" for n in range(4000)]
+NAMES = [f"sub-{n:04d}_T1w" for n in range(400)]
 
 
-@pytest.mark.parametrize("fraction", [0.1, 0.5, 0.9])
-def test_fraction_of_many_names_is_about_the_one_asked_for(fraction):
-    assert sum(in_fraction(name, fraction) for name in NAMES) / len(NAMES) == pytest.approx(fraction, abs=0.03)
+@pytest.mark.parametrize("count", [0, 1, 20, 399, 400])
+def test_as_many_are_chosen_as_asked_for(count):
+    chosen = with_least_hash(NAMES, count)
+    assert len(chosen) == count
+    assert chosen <= set(NAMES)
 
 
-def test_fraction_0_is_none_and_1_is_all():
-    assert not any(in_fraction(name, 0) for name in NAMES)
-    assert all(in_fraction(name, 1) for name in NAMES)
+@pytest.mark.parametrize("count", [401, 10**9, "all"])
+def test_all_are_chosen_where_there_are_no_more(count):
+    assert with_least_hash(NAMES, count) == set(NAMES)
 
 
-def test_larger_fraction_keeps_the_scans_of_a_smaller_one():
-    assert {n for n in NAMES if in_fraction(n, 0.3)} < {n for n in NAMES if in_fraction(n, 0.31)}
+def test_more_keep_those_of_fewer():
+    assert with_least_hash(NAMES, 20) < with_least_hash(NAMES, 21)
 
 
-def test_choice_hangs_on_the_name_alone():
+def test_a_further_name_takes_the_place_of_one_at_most():
+    before = with_least_hash(NAMES, 20)
+    lost = [len(before - with_least_hash([*NAMES, f"sub-new{n}_T1w"], 20)) for n in range(200)]
+    assert set(lost) == {0, 1}
+
+
+def test_choice_hangs_on_the_names_alone():
     # SHA-256 of the name: the same on every machine and in every version
-    chosen = [n for n, name in enumerate(NAMES[:20]) if in_fraction(name, 0.25)]
-    assert chosen == [4, 6, 10, 11, 14, 15, 16, 19]
+    assert sorted(with_least_hash(NAMES[:20][::-1], 4)) == [f"sub-{n:04d}_T1w" for n in (6, 15, 16, 19)]
 
 
 def test_a_grid_gives_every_combination_a_name_of_its_own_that_is_good_in_a_path():

@@ -393,7 +393,8 @@ def test_metrics_of_classes_can_be_left_out():
 FINE = {
     "field_min": 0.8, "field_max": 1.2, "inu_range": 0.2, "cjv_before": 0.6, "cjv_after": 0.5, "mean_ratio": 1.0,
     "dropped_fraction": 0.0, "converged": True, "outside_fraction": 0.5,
-    "log_entropy_before_bits": 4.1, "log_entropy_after_bits": 4.0, "reference_r": 0.99, "self_check_max": 1e-7,
+    "log_entropy_before_bits": 4.1, "log_entropy_after_bits": 4.0, "self_check_max": 1e-7,
+    "reference_rms_log": 0.04, "agreement_rms_log": 2e-6,
     "field_steepness": 1.0, "mask_dark_fraction": 0.03,
     "saturated_fraction": 0.002, "seam_ratio_before": 1.2, "seam_ratio_after": 1.21, "seam_place_after": "i 4 to 5",
 }  # fmt: skip
@@ -417,7 +418,8 @@ def test_a_fine_correction_raises_no_flag():
         ({"mean_ratio": 0.9}, "mean_drift"),
         ({"dropped_fraction": 0.1}, "dropped_voxels"),
         ({"converged": False}, "iterations_exhausted"),
-        ({"reference_r": 0.5}, "reference_r"),
+        ({"reference_rms_log": 0.2}, "reference_rms"),
+        ({"agreement_rms_log": 2e-4}, "agreement_rms"),
         ({"saturated_fraction": 0.03}, "saturation"),
         ({"seam_ratio_after": 1.5}, "seam_worse"),
         ({"self_check_max": 0.1}, "self_check"),
@@ -438,10 +440,11 @@ def test_each_flag_fires_alone_and_gives_its_reason(change, flag):
 def test_a_limit_that_is_moved_away_silences_its_flag_and_no_other(flag):
     bad = FINE | {
         "field_min": 0.1, "inu_range": 0.001, "field_steepness": 5.0, "cjv_after": 0.7, "log_entropy_after_bits": 4.2,
-        "mean_ratio": 0.9, "mask_dark_fraction": 0.3, "dropped_fraction": 0.1, "reference_r": 0.5,
-        "saturated_fraction": 0.03, "seam_ratio_after": 1.5, "self_check_max": 0.1, "outside_fraction": 0.9,
+        "mean_ratio": 0.9, "mask_dark_fraction": 0.3, "dropped_fraction": 0.1, "reference_rms_log": 0.2,
+        "agreement_rms_log": 1e-3, "saturated_fraction": 0.03, "seam_ratio_after": 1.5, "self_check_max": 0.1,
+        "outside_fraction": 0.9,
     }  # fmt: skip
-    away = -1 if flag in ("field_flat", "reference_r") else 1e3
+    away = -1 if flag == "field_flat" else 1e3
     names = [found.split(":")[0] for found in find_flags(bad)]
     left = [found.split(":")[0] for found in find_flags(bad, FLAG_LIMITS | {flag: away})]
     assert set(names) == set(FLAG_LIMITS)

@@ -26,6 +26,9 @@ from n4flow.qc.definitions import COLUMNS, DEFINITIONS
 from n4flow.qc.pages import PAGE_BYTES, make_subject
 from n4flow.volume import Volume
 
+#: What a reference's sidecar says of the check of our arithmetic.
+AGREEMENT = {"r": 1.0, "rms": 2.4e-6, "max": 2.8e-5}
+
 WINDOW = math.log(1.5)
 HOSTILE = "sub-<script>alert(1)</script>&\"'"
 
@@ -229,7 +232,7 @@ def make_files(folder, *, shape=(24, 28, 20), size_mm=(4.0, 4.0, 4.0), frames=1,
     (folder / "field.json").write_text(json.dumps(field.to_mapping()))
     reference = BiasField(0.9 * lattice + 0.2, mesh, shape, affine)
     (folder / "reference.json").write_text(json.dumps(reference.to_mapping()))
-    (folder / "reference_sidecar.json").write_text(json.dumps({"N4": {"History": history}}))
+    (folder / "reference_sidecar.json").write_text(json.dumps({"N4": {"Agreement": AGREEMENT}}))
     return {
         "image": save("image.nii.gz", image, frames),
         "mask": save("mask.nii.gz", mask),
@@ -314,6 +317,7 @@ def test_metrics_are_plain_json_and_right(subject):
     assert metrics["cjv_after"] < metrics["cjv_before"]
     assert metrics["reference_r"] == pytest.approx(1)
     assert metrics["reference_slope"] == pytest.approx(1 / 0.9, rel=1e-5)
+    assert [metrics[f"agreement_{name}"] for name in ("r", "rms_log", "max_log")] == list(AGREEMENT.values())
     assert (metrics["iterations_used"], metrics["iterations_max"], metrics["dropped_voxels"]) == (5, 50, 3)
     assert metrics["field_beyond_window_fraction"] == 0
     # twice the strength of 0.3, from the first to the last of 24 voxels of 4 mm; a cube as large as the mask
@@ -328,13 +332,26 @@ def test_the_same_input_gives_the_same_page(subject, tmp_path):
         assert again[role].read_bytes() == subject[role].read_bytes()
 
 
+def test_check_of_the_arithmetic_is_shown_and_flagged_where_it_fails(subject, tmp_path):
+    text = " ".join(Elements(subject["page"]).text.split())
+    assert "check of our arithmetic: r, rms1.0000, 2.4e-06" in text
+    assert "agreement rms" not in text
+    files = make_files(tmp_path)
+    files["reference_sidecar"].write_text(json.dumps({"N4": {"Agreement": {"r": None, "rms": 3e-3, "max": 0.02}}}))
+    make_subject(name="sub-01", **files)
+    assert [f.partition(":")[0] for f in json.loads(files["metrics"].read_text())["flags"]] == ["agreement_rms"]
+    assert "n/a, 0.0030" in Elements(files["page"]).text
+
+
 def test_without_a_reference_its_panels_are_absent(tmp_path):
     files = make_files(tmp_path) | {"reference_field": None, "reference_sidecar": None}
     make_subject(name="sub-01", **files)
     page = Elements(files["page"])
     assert len(pictures(files["page"])) == 7
     assert "reference" not in page.text.lower()
-    assert not [key for key in json.loads(files["metrics"].read_text()) if key.startswith("reference_r")]
+    metrics = json.loads(files["metrics"].read_text())
+    assert not [key for key in metrics if key.startswith("reference_r")]
+    assert [metrics[f"agreement_{name}"] for name in ("r", "rms_log", "max_log")] == [None] * 3
 
 
 def test_a_flat_field_beside_a_reference_has_a_slope_of_0_and_no_r(tmp_path, monkeypatch):

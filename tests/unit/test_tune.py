@@ -60,7 +60,7 @@ def test_each_setting_has_a_row_and_a_card_with_its_numbers(corrected, tmp_path)
     assert (coarse["r to reference"], coarse["rms Δlog"]) == ("1.0000", "0.0000")
     assert float(fine["r to reference"]) < 0.9
     assert float(fine["field steepness"]) > float(coarse["field steepness"])
-    assert "reference r" in fine["flags"]
+    assert "field steep" in fine["flags"]
     sidecar = json.loads(corrected[1][0].sidecar.read_text())
     assert float(coarse["time (s)"]) == pytest.approx(sidecar["N4"]["WallTimeSeconds"], abs=0.051)
     assert int(coarse["iterations"]) == len(sidecar["N4"]["History"])

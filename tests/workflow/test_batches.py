@@ -43,14 +43,14 @@ def run(tmp_path_factory):
         save(folder / scan.image, head(SMALL, seed))
     save(folder / BAD.image, 0 * head(SMALL))
     write_sheet(folder / "config/samples.tsv", [GOOD[0], BAD, *GOOD[1:]])
-    write_config(folder, {"batch": 3, "reference": {"fraction": 0}})
+    write_config(folder, {"batch": 3, "reference": {"scans": 0}})
     return folder, snakemake(folder, "--cores", 2)
 
 
 def test_threads_set_for_n4_are_those_of_its_batches(tmp_path):
     save(tmp_path / GOOD[0].image, head(SMALL))
     write_sheet(tmp_path / "config/samples.tsv", GOOD[:1])
-    write_config(tmp_path, {"reference": {"fraction": 0}})
+    write_config(tmp_path, {"reference": {"scans": 0}})
     planned = snakemake(tmp_path, "--cores", 2, "--set-threads", "n4=2", "-n").stdout
     blocks = re.findall(r"^rule (\w+):\n((?:    .+\n)*)", planned, re.M)
     threads = {rule: re.findall(r"threads: (\d+)", text) for rule, text in blocks}
@@ -111,7 +111,7 @@ def test_folders_of_the_batches_hold_receipts_alone_when_all_is_done(mended):
 
 def test_size_of_the_batches_makes_nothing_run_again(mended):
     folder = mended[0]
-    write_config(folder, {"batch": 2, "reference": {"fraction": 0}})
+    write_config(folder, {"batch": 2, "reference": {"scans": 0}})
     assert "Nothing to be done" in snakemake(folder, "-n").stdout
 
 
@@ -135,7 +135,7 @@ def test_changed_key_makes_again_in_a_batch_what_hangs_on_it_and_no_mask(mended,
     shutil.copytree(mended[0], folder)
     scans = [ADDED, *GOOD, BAD]
     masks = {path: path.stat().st_mtime_ns for scan in scans for path in [outputs_of(folder, scan)["mask"]]}
-    write_config(folder, {"batch": 3, "reference": {"fraction": 0}, "n4": {"spline_distance_mm": 80}})
+    write_config(folder, {"batch": 3, "reference": {"scans": 0}, "n4": {"spline_distance_mm": 80}})
     done = snakemake(folder, "--cores", 2)
     assert done.returncode == 0, done.stdout
     for scan in scans:
@@ -157,7 +157,7 @@ def test_outputs_are_those_of_each_scan_alone(mended, tmp_path):
     shutil.copytree(mended[0], folder, ignore=shutil.ignore_patterns("results", "logs", ".snakemake"))
     scan = GOOD[1]
     write_sheet(folder / "config/samples.tsv", [scan])
-    write_config(folder, {"batch": 1, "reference": {"fraction": 0}})
+    write_config(folder, {"batch": 1, "reference": {"scans": 0}})
     done = snakemake(folder, "--cores", 2, "--until", "qc")
     assert done.returncode == 0, done.stdout
     theirs = outputs_of(mended[0], scan)

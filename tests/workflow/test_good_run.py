@@ -32,10 +32,10 @@ from study import (
     write_sheet,
 )
 
-from n4flow.inputs import in_fraction
+from n4flow.inputs import with_least_hash
 from n4flow.parameters import N4Parameters
 
-FRACTION = 0.5
+WITH_REFERENCE = 9
 
 #: Rotated by 20 and 10 degrees.
 OBLIQUE = AFFINE @ np.array(
@@ -104,6 +104,7 @@ def _scans():
 
 CASES = _scans()
 SCANS = {name: scan for name, (scan, _, _) in CASES.items()}
+CHOSEN = with_least_hash([scan.name for scan in SCANS.values()], WITH_REFERENCE)
 each_scan = pytest.mark.parametrize("name", CASES)
 
 
@@ -139,7 +140,7 @@ def folder(tmp_path_factory):
     above = folder / "raw/task-rest_bold.json"
     above.write_text(json.dumps({"EchoTime": 0.03, "FlipAngle": 70, "TaskName": "rest"}))
     (folder / SCANS["bold"].image.replace(".nii.gz", ".json")).write_text(json.dumps({"FlipAngle": 75}))
-    write_config(folder, {"reference": {"fraction": FRACTION}})
+    write_config(folder, {"reference": {"scans": WITH_REFERENCE}})
     (folder / "before.json").write_text(json.dumps(state_of(folder / "raw")))
     done = snakemake(folder, "--cores", 2, threads=2)
     assert done.returncode == 0, done.stdout
@@ -149,7 +150,7 @@ def folder(tmp_path_factory):
 def roles_of(scan):
     """What there must be of a scan."""
     roles = results_of(scan)
-    return {r: path for r, path in roles.items() if r not in REFERENCE_ROLES or in_fraction(scan.subject, FRACTION)}
+    return {r: path for r, path in roles.items() if r not in REFERENCE_ROLES or scan.name in CHOSEN}
 
 
 def images_of(folder, scan):
@@ -158,17 +159,13 @@ def images_of(folder, scan):
 
 
 @each_scan
-def test_outputs_are_there_and_those_of_sitk_for_the_chosen_fraction_alone(folder, name):
+def test_outputs_are_there_and_those_of_sitk_for_the_chosen_scans_alone(folder, name):
     there = {role for role, path in results_of(SCANS[name]).items() if (folder / path).is_file()}
     assert there == set(roles_of(SCANS[name]))
 
 
 def test_nothing_was_written_where_the_images_lie(folder):
     assert state_of(folder / "raw") == json.loads((folder / "before.json").read_text())
-
-
-def test_fraction_chose_some_of_the_scans():
-    assert 0 < sum(in_fraction(scan.subject, FRACTION) for scan in SCANS.values()) < len(SCANS)
 
 
 def test_results_hold_nothing_else_and_no_partial_file(folder):
@@ -280,14 +277,16 @@ def test_sidecar_says_how_to_make_it_again(folder, name):
     for role in {"sidecar", "reference sidecar"} & set(files):
         content = json.loads((folder / files[role]).read_text())
         n4, made_by = content["N4"], content["Provenance"]
-        expected = N4Parameters().to_mapping()
-        if role == "reference sidecar":  # as many iterations as ours, and no rule to stop
-            ours = json.loads((folder / files["sidecar"]).read_text())["N4"]["History"]
-            expected |= {"iterations": [len(ours)], "convergence_threshold": 0.0, "strong_field_log": None}
-        assert n4["Parameters"] == expected, role
+        ours = role == "sidecar"
+        expected = N4Parameters() if ours else N4Parameters.from_mapping({"preset": "itk"})
+        # SimpleITK gets more samples of small images, and has fewer levels on thin ones
+        given = () if ours else ("shrink_factor", "iterations")
+        assert {key: n4["Parameters"][key] for key in expected.to_mapping() if key not in given} == {
+            key: value for key, value in expected.to_mapping().items() if key not in given
+        }, role
         assert n4["History"], role
-        assert all(line["Level"] == 1 and line["CV"] >= 0 for line in n4["History"]), role
-        assert [line["Iteration"] for line in n4["History"]] == list(range(1, len(n4["History"]) + 1)), role
+        assert all(line["CV"] >= 0 for line in n4["History"]), role
+        assert len(n4["History"]) <= sum(n4["Parameters"]["iterations"]), role
         assert n4["WallTimeSeconds"] > 0, role
         assert {"python", "numpy", "nibabel"} <= {k for k, version in made_by["Versions"].items() if version}, role
         assert ("SimpleITK" in made_by["Versions"]) == role.startswith("reference"), role
@@ -308,9 +307,13 @@ def test_log_names_the_device_once_and_shows_progress(folder, name):
 
 
 def test_own_results_agree_with_those_of_sitk(folder):
-    chosen = [scan for scan in SCANS.values() if in_fraction(scan.subject, FRACTION)]
-    r = {s.name: json.loads((folder / results_of(s)["metrics"]).read_text())["reference_r"] for s in chosen}
-    assert min(r.values()) > 0.95, r
+    chosen = [scan for scan in SCANS.values() if scan.name in CHOSEN]
+    metrics = {scan.name: json.loads((folder / results_of(scan)["metrics"]).read_text()) for scan in chosen}
+    assert len(metrics) == WITH_REFERENCE
+    r = {name: values["reference_r"] for name, values in metrics.items()}
+    assert min(r.values()) > 0.8, r
+    rms = {name: values["agreement_rms_log"] for name, values in metrics.items()}
+    assert max(rms.values()) <= 5e-5, rms
 
 
 def test_4_d_sidecar_has_what_bids_asks_of_a_series(folder):

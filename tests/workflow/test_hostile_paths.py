@@ -25,7 +25,7 @@ def run(tmp_path_factory):
     save(absolute, head() > 300, dtype="uint8")
     scans[-1] = replace(scans[-1], image=str(folder / scans[-1].image), mask=str(absolute))
     write_sheet(folder / "config/samples.tsv", scans)
-    write_config(folder, {"reference": {"fraction": 0}})
+    write_config(folder, {"reference": {"scans": 0}})
     before = {path: path.stat().st_mtime_ns for path in folder.parent.rglob("*") if path.is_file()}
     targets = [results_of(scan)["corrected"] for scan in scans] + [results_of(scans[0])["page"], "dataset"]
     return folder, scans, before, snakemake(folder, *targets, "--cores", 2)

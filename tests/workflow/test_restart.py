@@ -51,7 +51,7 @@ def make_study(folder):
     for seed, scan in enumerate(SCANS):
         save(folder / scan.image, head(SHAPE, seed))
     write_sheet(folder / "config" / "samples.tsv", SCANS)
-    changes = {"batch": 2, "n4": {"shrink_factor": 1}, "reference": {"fraction": 0}, "qc": {"viewer_mb": 0.1}}
+    changes = {"batch": 2, "n4": {"shrink_factor": 1}, "reference": {"scans": 0}, "qc": {"viewer_mb": 0.1}}
     write_config(folder, changes)
     return folder
 

@@ -65,7 +65,7 @@ def lean(raw, code, tmp_path_factory):
     write_config(
         folder,
         {
-            "reference": {"fraction": 0},
+            "reference": {"scans": 0},
             "output": {"bias_field": False, "keep_dtype": True},
             "qc": {"viewer_mb": 0},
             "pathvars": {"results": "out/n4"},
@@ -193,7 +193,7 @@ def test_gpu_that_is_not_there_ends_the_run_before_anything_is_removed(lean, tmp
     folder = tmp_path / "copy"
     shutil.copytree(lean, folder)
     there = {path: path.read_bytes() for path in (folder / "out").rglob("*") if path.is_file()}
-    write_config(folder, {"reference": {"fraction": 0}, "pathvars": {"results": "out/n4"}})
+    write_config(folder, {"reference": {"scans": 0}, "pathvars": {"results": "out/n4"}})
     done = snakemake(folder, files("int16")["corrected"], "--cores", 2, "--forcerun", "n4", "--config", "device=gpu")
     assert done.returncode == 1
     (line,) = [line for line in done.stdout.splitlines() if line.startswith("device: gpu: ")]

@@ -7,6 +7,8 @@ import shutil
 import pytest
 from study import ROOT, snakemake, write_config
 
+from n4flow.inputs import with_least_hash
+
 GRID = {"spline_distance_mm": [40, 80], "convergence_threshold": [0.0015, 0.01]}
 
 
@@ -65,6 +67,25 @@ def test_a_further_value_adds_its_own_corrections_and_the_page(folder, tmp_path)
     shutil.copytree(folder, tmp_path / "copy", symlinks=True)
     tune_config(tmp_path / "copy", {**GRID, "spline_distance_mm": [40, 60, 80]})
     assert sorted(rules_to_run(tmp_path / "copy", "tune")) == ["tune", "tune_n4", "tune_n4"]
+
+
+def test_the_reference_hangs_on_no_setting_of_ours(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "copy", symlinks=True)
+    write_config(tmp_path / "copy", {"n4": {"fwhm": 0.2}})
+    anat = "results/sub-02/anat/sub-02_desc"
+    to_run = rules_to_run(tmp_path / "copy", f"{anat}-N4_T1w.json", f"{anat}-N4sitk_T1w.json")
+    assert "n4" in to_run
+    assert "reference" not in to_run
+
+
+def test_every_tuned_scan_has_the_yardstick_unless_it_is_off(folder, tmp_path):
+    shutil.copytree(ROOT / "config", tmp_path / "config")
+    chosen = with_least_hash([f"sub-{n:02d}_T1w" for n in range(1, 5)], 1)
+    (other, *_) = (label for label in ("01", "02") if f"sub-{label}_T1w" not in chosen)
+    for scans, wanted in ((1, True), (0, False)):
+        changes = {"reference": {"scans": scans}, "tune": {"subjects": [other], "grid": GRID}}
+        write_config(tmp_path, changes)
+        assert ("reference" in rules_to_run(tmp_path, "tune")) == wanted
 
 
 def test_tune_without_subjects_says_what_to_give(tmp_path):

@@ -82,13 +82,13 @@ from n4flow.console import last_error
 from n4flow.inputs import (
     config_problems,
     grid_combinations,
-    in_fraction,
     load_schema,
     read_sheet,
     results_problem,
     tune_problems,
     voxels_of_frame,
     with_defaults,
+    with_least_hash,
 )
 from n4flow.provenance import package_digest
 from n4flow.ratings import read_ratings
@@ -128,6 +128,9 @@ if problems := tune_problems(config["tune"], SCANS):
     raise WorkflowError("\n".join(problems))
 
 SCAN_OF = {scan.name: scan for scan in SCANS}
+
+# Names of the scans that SimpleITK corrects too.
+WITH_REFERENCE = with_least_hash([s.name for s in SCANS if not s.field_from], config["reference"]["scans"])
 
 TUNED = [scan for scan in SCANS if scan.subject in config["tune"]["subjects"] and not scan.field_from]
 COMBINATIONS = grid_combinations(config["tune"]["grid"])
@@ -183,11 +186,6 @@ def scan_of(wildcards):
     if name not in SCAN_OF:
         raise WorkflowError(f"{name}: no such scan in {config['samples']}; add a line for it")
     return SCAN_OF[name]
-
-
-def with_reference(scan):
-    """Whether SimpleITK corrects the scan too."""
-    return not scan.field_from and in_fraction(scan.subject, config["reference"]["fraction"])
 
 
 def page_settings():
@@ -252,7 +250,7 @@ def fields_are_current(scan, steps=("mask", "n4")):
 
 def with_page_batch(scan):
     """Whether the page is drawn in a batch: where it waits for nothing but the scan's own field."""
-    return not (scan.field_from or with_reference(scan))
+    return not scan.field_from and scan.name not in WITH_REFERENCE
 
 
 @cache
@@ -337,11 +335,16 @@ def products(scan):
         made["viewer"] = f"<results>/qc/data/{scan.name}.js"
     if config["output"]["bias_field"]:
         made["bias"] = derivative(scan, f"desc-N4{scan.suffix}_biasfield.nii.gz")
-    if with_reference(scan):
-        made["reference"] = derivative(scan, f"desc-N4sitk_{scan.suffix}.nii.gz")
-        made["reference_sidecar"] = derivative(scan, f"desc-N4sitk_{scan.suffix}.json")
-        made["reference_field"] = derivative(scan, f"desc-N4sitk{scan.suffix}_biasfield.json")
-    return made
+    return made | (reference_products(scan) if scan.name in WITH_REFERENCE else {})
+
+
+def reference_products(scan):
+    """What SimpleITK makes of a scan, by role."""
+    return {
+        "reference": derivative(scan, f"desc-N4sitk_{scan.suffix}.nii.gz"),
+        "reference_sidecar": derivative(scan, f"desc-N4sitk_{scan.suffix}.json"),
+        "reference_field": derivative(scan, f"desc-N4sitk{scan.suffix}_biasfield.json"),
+    }
 
 
 def qc_inputs(wildcards):
@@ -385,7 +388,6 @@ def tune_inputs(wildcards):
     """What the page shows: scan by scan, and of each scan every combination."""
     if not TUNED:
         raise WorkflowError("tune: there is nothing to compare; give tune.subjects and tune.grid, see config/README.md")
-    made = [products(scan) for scan in TUNED]
     of_all = lambda name: [
         f"<results>/tune/{scan.folder}/{scan.name}/{combination}/{name}"
         for scan in TUNED
@@ -393,8 +395,9 @@ def tune_inputs(wildcards):
     ]
     return {
         "images": [scan.image for scan in TUNED],
-        "masks": [roles["mask"] for roles in made],
-        "references": [roles["reference_field"] for roles in made if "reference_field" in roles],
+        "masks": [products(scan)["mask"] for scan in TUNED],
+        # of all of them: whom a dataset's own choice hits says nothing here
+        "references": [reference_products(scan)["reference_field"] for scan in TUNED if config["reference"]["scans"]],
         "corrected": of_all("corrected.nii.gz"),
         "sidecars": of_all("corrected.json"),
         "fields": of_all("biasfield.json"),

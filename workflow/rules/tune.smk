@@ -49,7 +49,7 @@ rule tune:
     resources:
         mem_mb=memory_mb(baseline=600, per_voxel=16),
     params:
-        scans=[(scan.name, with_reference(scan)) for scan in TUNED],
+        scans=[scan.name for scan in TUNED],
         combinations=list(COMBINATIONS.values()),
         settings=config["n4"],
         field_window_log=config["qc"]["field_window_log"],

@@ -1,10 +1,9 @@
-"""Rule reference: correct a scan with SimpleITK."""
+"""Rule reference: correct a scan with SimpleITK at its defaults."""
 
 from pathlib import Path
 
 from n4flow.console import reporting
 from n4flow.derivatives import CorrectionFiles
-from n4flow.parameters import N4Parameters
 from n4flow.reference import reference_scan
 
 
@@ -12,9 +11,7 @@ def main(snakemake):
     reference_scan(
         Path(snakemake.input.image),
         Path(snakemake.input.mask),
-        Path(snakemake.input.sidecar),
         CorrectionFiles(**{role: Path(path) for role, path in snakemake.output.items()}),
-        parameters=N4Parameters.from_mapping(snakemake.params.settings),
         keep_dtype=snakemake.params.keep_dtype,
     )
 

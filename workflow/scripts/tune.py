@@ -12,14 +12,8 @@ def main(snakemake):
     references = map(Path, given.get("references", []))
     written = map(CorrectionFiles, *(map(Path, given[role]) for role in ("corrected", "sidecars", "fields")))
     scans = [
-        TunedScan(
-            name,
-            Path(image),
-            Path(mask),
-            next(references) if with_reference else None,
-            [next(written) for _ in params.combinations],
-        )
-        for (name, with_reference), image, mask in zip(params.scans, given.images, given.masks, strict=True)
+        TunedScan(name, Path(image), Path(mask), next(references, None), [next(written) for _ in params.combinations])
+        for name, image, mask in zip(params.scans, given.images, given.masks, strict=True)
     ]
     make_comparison(
         scans,

@@ -22,6 +22,12 @@ from n4flow.parameters import N4Parameters
 #: One page shows so many corrections: more, nobody compares by eye.
 TUNE_CORRECTIONS = 100
 
+#: Keys of earlier configs, and what took their place.
+REPLACED = {
+    "reference.fraction": "give reference.scans, a number of scans, or all",
+    "qc.flags.reference_r": "give reference_rms, the rms difference from SimpleITK at its defaults",
+}
+
 #: Said of a row that `ragged` finds.
 RAGGED = "has another number of columns than the header; separate them by tabs"
 
@@ -84,8 +90,9 @@ def schema_problems(content: Any, schema: Mapping[str, Any]) -> Iterator[str]:
             known = error.schema["properties"]
             for key in sorted(set(error.instance) - set(known), key=str):
                 near = difflib.get_close_matches(str(key), known, n=1)
+                whole = ".".join(filter(None, [place, str(key)]))
                 hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(known)}"
-                yield f"{'.'.join(filter(None, [place, str(key)]))}: there is no such key; {hint}"
+                yield f"{whole}: there is no such key; {REPLACED.get(whole, hint)}"
         else:
             told = f"{error.instance!r} does not fit" if error.validator == "pattern" else error.message
             message = told.replace("\n", " ")
@@ -338,11 +345,13 @@ def _read_row(row: dict[Any, Any], schema: Mapping[str, Any], made: Collection[s
     return found, scan
 
 
-def in_fraction(subject: str, fraction: float) -> bool:
-    """Whether a subject belongs to a stable random part of all subjects.
+def with_least_hash(names: Collection[str], count: int | str) -> set[str]:
+    """So many of the names, or ``all``: those of the least SHA-256 hash.
 
-    The choice hangs on the label alone, so that it stays when subjects are added.
+    The same names give the same choice in any order, and more of them a larger count that holds the smaller one's. A
+    further name can take the place of one alone.
     """
     import hashlib
 
-    return int.from_bytes(hashlib.sha256(subject.encode()).digest()[:8], "big") < fraction * 2**64
+    ordered = sorted(names, key=lambda name: hashlib.sha256(name.encode()).digest())
+    return set(ordered if isinstance(count, str) else ordered[: int(count)])

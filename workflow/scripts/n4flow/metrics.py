@@ -95,7 +95,16 @@ FLAGS = {
         "a level ended above the convergence threshold",
         "at the convergence plot, and raise n4.iterations if it still falls",
     ),
-    "reference_r": Flag("correlation with the reference below the limit", "at the difference map", 0.9),
+    "reference_rms": Flag(
+        "rms difference from the reference, SimpleITK at its defaults, above the limit",
+        "in the corrected image for shading that is left or new: of two estimates the map does not tell which is wrong",
+        0.1,
+    ),
+    "agreement_rms": Flag(
+        "rms difference from SimpleITK, after the same iterations on the same samples, above the limit",
+        "whether other scans have it too: then the arithmetic of the workflow or the machine is at fault, report it",
+        1e-4,
+    ),
     "saturation": Flag(
         "share of the mask at the ceiling of the original above the limit",
         "at the right end of the histogram, and at how the image was made",
@@ -705,9 +714,12 @@ def find_flags(metrics: Mapping[str, Any], limits: Mapping[str, float] = FLAG_LI
         add("dropped_voxels", f"{100 * dropped[0]:.1f} % of the mask had no usable intensity", f"{100 * limit:g} %")
     if metrics.get("converged") is False:
         add("iterations_exhausted", "a level ended above the convergence threshold")
-    limit = limits["reference_r"]
-    if (r := known("reference_r")) and r[0] < limit:
-        add("reference_r", f"the field's correlation with the reference is {r[0]:.3f}", f"{limit:g}")
+    limit = limits["reference_rms"]
+    if (rms := known("reference_rms_log")) and rms[0] > limit:
+        add("reference_rms", f"the log field is {rms[0]:.3f} (rms) off the reference", f"{limit:g}")
+    limit = limits["agreement_rms"]
+    if (rms := known("agreement_rms_log")) and rms[0] > limit:
+        add("agreement_rms", f"with SimpleITK's settings our log field is {rms[0]:.1e} off its own", f"{limit:g}")
     limit = limits["saturation"]
     if (saturated := known("saturated_fraction")) and saturated[0] > limit:
         share = f"{100 * saturated[0]:.1f} % of the mask"

@@ -1,25 +1,26 @@
-"""The same estimate by SimpleITK, as the independent check."""
+"""SimpleITK at its own defaults: another estimate to look at beside ours, and the check of our arithmetic."""
 
 from __future__ import annotations
 
-import json
 import logging
+import math
 import sys
 import time
-from dataclasses import replace
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from n4flow.bspline import basis_matrix, control_points
+from n4flow.bspline import basis_matrix
 from n4flow.correction import read_samples
 from n4flow.derivatives import CorrectionFiles, estimate_facts, write_derivatives
 from n4flow.errors import InputError
-from n4flow.estimate import Estimate, Iteration, check_mesh, initial_mesh, warn_of_long_spans
+from n4flow.estimate import Estimate, Iteration, estimate_field
 from n4flow.field import BiasField, Mesh
 from n4flow.parameters import N4Parameters
 from n4flow.quadrature import keep_mean_intensity
-from n4flow.samples import Samples
+from n4flow.samples import Samples, inside_mask, sample_positions, shrink_per_axis
 from n4flow.volume import Volume
 
 log = logging.getLogger(__name__)
@@ -27,20 +28,53 @@ log = logging.getLogger(__name__)
 #: SimpleITK's result depends on its number of threads (by up to 4e-5); this one is always used.
 THREADS = 1
 
+#: The most iterations of SimpleITK at each level, if nothing is set; their meshes have 1, 2, 4 and 8 spans an axis.
+ITERATIONS = (50, 50, 50, 50)
+
+#: Every n-th voxel along each axis, as its manual has it; fewer leave so many samples at least, where there are as many
+#: voxels. Of fewer samples, single control points hang on SimpleITK's own rounding.
+SHRINK_FACTOR, FEWEST_SAMPLES = 4, 5000
+
+#: Points per span at which its spline is asked for, to recover the control points.
+POINTS_PER_SPAN = 4
+
+
+def reference_parameters(image_shape: Sequence[int], mask_voxels: int) -> N4Parameters:
+    """What SimpleITK does with an image if nothing is set, on every 4th voxel along each axis.
+
+    Of a small mask it gets more voxels (see `FEWEST_SAMPLES`), and with fewer than 8 planes it has fewer levels: no
+    mesh is to have more spans than samples.
+
+    Parameters
+    ----------
+    image_shape : three ints
+        Voxels per axis.
+    mask_voxels : int
+
+    Returns
+    -------
+    N4Parameters
+    """
+    factors = range(SHRINK_FACTOR, 0, -1)
+    enough = (f for f in factors if mask_voxels >= FEWEST_SAMPLES * math.prod(shrink_per_axis(image_shape, f)))
+    factor = next(enough, 1)
+    fewest = min((len(p) for p in sample_positions(image_shape, factor) if len(p) > 1), default=1)
+    levels = ITERATIONS[: fewest.bit_length()]
+    return N4Parameters.from_mapping({"preset": "itk", "iterations": levels, "shrink_factor": factor})
+
 
 def reference_field(samples: Samples, parameters: N4Parameters) -> Estimate:
-    """Estimate the field with SimpleITK on the same samples, with the equivalent parameters.
+    """Estimate the field with SimpleITK on the same samples.
 
-    SimpleITK stretches its mesh over the image it is given. So the samples are padded, outside the
-    mask, until the ends of their grid come as near to the ends of our mesh as whole samples allow.
-    Its lattice is then recovered from its field on that grid, which determines it, and so can be
-    evaluated at full resolution at the true coordinates of the voxels.
+    SimpleITK lays its mesh from the first sample to the last along each axis. Its control points are recovered from its
+    spline, so that it can be evaluated at full resolution, at the true coordinates of the voxels. (SimpleITK itself
+    would stretch it over the whole image, by up to 0.02 in log.)
 
     Parameters
     ----------
     samples : Samples
     parameters : N4Parameters
-        A fixed mesh is one level of as many iterations as all levels together.
+        See `reference_parameters`: of these SimpleITK is told the levels; all else is its default.
 
     Returns
     -------
@@ -51,7 +85,7 @@ def reference_field(samples: Samples, parameters: N4Parameters) -> Estimate:
     Raises
     ------
     InputError
-        As `estimate.estimate_field`; or the samples have weights: ITK's filter knows a confidence
+        Too few samples, or all of one intensity; or they have weights: ITK's filter knows a confidence
         image, SimpleITK has no input for it.
 
     References
@@ -67,30 +101,16 @@ def reference_field(samples: Samples, parameters: N4Parameters) -> Estimate:
             "leave the weights out, or compare with ANTs",
         )
     samples.check()
-    mesh = initial_mesh(samples.image_shape, samples.voxel_size_mm, samples.cropped().positions, parameters)
-    check_mesh(samples.source, samples.image_shape, mesh, parameters)
-    warn_of_long_spans(samples, mesh, parameters)
-    levels = [sum(parameters.iterations)] if parameters.mesh == "fixed" else list(parameters.iterations)
-
-    padding, grid_mesh = _grid_like(mesh, samples)
     # a single plane is a 2-D image to ITK
-    drawn = [axis for axis in range(3) if mesh.spans[axis]]
-    widths = [padding[axis] for axis in drawn]
-    flat = tuple(axis for axis in range(3) if axis not in drawn)
+    flat = tuple(axis for axis, n in enumerate(samples.mask.shape) if n == 1)
     intensity = np.where(samples.mask, np.exp(samples.log_image), 0).astype(np.float32).squeeze(axis=flat)
-    image = sitk.GetImageFromArray(np.pad(intensity, widths).T)
-    mask = sitk.GetImageFromArray(np.pad(samples.mask.squeeze(axis=flat), widths).astype(np.uint8).T)
+    image = sitk.GetImageFromArray(np.ascontiguousarray(intensity.T))
+    mask = sitk.GetImageFromArray(np.ascontiguousarray(samples.mask.squeeze(axis=flat).astype(np.uint8).T))
 
     sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(THREADS)
     n4 = sitk.N4BiasFieldCorrectionImageFilter()
     n4.SetNumberOfThreads(THREADS)
-    n4.SetMaskLabel(1)
-    n4.SetMaximumNumberOfIterations(levels)
-    n4.SetNumberOfControlPoints([control_points(mesh.spans[axis]) for axis in drawn])
-    n4.SetConvergenceThreshold(parameters.convergence_threshold)
-    n4.SetNumberOfHistogramBins(parameters.histogram_bins)
-    n4.SetBiasFieldFullWidthAtHalfMaximum(parameters.stages[-1].fwhm)
-    n4.SetWienerFilterNoise(parameters.wiener_noise)
+    n4.SetMaximumNumberOfIterations(list(parameters.iterations))
     history: list[Iteration] = []
 
     def note_iteration() -> None:
@@ -106,35 +126,72 @@ def reference_field(samples: Samples, parameters: N4Parameters) -> Estimate:
         if isinstance(getattr(sys, "last_value", None), KeyboardInterrupt):
             raise KeyboardInterrupt from None
         raise
-    log_field = sitk.GetArrayFromImage(n4.GetLogBiasFieldAsImage(image)).T.astype(np.float64)
     n4.RemoveAllCommands()
 
-    grid_mesh = grid_mesh.refined(parameters.doublings)
-    lattice = _recover_lattice(log_field.reshape(_padded_shape(samples, padding)), grid_mesh)
-    return Estimate(BiasField(lattice, grid_mesh, samples.image_shape, samples.affine), history)
+    mesh = mesh_of_samples(samples).refined(len(parameters.iterations) - 1)
+    points = tuple(POINTS_PER_SPAN * spans + 1 for spans in mesh.spans)
+    drawn = [n for n in points if n > 1]
+    log_field = sitk.GetArrayFromImage(n4.GetLogBiasFieldAsImage(sitk.Image(drawn, sitk.sitkFloat32))).T
+    lattice = _recover_lattice(log_field.astype(np.float64).reshape(points), mesh)
+    return Estimate(BiasField(lattice, mesh, samples.image_shape, samples.affine), history)
 
 
-def reference_scan(
-    image: Path,
-    mask: Path,
-    sidecar: Path,
-    files: CorrectionFiles,
-    *,
-    parameters: N4Parameters,
-    keep_dtype: bool = False,
-) -> None:
-    """As `derivatives.correct_scan`, with the field that SimpleITK estimates in as many iterations.
+class Agreement(NamedTuple):
+    """How near our field comes to SimpleITK's in the mask, after the same iterations on the same samples and mesh."""
 
-    Its own measure of convergence freezes in single precision, so that it would stop elsewhere, and
-    the difference of the fields would be that of two stopping rules.
+    r: float | None  # Pearson's correlation of the log fields; None where one is constant
+    rms: float  # of their difference, less its mean; natural log
+    max: float  # its largest value
+
+
+def agreement(samples: Samples, parameters: N4Parameters, reference: Estimate) -> Agreement:
+    """Check our arithmetic: do what SimpleITK did, iteration by iteration, and compare.
+
+    Parameters
+    ----------
+    samples : Samples
+    parameters : N4Parameters
+    reference : Estimate
+        From `reference_field`, of these samples and parameters.
+
+    Returns
+    -------
+    Agreement
+        Rounded to three digits, which is more than SimpleITK's single precision tells.
+    """
+    levels = [level for level, *_ in reference.history]
+    # each as many iterations as SimpleITK took; its own measure of convergence would end ours elsewhere
+    same = {"iterations": [levels.count(level) for level in sorted(set(levels))], "convergence_threshold": 0.0}
+    parameters = N4Parameters.from_mapping({**parameters.to_mapping(), **same})
+    ours = estimate_field(samples, parameters, threads=THREADS, mesh=mesh_of_samples(samples))
+    log_fields = [estimate.field.log_at(samples.positions)[samples.mask] for estimate in (ours, reference)]
+    a, b = (log_field - log_field.mean() for log_field in log_fields)
+    norm = math.sqrt(float(a @ a) * float(b @ b))
+    difference = np.abs(a - b)
+    found = math.sqrt(float(np.mean(difference**2))), float(difference.max())
+    rms, largest = (float(f"{value:.2e}") for value in found)
+    return Agreement(round(float(a @ b) / norm, 9) if norm > 0 else None, rms, largest)
+
+
+def mesh_of_samples(samples: Samples) -> Mesh:
+    """The mesh that ITK begins with: a span along each axis, from the first sample to the last."""
+    ends = [(float(p[0]), float(p[-1])) for p in samples.positions]
+    return Mesh(
+        tuple(int(last > first) for first, last in ends),
+        tuple(first for first, _ in ends),
+        tuple(last - first if last > first else 1.0 for first, last in ends),
+    )
+
+
+def reference_scan(image: Path, mask: Path, files: CorrectionFiles, *, keep_dtype: bool = False) -> None:
+    """As `derivatives.correct_scan`, with the field that SimpleITK estimates at its defaults.
+
+    The sidecar also says how near our own arithmetic comes to it: ``Agreement``.
 
     Parameters
     ----------
     image, mask : Path
-    sidecar : Path
-        Of our correction of the scan: says how many iterations each level took.
     files : CorrectionFiles
-    parameters : N4Parameters
     keep_dtype : bool
         See `correction.write_corrected`.
 
@@ -144,57 +201,31 @@ def reference_scan(
         The scan or its mask is unusable.
     """
     start = time.perf_counter()
-    levels = [line["Level"] for line in json.loads(sidecar.read_text(encoding="utf-8"))["N4"]["History"]]
-    counts = tuple(max(1, levels.count(level + 1)) for level in range(len(parameters.iterations)))
-    parameters = replace(parameters, iterations=counts, convergence_threshold=0.0)
     volume, inside = Volume(image), Volume(mask)
+    mask_voxels = sum(int(np.count_nonzero(inside_mask(values))) for _, values in inside.mean_slabs())
+    parameters = reference_parameters(volume.shape, mask_voxels)
     samples, intensity = read_samples(volume, inside, parameters)
     estimate = reference_field(samples, parameters)
-    facts = {**estimate_facts(estimate, samples, parameters), "Device": "CPU", "Threads": THREADS}
-    # its mesh is ours but for a rounding to whole samples: the mean is right to some 1e-5, of thick slices
+    facts: dict[str, Any] = {
+        **estimate_facts(estimate, samples, parameters),
+        "Agreement": agreement(samples, parameters, estimate)._asdict(),
+        "Device": "CPU",
+        "Threads": THREADS,
+    }
+    # its mesh begins and ends with the samples, not the voxels: the mean is right to some 1e-5, of thick slices
     field = keep_mean_intensity(estimate.field, intensity, image)
     write_derivatives(volume, {"mask": mask}, files, field, facts, ("SimpleITK",), start, keep_dtype=keep_dtype, xp=np)
 
 
-def _grid_like(mesh: Mesh, samples: Samples) -> tuple[list[tuple[int, int]], Mesh]:
-    """Samples to pad per axis and side, and the mesh that ITK stretches over the padded grid."""
-    padding, start, span_voxels = [], [], []
-    for axis, positions in enumerate(samples.positions):
-        n, spans = len(positions), mesh.spans[axis]
-        if spans == 0:
-            padding.append((0, 0))
-            start.append(mesh.start[axis])
-            span_voxels.append(mesh.span_voxels[axis])
-            continue
-        step = positions[1] - positions[0]
-        end = mesh.start[axis] + spans * mesh.span_voxels[axis]
-        # no more than the grid's own length: a mesh far larger than the image costs memory
-        wanted = [max(0, round((positions[0] - mesh.start[axis]) / step)), max(0, round((end - positions[-1]) / step))]
-        before, after = (min(n, width) for width in wanted)
-        if max(wanted) > n:
-            log.warning(
-                "%s: the mesh is far larger than the image; SimpleITK has spans of %.1f voxels along axis %d, not %.1f",
-                samples.source,
-                (n + before + after - 1) * step / spans,
-                axis,
-                mesh.span_voxels[axis],
-            )
-        padding.append((before, after))
-        start.append(float(positions[0] - before * step))
-        span_voxels.append(float((n + before + after - 1) * step / spans))
-    return padding, Mesh(mesh.spans, tuple(start), tuple(span_voxels))
-
-
-def _padded_shape(samples: Samples, padding: list[tuple[int, int]]) -> tuple[int, ...]:
-    return tuple(len(p) + before + after for p, (before, after) in zip(samples.positions, padding, strict=True))
-
-
 def _recover_lattice(log_field: np.ndarray, mesh: Mesh) -> np.ndarray:
-    """The control points of a spline that is known on a grid over its whole domain."""
+    """The control points of a spline that ITK has evaluated at even steps over its whole domain."""
     lattice = log_field
     for axis, spans in enumerate(mesh.spans):
         n = lattice.shape[axis]
-        basis = basis_matrix(np.linspace(0, spans, n), spans)
+        places = np.linspace(0, spans, n)
+        if n > 1:  # ITK moves the last one inside by a thousandth of a step, since its basis ends there
+            places[-1] -= 1e-3 * places[1]
+        basis = basis_matrix(places, spans)
         columns = np.moveaxis(lattice, axis, 0)
         solved = np.linalg.lstsq(basis, columns.reshape(n, -1), rcond=None)[0]
         lattice = np.moveaxis(solved.reshape(-1, *columns.shape[1:]), 0, axis)

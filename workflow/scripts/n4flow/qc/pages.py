@@ -178,7 +178,7 @@ class Subject(NamedTuple):
     def plots(self) -> list[dict[str, Any]]:
         """Histogram, profile, convergence and agreement, as data URIs."""
         inside = self.before, self.after, self.log_field, self.log_reference
-        return _plots(self.view, self.field, *inside, self.values, self.facts, self.reference_facts)
+        return _plots(self.view, self.field, *inside, self.values, self.facts)
 
 
 def measure_subject(
@@ -356,6 +356,7 @@ def _run_metrics(facts: Mapping[str, Any], reference: Mapping[str, Any], mask_vo
     """What the run reports about itself; absent keys give None."""
     run = facts.get("N4") or {}
     reference_run = reference.get("N4") or {}
+    agreement = reference_run.get("Agreement") or {}
     parameters = run.get("Parameters") or {}
     history = run.get("History") or []
     most = parameters.get("iterations")
@@ -373,6 +374,9 @@ def _run_metrics(facts: Mapping[str, Any], reference: Mapping[str, Any], mask_vo
         "self_check_max": run.get("SelfCheck"),
         "wall_time_s": run.get("WallTimeSeconds"),
         "reference_wall_time_s": reference_run.get("WallTimeSeconds"),
+        "agreement_r": agreement.get("r"),
+        "agreement_rms_log": agreement.get("rms"),
+        "agreement_max_log": agreement.get("max"),
         "device": run.get("Device"),
         "skull_stripped": facts.get("SkullStripped"),
         "field_from": _scan_of_field(run["FieldFrom"]) if run.get("FieldFrom") else None,
@@ -520,8 +524,8 @@ def _field_panels(
                 log_reference,
                 panels.field_scale(window),
                 window,
-                "the same pattern as the bias field.",
-                "another pattern, or another sign.",
+                "what SimpleITK finds at its defaults: much the same pattern as the bias field.",
+                "another sign, or shading in one of the two fields alone.",
             ),
             panel(
                 "Difference",
@@ -529,8 +533,10 @@ def _field_panels(
                 difference,
                 panels.difference_scale(narrow),
                 narrow,
-                f"pale; ours over the reference, each less its mean, rms {100 * values['reference_rms_log']:.2f} %.",
-                "strong colour across tissue.",
+                "pale: a few hundredths are normal between two estimates, neither of which is the truth; ours over the "
+                f"reference, each less its mean, rms {100 * values['reference_rms_log']:.2f} %.",
+                "strong colour from one side to the other. Which of the two is wrong it does not tell: look in the "
+                "corrected image for shading.",
             ),
         ]
     return shown, small
@@ -545,7 +551,6 @@ def _plots(
     log_reference: np.ndarray | None,
     values: Mapping[str, Any],
     facts: Mapping[str, Any],
-    reference: Mapping[str, Any],
 ) -> list[dict[str, Any]]:
     shown = []
 
@@ -599,7 +604,7 @@ def _plots(
         used = f"{values['iterations_used']} of at most {number(values['iterations_max'], 0)} iterations"
         add(
             "Convergence",
-            panels.convergence_plot(run["History"], threshold, (reference.get("N4") or {}).get("History") or ()),
+            panels.convergence_plot(run["History"], threshold),
             f"{used}; last CV {values['convergence_cv']:.2g}, threshold {number(threshold, 4)}",
             "each level falls to the threshold; in a strong field, below it.",
             "a level stops above it, or rises.",
@@ -614,8 +619,8 @@ def _plots(
             ),
             f"r {number(values['reference_r'], 4)}, slope {number(values['reference_slope'])}, "
             f"rms {number(values['reference_rms_log'], 4)}, p99 {number(values['reference_p99_log'], 4)} in log",
-            "a thin band along the diagonal.",
-            "a flat or a broad cloud.",
+            "a band along the diagonal, a few hundredths wide.",
+            "another slope, or a round cloud although there is shading in the original.",
         )
     return shown
 

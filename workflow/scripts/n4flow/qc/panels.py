@@ -509,16 +509,9 @@ class _PlainNumbers(LogFormatter):
         return f"{x:g}" if super().__call__(x, pos) else ""
 
 
-def convergence_plot(
-    history: Sequence[dict[str, Any]], threshold: float | None, reference: Sequence[dict[str, Any]] = ()
-) -> Image.Image:
+def convergence_plot(history: Sequence[dict[str, Any]], threshold: float | None) -> Image.Image:
     """Coefficient of variation (CV) of each update, one run of points per level."""
     figure, axes = _plot()
-    if reference:
-        axes.plot(
-            range(1, len(reference) + 1), [i["CV"] for i in reference], color=FAINT, linewidth=1, linestyle=":",
-            label="reference",
-        )  # fmt: skip
     steps = list(enumerate(history, start=1))
     for level in sorted({i["Level"] for i in history}):
         points = [(n, i["CV"]) for n, i in steps if i["Level"] == level]
@@ -534,7 +527,7 @@ def convergence_plot(
         axes.yaxis.set_minor_formatter(_PlainNumbers())
     axes.set_position((0.22, 0.17, 0.75, 0.8))  # its tick labels are wide
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.set(xlabel="iteration", ylabel="CV", xlim=(0.5, max(len(history), len(reference)) + 0.5))
+    axes.set(xlabel="iteration", ylabel="CV", xlim=(0.5, len(history) + 0.5))
     axes.legend(fontsize=7, edgecolor="none", framealpha=0.8)
     return _render(figure)
 

@@ -59,8 +59,8 @@ def make_comparison(
     Parameters
     ----------
     scans : sequence of TunedScan
-        Each with as many corrections as there are combinations. The reference, where there is one,
-        is the one of the dataset, made with `settings`: one yardstick for all combinations.
+        Each with as many corrections as there are combinations. The reference, where there is one, is
+        SimpleITK at its defaults: one yardstick for all combinations.
     combinations : sequence of mappings
         The keys of n4 that differ, and their values.
     page : path-like
