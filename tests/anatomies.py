@@ -56,7 +56,7 @@ def _mni_1mm():
 def _individual():
     """One person's brain, segmented by FAST, in a skull and a scalp that are made up."""
     folder = DATA / "individual"
-    head = _largest_piece(_load(folder / "bet.nii.gz") > 0)  # two balls were added beside it
+    head = largest_piece(_load(folder / "bet.nii.gz") > 0)  # two balls were added beside it
     gm, wm = (_load(folder / f"pve_{i}.nii.gz") * head for i in (1, 2))
     shares = 255 * np.stack([gm, wm, np.clip(head - gm - wm, 0, 1)], axis=-1)
     around = [(20, 20), (20, 20), (0, 20), (0, 0)]  # voxels for skull and scalp; below, the brain is cut off
@@ -74,9 +74,9 @@ def _t1w():
     solid = (image > 0.6 * edges[counts.argmax()]) & (image < 1.2 * edges[counts.argmax()])
     # what is left after 3 voxels are taken off is the brain without its bridges; it grows again within what is solid
     depth = -_distance(solid)
-    core = _distance(_largest_piece(depth > 3.2))
-    brain = _closed((_distance(_largest_piece((depth > 1.5) & (core < 14))) < 2.6) & solid, 5, voxel_size_mm)
-    shell = _closed(_largest_piece(head), 7, voxel_size_mm) & ~brain
+    core = _distance(largest_piece(depth > 3.2))
+    brain = _closed((_distance(largest_piece((depth > 1.5) & (core < 14))) < 2.6) & solid, 5, voxel_size_mm)
+    shell = _closed(largest_piece(head), 7, voxel_size_mm) & ~brain
     fluid = shell & (_distance(brain) < 4) & (image < 0.6 * edges[counts.argmax()])
     shares = dict(zip(("csf", "gm", "wm"), _shares_by_intensity(image, brain), strict=True))
     shares |= zip(("skull", "muscle", "scalp"), _shares_by_intensity(image, shell & ~fluid), strict=True)
@@ -132,7 +132,7 @@ def _closed(mask, radius_mm, voxel_size_mm):
     return filled[tuple(slice(step * margin, step * margin + n) for n in mask.shape)].astype(bool)
 
 
-def _largest_piece(mask):
+def largest_piece(mask):
     """The largest connected component of a mask."""
     pieces = sitk.ConnectedComponent(sitk.GetImageFromArray(mask.astype(np.uint8)))
     return sitk.GetArrayFromImage(sitk.RelabelComponent(pieces)) == 1
@@ -167,7 +167,7 @@ def real_scan(name):
     if name == "T1w brain":
         mask = anatomy("t1w").from_brain_mm < 1
     elif name in ("brain of another", "MNI average"):
-        mask = _largest_piece(image > 0)
+        mask = largest_piece(image > 0)
     else:
         mask = image > otsu_threshold(image.ravel())
     return RealScan(image, mask, tuple(float(size) for size in nib.load(path).header.get_zooms()[:3]))

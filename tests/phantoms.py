@@ -24,6 +24,8 @@ CONTRASTS = {
     "PD": {"gm": 1000.0, "wm": 850.0, "csf": 1050.0, "skull": 150.0, "muscle": 800.0, "scalp": 900.0},
 }
 FIELDS = ("legendre", "linear", "coil", "surface")
+#: One coil beside the head; in percent of INU not over the brain, as all others, but over the head.
+NEAR_COIL = "surface, over the head"
 NOISE = (0, 1, 3, 5, 9)
 STRENGTHS = (0, 20, 40, 100)
 ANATOMIES = ("mni", "individual", "t1w")
@@ -38,8 +40,8 @@ class Case:
 
     maps: str  # of `anatomies.anatomy`
     contrast: str
-    field: str
-    inu_percent: int
+    field: str  # of `FIELDS`, or `NEAR_COIL`
+    inu_percent: float
     noise_percent: int
     mask: str  # of `MASKS`
     lesions: bool
@@ -106,13 +108,14 @@ def family(anatomies=ANATOMIES, strengths=STRENGTHS, seeds=range(10), masks=None
 
 def make_scan(case):
     """Simulate a case: the same for tuning, anew with every change of a setting for reporting."""
-    settings = "" if case.tuned_on else repr((N4Parameters(), PRESETS))
-    rng = np.random.default_rng(zlib.crc32((repr(astuple(case)) + settings).encode()))
+    rng = _lot(astuple(case), case.tuned_on)
     head, intensity = anatomy(case.maps), CONTRASTS[case.contrast]
     truth = sum(np.float32(intensity[name]) * share for name, share in head.shares.items())
     if case.lesions:
         _add_lesions(truth, head.shares["wm"], 0.85 * intensity["gm"], head.voxel_size_mm, rng)
-    log_bias = log_bias_field(case.field, case.inu_percent, head.brain, rng)
+    inside = sum(head.shares.values()) > 0.5 if case.field == NEAR_COIL else head.brain
+    log_bias = log_bias_field(case.field, case.inu_percent, inside, rng)
+    log_bias -= log_bias[head.brain].mean()
     image = _with_noise(truth * np.exp(log_bias), case.noise_percent / 100 * max(intensity["gm"], intensity["wm"]), rng)
     brain = head.brain
     mask = _mask(case, image, head, rng)
@@ -144,8 +147,7 @@ def light_sheet(contrast, field_sd, seed, *, levels=None, noise_percent=3):
     Scan
         Its mask Otsu's, its brain the object, without tissues.
     """
-    settings = repr((N4Parameters(), PRESETS)) if seed % 2 else ""
-    rng = np.random.default_rng(zlib.crc32((repr((contrast, field_sd, seed, levels)) + settings).encode()))
+    rng = _lot((contrast, field_sd, seed, levels), seed % 2 == 0)
     shape = (250, 200, 150)
     x, y, z = (np.linspace(-1.05, 1.05, n) for n in shape)
     inside = (x**2)[:, None, None] + (y**2)[:, None] + z**2 < 1
@@ -163,8 +165,21 @@ def light_sheet(contrast, field_sd, seed, *, levels=None, noise_percent=3):
     return Scan(image, image > otsu_threshold(image.ravel()), inside, nothing, nothing, log_bias, (0.04,) * 3)
 
 
+def with_added_field(scan, field, inu_percent, seed):
+    """A real scan times a known field, float32, and the log of that field, of mean 0 in the mask.
+
+    Parameters
+    ----------
+    scan : anatomies.RealScan
+    field, inu_percent, seed
+        As of `Case`.
+    """
+    log_added = log_bias_field(field, inu_percent, scan.mask, _lot((field, inu_percent, seed), seed % 2 == 0))
+    return (scan.image * np.exp(log_added)).astype(np.float32), log_added
+
+
 def log_bias_field(kind, inu_percent, inside, rng):
-    """A log bias field of one of `FIELDS`, scaled as `inu_field` scales: by its range inside, its mean 0 there."""
+    """A log bias field of these kinds, scaled as `inu_field` scales: by its range inside, its mean 0 there."""
     if kind == "legendre":
         return np.log(inu_field(inside.shape, inside, inu_percent, rng))
     x, y, z = np.meshgrid(*(np.linspace(-1, 1, n) for n in inside.shape), indexing="ij", sparse=True)
@@ -172,7 +187,7 @@ def log_bias_field(kind, inu_percent, inside, rng):
     direction /= np.linalg.norm(direction)
     if kind == "linear":
         shape = direction[0] * x + direction[1] * y + direction[2] * z
-    elif kind == "surface":  # one coil at one side, sensitivity falling with the square of the distance
+    elif kind in ("surface", NEAR_COIL):  # one coil at one side, sensitivity falling with the square of the distance
         cx, cy, cz = 1.5 * direction
         shape = -np.log((x - cx) ** 2 + (y - cy) ** 2 + (z - cz) ** 2 + 0.2)
     else:  # an array around the head: root of the sum of squares of 1/r
@@ -184,6 +199,12 @@ def log_bias_field(kind, inu_percent, inside, rng):
     span = np.log((1 + inu_percent / 200) / (1 - inu_percent / 200))
     log_bias = span * (shape - shape[inside].min()) / np.ptp(shape[inside])
     return log_bias - log_bias[inside].mean()
+
+
+def _lot(what, tuned_on):
+    """Random numbers for a case: the same ones while settings are tuned on it, else new ones with new settings."""
+    settings = "" if tuned_on else repr((N4Parameters(), PRESETS))
+    return np.random.default_rng(zlib.crc32((repr(what) + settings).encode()))
 
 
 def _with_noise(image, sigma, rng):
