@@ -1,47 +1,62 @@
-"""A family of phantoms with known fields: what accuracy is tuned on and, apart from that, reported on.
+"""Phantoms with known fields: what accuracy is tuned on and, apart from that, reported on.
 
-One anatomy, the MNI152 tissue maps, with many draws of field, noise, mask and lesions: at 2 mm the maps that ship with
-the workflow, at 1 mm those of the test data.
+Simulated scans of the heads of `anatomies`, with draws of field, noise, contrast, mask and lesions. Those with an even
+seed may be tuned on, but for the head ``t1w``, on which nothing is; the others are reported on, and drawn anew with
+every change of a setting, so that no setting can have been chosen by them. Beside the heads, an object as of a
+light-sheet microscope.
 """
 
 import zlib
 from dataclasses import astuple, dataclass
-from functools import cache
-from pathlib import Path
+from itertools import product
 
-import nibabel as nib
 import numpy as np
 import SimpleITK as sitk
 
 from n4flow.mask import otsu_threshold
 from n4flow.parameters import PRESETS, N4Parameters
-from n4flow.phantom import T1_LIKE, head_tissues, inu_field, load_tissues
-
-TISSUES_2MM = Path(__file__).parents[1] / "workflow" / "resources" / "mni152" / "tissues_2mm.nii.gz.base64"
+from n4flow.phantom import T1_LIKE, inu_field
+from tests.anatomies import anatomy
 
 CONTRASTS = {
-    "T1": T1_LIKE,
-    "T2": {"gm": 700.0, "wm": 520.0, "csf": 1000.0, "skull": 100.0, "scalp": 450.0},
-    "PD": {"gm": 1000.0, "wm": 850.0, "csf": 1050.0, "skull": 150.0, "scalp": 900.0},
+    "T1": {**T1_LIKE, "muscle": 550.0},
+    "T2": {"gm": 700.0, "wm": 520.0, "csf": 1000.0, "skull": 100.0, "muscle": 250.0, "scalp": 450.0},
+    "PD": {"gm": 1000.0, "wm": 850.0, "csf": 1050.0, "skull": 150.0, "muscle": 800.0, "scalp": 900.0},
 }
 FIELDS = ("legendre", "linear", "coil", "surface")
-NOISE = (0, 3, 6, 9)
-MASKS = ("brain", "head", "eroded", "dilated", "leaking")
+#: One coil beside the head; in percent of INU not over the brain, as all others, but over the head.
+NEAR_COIL = "surface, over the head"
+NOISE = (0, 1, 3, 5, 9)
+STRENGTHS = (0, 20, 40, 100)
+ANATOMIES = ("mni", "individual", "t1w")
+#: Anatomies of which cases may be tuned on.
+TUNED_ON = ("mni", "individual")
+MASKS = ("brain", "head", "eroded", "dilated", "leaking", "half", "small")
 
 
 @dataclass(frozen=True)
 class Case:
     """One simulated scan."""
 
-    number: int
-    voxel_size_mm: int
+    maps: str  # of `anatomies.anatomy`
     contrast: str
-    field: str
-    inu_percent: int
+    field: str  # of `FIELDS`, or `NEAR_COIL`
+    inu_percent: float
     noise_percent: int
-    mask: str
+    mask: str  # of `MASKS`
     lesions: bool
-    tuned_on: bool  # whether defaults may be chosen by it; the table reports on the others alone
+    seed: int
+    scale: float = 1.0  # 0.1: a mouse, a head whose voxels are said to be a tenth of what they are
+
+    @property
+    def anatomy(self):
+        """Whose head it is."""
+        return self.maps.partition("_")[0]
+
+    @property
+    def tuned_on(self):
+        """Whether defaults may be chosen by it; tables report on the others alone."""
+        return self.seed % 2 == 0 and self.anatomy in TUNED_ON
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,63 +65,121 @@ class Scan:
 
     image: np.ndarray  # float32
     mask: np.ndarray  # bool: what the correction is given
-    brain: np.ndarray  # bool: where the error is measured
+    brain: np.ndarray  # bool: where the error is measured: in the brain, as far as a partial mask goes
     gm: np.ndarray  # bool: nothing but grey matter
     wm: np.ndarray  # bool: nothing but white matter
     log_bias: np.ndarray  # the truth, mean 0 in the brain
+    voxel_size_mm: tuple[float, ...]
 
 
-def family(voxel_sizes_mm=(1, 2)):
-    """All cases at these voxel sizes: every contrast, field, strength and noise with every other.
+def family(anatomies=ANATOMIES, strengths=STRENGTHS, seeds=range(10), masks=None, **same):
+    """Cases of every anatomy, strength of the field and seed.
 
-    Mask, voxel size, lesions, and which half a case belongs to, are drawn by lot, so that none of them goes with
-    another. One case in four has voxels of 1 mm.
-    """
-    without_field = [(0, "legendre", noise, draw) for noise in NOISE for draw in range(2)]
-    with_field = [(inu, field, noise, 0) for inu in (20, 40, 100) for field in FIELDS for noise in NOISE]
-    cases = []
-    for contrast in CONTRASTS:
-        for inu_percent, field, noise_percent, draw in without_field + with_field:
-            lot = np.random.default_rng(zlib.crc32(repr((contrast, inu_percent, field, noise_percent, draw)).encode()))
-            mask, size, lesions, half = (
-                lot.choice(MASKS),
-                lot.choice((1, 2, 2, 2)),
-                lot.integers(5) == 0,
-                lot.integers(2),
-            )
-            details = (int(size), contrast, field, inu_percent, noise_percent, str(mask), bool(lesions), bool(half))
-            cases.append(Case(len(cases), *details))
-    return [case for case in cases if case.voxel_size_mm in voxel_sizes_mm]
-
-
-def make_scan(case, mni152=None):
-    """Simulate a case.
+    Contrast, field and noise go through all their values in turn, each at its own pace, so that ten seeds have every
+    noise in either half. Mask and lesions, and the voxel size of the average head, are drawn by lot.
 
     Parameters
     ----------
-    case : Case
-    mni152 : Path, optional
-        Folder of the 1 mm maps; needed for cases of 1 mm.
+    anatomies, strengths, seeds
+        Of `ANATOMIES`; in percent of INU; even ones for tuning, odd ones for reporting.
+    masks : sequence of str, optional
+        Of `MASKS`, each in turn with every other case. By default drawn by lot, every second one the brain's, of those
+        that hold all of it.
+    **same
+        What all cases have in common, such as ``noise_percent=3`` or ``lesions=False``.
     """
-    shares = _shares(case.voxel_size_mm, mni152)
-    intensity = CONTRASTS[case.contrast]
-    # what is reported on is drawn anew with every change of a setting, so that none was chosen by it
-    settings = "" if case.tuned_on else repr((N4Parameters(), PRESETS))
-    rng = np.random.default_rng(zlib.crc32((repr(astuple(case)) + settings).encode()))
-    truth = sum(intensity[name] * share for name, share in shares.items())
-    brain = shares["gm"] + shares["wm"] > 0.5
+    cases = []
+    for name, inu_percent, seed, mask in product(anatomies, strengths, seeds, masks or (None,)):
+        lot = np.random.default_rng(zlib.crc32(repr((name, inu_percent, seed)).encode()))
+        turn = seed // 2 + 2 * (seed % 2) + zlib.crc32(repr((name, inu_percent)).encode()) % 60
+        drawn = {
+            "maps": name,
+            "contrast": list(CONTRASTS)[turn % len(CONTRASTS)],
+            "field": FIELDS[turn % len(FIELDS)],
+            "noise_percent": NOISE[turn % len(NOISE)],
+            "mask": mask or str(lot.choice(("brain",) * 3 + ("head", "eroded", "dilated", "leaking"))),
+            "lesions": bool(lot.integers(5) == 0),
+        }
+        if name == "mni":  # on every 4th voxel of 2 mm, a small mask would hold too few
+            drawn["maps"] = "mni_1mm" if mask == "small" or lot.integers(4) == 0 else "mni_2mm"
+        cases.append(Case(**(drawn | {"inu_percent": inu_percent, "seed": seed} | same)))
+    return cases
+
+
+def make_scan(case):
+    """Simulate a case: the same for tuning, anew with every change of a setting for reporting."""
+    rng = _lot(astuple(case), case.tuned_on)
+    head, intensity = anatomy(case.maps), CONTRASTS[case.contrast]
+    truth = sum(np.float32(intensity[name]) * share for name, share in head.shares.items())
     if case.lesions:
-        _add_lesions(truth, shares["wm"], 0.85 * intensity["gm"], case.voxel_size_mm, rng)
-    log_bias = log_bias_field(case.field, case.inu_percent, brain, rng)
-    sigma = case.noise_percent / 100 * max(intensity["gm"], intensity["wm"])
-    real, imaginary = sigma * rng.standard_normal((2, *brain.shape))
-    image = np.hypot(truth * np.exp(log_bias) + real, imaginary).astype(np.float32)
-    pure = (shares[name] > 0.9 for name in ("gm", "wm"))
-    return Scan(image, _mask(case, image, brain, shares), brain, *pure, log_bias)
+        _add_lesions(truth, head.shares["wm"], 0.85 * intensity["gm"], head.voxel_size_mm, rng)
+    inside = sum(head.shares.values()) > 0.5 if case.field == NEAR_COIL else head.brain
+    log_bias = log_bias_field(case.field, case.inu_percent, inside, rng)
+    log_bias -= log_bias[head.brain].mean()
+    image = _with_noise(truth * np.exp(log_bias), case.noise_percent / 100 * max(intensity["gm"], intensity["wm"]), rng)
+    brain = head.brain
+    mask = _mask(case, image, head, rng)
+    if case.mask in ("half", "small"):
+        brain = brain & mask
+        log_bias -= log_bias[brain].mean()
+    pure = (head.shares[name] > 0.9 for name in ("gm", "wm"))
+    return Scan(image, mask, brain, *pure, log_bias, (head.voxel_size_mm * case.scale,) * 3)
+
+
+def light_sheet(contrast, field_sd, seed, *, levels=None, noise_percent=3):
+    """A cleared sample of 10 mm at 0.04 mm: blobs of three intensities, blurred, which fill it throughout.
+
+    Parameters
+    ----------
+    contrast : float
+        Power that the intensities, 1, 0.7 and 0.45, are taken to: 1, or less where the stain is faint.
+    field_sd : float
+        Of the log field in the object; 0 for none.
+    seed : int
+        Odd ones are for reporting, as of `Case`.
+    levels : int, optional
+        Grey levels that the image is rounded to.
+    noise_percent : float
+        Of the brightest intensity.
+
+    Returns
+    -------
+    Scan
+        Its mask Otsu's, its brain the object, without tissues.
+    """
+    rng = _lot((contrast, field_sd, seed, levels), seed % 2 == 0)
+    shape = (250, 200, 150)
+    x, y, z = (np.linspace(-1.05, 1.05, n) for n in shape)
+    inside = (x**2)[:, None, None] + (y**2)[:, None] + z**2 < 1
+    texture = _blurred(rng.standard_normal(shape, dtype=np.float32), 6)
+    low, high = np.percentile(texture[inside], (40, 75))
+    intensity = np.select([texture < low, texture < high], [0.7**contrast, 0.45**contrast], 1.0).astype(np.float32)
+    log_bias = log_bias_field("legendre", 40, inside, rng)
+    log_bias *= field_sd / log_bias[inside].std()
+    image = 1000 * _blurred(inside * intensity, 0.7) * np.exp(log_bias)
+    image = _with_noise(image, 10 * noise_percent, rng)
+    if levels:
+        top = np.percentile(image, 99.9)
+        image = np.rint(np.minimum(image / top, 1) * (levels - 1)).astype(np.float32)
+    nothing = np.zeros(shape, dtype=bool)
+    return Scan(image, image > otsu_threshold(image.ravel()), inside, nothing, nothing, log_bias, (0.04,) * 3)
+
+
+def with_added_field(scan, field, inu_percent, seed):
+    """A real scan times a known field, float32, and the log of that field, of mean 0 in the mask.
+
+    Parameters
+    ----------
+    scan : anatomies.RealScan
+    field, inu_percent, seed
+        As of `Case`.
+    """
+    log_added = log_bias_field(field, inu_percent, scan.mask, _lot((field, inu_percent, seed), seed % 2 == 0))
+    return (scan.image * np.exp(log_added)).astype(np.float32), log_added
 
 
 def log_bias_field(kind, inu_percent, inside, rng):
-    """A log bias field of one of `FIELDS`, scaled as `inu_field` scales: by its range inside, its mean 0 there."""
+    """A log bias field of these kinds, scaled as `inu_field` scales: by its range inside, its mean 0 there."""
     if kind == "legendre":
         return np.log(inu_field(inside.shape, inside, inu_percent, rng))
     x, y, z = np.meshgrid(*(np.linspace(-1, 1, n) for n in inside.shape), indexing="ij", sparse=True)
@@ -114,7 +187,7 @@ def log_bias_field(kind, inu_percent, inside, rng):
     direction /= np.linalg.norm(direction)
     if kind == "linear":
         shape = direction[0] * x + direction[1] * y + direction[2] * z
-    elif kind == "surface":  # one coil at one side, sensitivity falling with the square of the distance
+    elif kind in ("surface", NEAR_COIL):  # one coil at one side, sensitivity falling with the square of the distance
         cx, cy, cz = 1.5 * direction
         shape = -np.log((x - cx) ** 2 + (y - cy) ** 2 + (z - cz) ** 2 + 0.2)
     else:  # an array around the head: root of the sum of squares of 1/r
@@ -128,13 +201,20 @@ def log_bias_field(kind, inu_percent, inside, rng):
     return log_bias - log_bias[inside].mean()
 
 
-@cache
-def _shares(voxel_size_mm, mni152):
-    if voxel_size_mm == 2:
-        return head_tissues(np.asarray(load_tissues(TISSUES_2MM).dataobj), 2.0)
-    gm, wm, t1 = (np.asarray(nib.load(mni152 / f"{name}.nii.gz").dataobj).astype(float) for name in ("gm", "wm", "t1"))
-    csf = np.clip(255 * (t1 > 0) - gm - wm, 0, 255)
-    return head_tissues(np.stack([gm, wm, csf], axis=-1).astype(np.uint8), 1.0)
+def _lot(what, tuned_on):
+    """Random numbers for a case: the same ones while settings are tuned on it, else new ones with new settings."""
+    settings = "" if tuned_on else repr((N4Parameters(), PRESETS))
+    return np.random.default_rng(zlib.crc32((repr(what) + settings).encode()))
+
+
+def _with_noise(image, sigma, rng):
+    """Magnitude of a signal with Gaussian noise of this standard deviation in both channels, float32."""
+    real, imaginary = (rng.standard_normal(image.shape, dtype=np.float32) for _ in range(2))
+    return np.hypot(image.astype(np.float32) + np.float32(sigma) * real, np.float32(sigma) * imaginary)
+
+
+def _blurred(image, sigma):
+    return sitk.GetArrayFromImage(sitk.SmoothingRecursiveGaussian(sitk.GetImageFromArray(image), sigma))
 
 
 def _add_lesions(truth, wm, intensity, voxel_size_mm, rng):
@@ -148,18 +228,26 @@ def _add_lesions(truth, wm, intensity, voxel_size_mm, rng):
         truth[box] = np.where(ball, intensity, truth[box])
 
 
-def _mask(case, image, brain, shares):
-    def grown(millimetres):
-        filter_ = sitk.BinaryDilate if millimetres > 0 else sitk.BinaryErode
-        radius = [round(abs(millimetres) / case.voxel_size_mm)] * 3
-        return sitk.GetArrayFromImage(filter_(sitk.GetImageFromArray(brain.astype(np.uint8)), radius)).astype(bool)
-
+def _mask(case, image, head, rng):
     if case.mask == "brain":
-        return shares["gm"] + shares["wm"] > 0.1
+        return head.shares["gm"] + head.shares["wm"] > 0.1
     if case.mask == "head":
         return image > otsu_threshold(image.ravel())
     if case.mask in ("eroded", "dilated"):
-        return grown(-4 if case.mask == "eroded" else 6)
-    leaking, half = grown(2), brain.shape[0] // 2
-    leaking[:half] |= grown(14)[:half]
-    return leaking
+        return head.from_brain_mm <= (-4 if case.mask == "eroded" else 6)
+    middle = np.argwhere(head.brain).mean(axis=0)
+    if case.mask == "leaking":
+        mask = head.from_brain_mm <= 2
+        half = slice(round(middle[0]))
+        mask[half] |= head.from_brain_mm[half] <= 14
+        return mask
+    mask = head.brain.copy()
+    if case.mask == "half":
+        mask[round(middle[0]) :] = False
+        return mask
+    # a cube of 60 mm, somewhere around the middle
+    corner = middle + (rng.uniform(-15, 15, 3) - 30) / head.voxel_size_mm
+    box = tuple(slice(round(c), round(c + 60 / head.voxel_size_mm)) for c in corner)
+    small = np.zeros_like(mask)
+    small[box] = mask[box]
+    return small
