@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -30,6 +30,9 @@ CLOSING_MM = 6.0
 
 #: Foreground is found on at most so many voxels, on a regular sub-grid of the image.
 SUB_GRID_VOXELS = 2**18
+
+#: So many voxels of the mask are enough for a field that shows what else is foreground.
+FIELD_SAMPLES = 20_000
 
 #: The mask is found again until fewer than this share of its voxels on the sub-grid change, at most so many times.
 SAME_MASK, MOST_TURNS = 0.01, 5
@@ -171,18 +174,8 @@ def find_foreground(volume: Volume, method: MaskMethod = "otsu", percentile: flo
     found = Foreground(threshold_of(values))
     darkest, inside = found.threshold, values > found.threshold
     for turn in range(1, MOST_TURNS + 1):
-        samples = Samples(
-            log_where(values, inside),
-            inside,
-            positions,
-            volume.shape,
-            volume.voxel_size_mm,
-            volume.affine_mm,
-            {},
-            str(volume.path),
-        )
         try:
-            field = estimate_field(samples, N4Parameters()).field
+            field = estimate_field(_thinned_samples(volume, positions, values, inside), N4Parameters()).field
         except InputError as error:  # whether that matters, the correction will say
             log.info("%s; the mask is not found again on corrected intensities", error)
             break
@@ -213,7 +206,7 @@ def _sub_grid(volume: Volume) -> tuple[tuple[np.ndarray, ...], np.ndarray]:
     """Positions along each axis, and intensities there in float64: 0 where they are not finite, or negative."""
     step = 1
     positions = sample_positions(volume.shape, step)
-    while math.prod(map(len, positions)) > SUB_GRID_VOXELS and step < max(volume.shape):
+    while math.prod(map(len, positions)) > SUB_GRID_VOXELS:  # ends, as no axis is thinned below 32
         step += 1
         positions = sample_positions(volume.shape, step)
     values = np.zeros([len(p) for p in positions])
@@ -225,6 +218,26 @@ def _sub_grid(volume: Volume) -> tuple[tuple[np.ndarray, ...], np.ndarray]:
     if empty:
         raise InputError(volume.path, "no voxel is above 0", "check that this is the right image")
     return positions, np.where(np.isfinite(values) & (values > 0), values, 0)
+
+
+def _thinned_samples(
+    volume: Volume, positions: Sequence[np.ndarray], values: np.ndarray, inside: np.ndarray
+) -> Samples:
+    """Of a sub-grid, every 2nd plane of its longest axis, and so on while more than `FIELD_SAMPLES` are inside."""
+    every = [1, 1, 1]
+    while np.count_nonzero(inside) > FIELD_SAMPLES * math.prod(every):
+        every[int(np.argmax(np.array(inside.shape) / every))] *= 2
+    part = tuple(slice(None, None, step) for step in every)
+    return Samples(
+        log_where(values[part], inside[part]),
+        inside[part],
+        tuple(p[axis] for p, axis in zip(positions, part, strict=True)),
+        volume.shape,
+        volume.voxel_size_mm,
+        volume.affine_mm,
+        {},
+        str(volume.path),
+    )
 
 
 def _noise(outside: np.ndarray) -> float:
