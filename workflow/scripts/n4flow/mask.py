@@ -130,10 +130,10 @@ class Foreground(NamedTuple):
         least, most = self.limit(np.array(self.log_range))
         inside = values > most
         if self.field is not None:  # the field is needed where it decides: that is a small part
-            open_ = np.flatnonzero((values > least) & ~inside)
-            if len(open_):
+            undecided = np.flatnonzero((values > least) & ~inside)
+            if len(undecided):
                 log_field = self.field.log_tile((slice(None), slice(None), slab)).ravel(order="F")
-                inside[open_] = values[open_] > self.limit(log_field[open_])
+                inside[undecided] = values[undecided] > self.limit(log_field[undecided])
         return inside.reshape(shape, order="F")
 
 
@@ -163,8 +163,8 @@ def find_foreground(volume: Volume, method: MaskMethod = "otsu", percentile: flo
     positions, values = _sub_grid(volume)
     if values.min() == values.max():
         raise InputError(volume.path, "all voxels have the same intensity", "check that this is the right image")
-    positive = np.sort(values[values > 0])
-    check_range(volume.path, np.log(positive[[0, len(positive) // 2, -1]]))
+    positive = values[values > 0]
+    check_range(volume.path, np.log([positive.min(), np.median(positive), positive.max()]))
 
     def threshold_of(intensities: np.ndarray) -> float:
         if method == "percentile":
@@ -172,7 +172,7 @@ def find_foreground(volume: Volume, method: MaskMethod = "otsu", percentile: flo
         return otsu_threshold(intensities.ravel())
 
     found = Foreground(threshold_of(values))
-    darkest, inside = found.threshold, values > found.threshold
+    at_once, inside = found.threshold, values > found.threshold
     for turn in range(1, MOST_TURNS + 1):
         try:
             field = estimate_field(_thinned_samples(volume, positions, values, inside), N4Parameters()).field
@@ -184,7 +184,8 @@ def find_foreground(volume: Volume, method: MaskMethod = "otsu", percentile: flo
         log_field, field = log_field - mean, field.shifted(-mean)
         log_range = float(log_field[inside].min()), float(log_field[inside].max())
         corrected = values / np.exp(np.clip(log_field, *log_range))
-        found = Foreground(threshold_of(corrected), min(_noise(values[~inside]), darkest), turn, field, log_range)
+        noise = min(_noise(values[~inside]), at_once)  # without air, it is the dark tissue
+        found = Foreground(threshold_of(corrected), noise, turn, field, log_range)
         before, inside = inside, values > found.limit(log_field)
         changed = np.count_nonzero(inside != before) / np.count_nonzero(before)
         log.info(
