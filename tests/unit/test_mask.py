@@ -1,3 +1,4 @@
+import json
 import tracemalloc
 
 import nibabel as nib
@@ -8,8 +9,10 @@ from numpy.testing import assert_array_equal
 
 import n4flow.mask
 import n4flow.volume
-from n4flow import InputError
-from n4flow.mask import adopt_mask, foreground_threshold, head_from_foreground, make_mask, otsu_threshold
+from n4flow import InputError, correct
+from n4flow.mask import adopt_mask, find_foreground, head_from_foreground, make_mask, mask_scan, otsu_threshold
+from n4flow.phantom import T1_LIKE, head_tissues, make_phantom
+from n4flow.samples import sample_positions
 from n4flow.volume import Volume
 
 AFFINE = np.diag([2.0, 2, 2, 1])
@@ -66,26 +69,145 @@ def test_a_thing_that_fills_less_than_a_thousandth_of_the_image_is_found(tmp_pat
     assert_array_equal(load(tmp_path / "mask.nii") > 0, image > 0)
 
 
-@pytest.mark.parametrize("shape", [(11, 9, 20), (6, 7, 5)])
-def test_the_threshold_of_a_large_image_is_that_of_every_so_manieth_voxel(tmp_path, monkeypatch, shape):
+@pytest.mark.parametrize("shape", [(48, 37, 50), (66, 17, 33)])
+def test_the_threshold_of_a_large_image_is_that_of_a_sub_grid(tmp_path, monkeypatch, shape):
     image = np.random.default_rng(3).gamma(2, 100, shape)
     path = save(tmp_path / "a.nii", image)
-    monkeypatch.setattr(n4flow.mask, "THRESHOLD_VOXELS", image.size / 3.5**3)  # every 4th along each axis
+    every = np.ix_(*sample_positions(shape, 2))
+    monkeypatch.setattr(n4flow.mask, "SUB_GRID_VOXELS", image[every].size)
+    monkeypatch.setattr(n4flow.mask, "MOST_TURNS", 0)
     for slab_voxels in (shape[0] * shape[1], 3 * shape[0] * shape[1], image.size):
         monkeypatch.setattr(n4flow.volume, "SLAB_VOXELS", slab_voxels)
-        assert foreground_threshold(Volume(path)) == otsu_threshold(image[::4, ::4, ::4].ravel())
+        assert find_foreground(Volume(path)).threshold == otsu_threshold(image[every].ravel())
 
 
 def test_the_threshold_of_a_large_image_keeps_none_of_its_slabs(tmp_path, monkeypatch):
     image = np.random.default_rng(3).gamma(2, 100, (64, 64, 256)).astype(np.float32)
     volume = Volume(save(tmp_path / "a.nii", image))
-    monkeypatch.setattr(n4flow.mask, "THRESHOLD_VOXELS", image.size / 8**3)
+    monkeypatch.setattr(n4flow.mask, "SUB_GRID_VOXELS", image.size // 4**3)
+    monkeypatch.setattr(n4flow.mask, "MOST_TURNS", 0)
     monkeypatch.setattr(n4flow.volume, "SLAB_VOXELS", 64 * 64)  # a plane, most of which give no voxel
     tracemalloc.start()
-    foreground_threshold(volume)
+    find_foreground(volume)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < image.nbytes / 4
+
+
+def surface_coil(inside, direction, ratio=20):
+    """Log sensitivity of a small coil beside the head, falling with the square of the distance by `ratio` inside."""
+    voxels = np.argwhere(inside)
+    direction = np.array(direction) / np.linalg.norm(direction)
+
+    def squared_distance(away):
+        place = voxels.mean(axis=0) + away * direction
+        return sum((axis - p) ** 2 for axis, p in zip(np.ogrid[tuple(map(slice, inside.shape))], place, strict=True))
+
+    surface = ((voxels - voxels.mean(axis=0)) @ direction).max()
+    near, far = surface, 10 * surface
+    for _ in range(30):
+        middle = (near + far) / 2
+        squares = squared_distance(middle)[inside]
+        near, far = (middle, far) if squares.max() / squares.min() > ratio else (near, middle)
+    log_field = -np.log(squared_distance(far))
+    return log_field - log_field[inside].mean()
+
+
+def coil_scan(tissues, direction, noise_percent):
+    """A head under a surface coil: image, log field, head, brain, white matter; noise of the latter where brightest."""
+    shares = head_tissues(tissues, 2.0)
+    inside = sum(shares.values()) > 0.5
+    log_bias = surface_coil(inside, direction)
+    image = sum(T1_LIKE[name] * share for name, share in shares.items()) * np.exp(log_bias)
+    wm = shares["wm"] > 0.9
+    rng = np.random.default_rng(4)
+    sigma = noise_percent / 100 * np.percentile(image[wm], 99.9)
+    image = np.hypot(image + sigma * rng.standard_normal(image.shape), sigma * rng.standard_normal(image.shape))
+    return image.astype(np.float32), log_bias, inside, shares["gm"] + shares["wm"] > 0.5, wm
+
+
+def shading_left(image, mask, log_bias, wm):
+    """Standard deviation of the log shading in white matter after a correction at the defaults."""
+    field = correct(image, mask, voxel_size_mm=(2, 2, 2)).field.log_tile(np.s_[:, :, :])
+    return (field - log_bias)[wm].std()
+
+
+COILS = [(1, 0.3, 0.2), (0, 1, 0.5), (-0.2, -0.3, 1)]
+
+
+@pytest.mark.parametrize("direction", COILS)
+@pytest.mark.parametrize(("noise_percent", "covered"), [(2, 0.97), (3, 0.9)])
+def test_the_dark_half_of_a_surface_coils_scan_is_found(tissues, tmp_path, direction, noise_percent, covered):
+    image, log_bias, inside, brain, wm = coil_scan(tissues, direction, noise_percent)
+    made = make_mask(save(tmp_path / "a.nii", image), tmp_path / "mask.nii")
+    mask = load(tmp_path / "mask.nii") > 0
+    assert (image > otsu_threshold(image.ravel()))[brain].mean() < 0.5, "a threshold alone leaves out more than half"
+    assert mask[brain].mean() > covered
+    assert mask[~inside].mean() < 0.002, "noise that a continued field amplifies is none of it"
+    assert 2 <= made["Turns"] <= n4flow.mask.MOST_TURNS
+    left = shading_left(image, mask, log_bias, wm)
+    assert left < 0.065
+    assert left < shading_left(image, inside, log_bias, wm) + 0.01, "a mask drawn by hand does no better"
+
+
+@pytest.mark.parametrize(("spreads", "few"), [(n4flow.mask.NOISE_SPREADS, True), (-np.inf, False)])
+def test_noise_in_a_weak_field_is_held_off_by_its_level(tissues, tmp_path, monkeypatch, spreads, few):
+    image, _, inside, _, _ = coil_scan(tissues, COILS[0], 5)
+    monkeypatch.setattr(n4flow.mask, "NOISE_SPREADS", spreads)
+    make_mask(save(tmp_path / "a.nii", image), tmp_path / "mask.nii")
+    air = (load(tmp_path / "mask.nii") > 0)[~inside].mean()
+    assert air < 0.003 if few else air > 0.03
+
+
+@pytest.mark.parametrize("inu_percent", [0, 40, 100])
+@pytest.mark.parametrize("noise_percent", [0, 3, 9])
+def test_turns_do_no_harm_where_a_threshold_does(tissues, tmp_path, inu_percent, noise_percent):
+    scan = make_phantom(tissues, 2.0, inu_percent=inu_percent, noise_percent=noise_percent, seed=5)
+    make_mask(save(tmp_path / "a.nii", scan.image), tmp_path / "mask.nii")
+    mask, tissue = load(tmp_path / "mask.nii") > 0, scan.truth > 300
+    at_once = scan.image > otsu_threshold(scan.image.ravel())
+    assert dice(mask, tissue) > dice(at_once, tissue) - 0.002
+    assert mask[scan.truth == 0].mean() < 0.001
+    if inu_percent == 0:
+        assert dice(mask, at_once) > 0.99
+
+
+@pytest.mark.parametrize("method", ["otsu", "head", "percentile"])
+@pytest.mark.parametrize("background", [np.nan, -np.inf, -1e4])
+def test_whatever_has_no_logarithm_is_background_as_0_is(head, tmp_path, method, background):
+    masks = []
+    for name, value in (("zero", 0), ("other", background)):
+        image = np.where(head.truth > 0, head.image, np.float32(value))
+        make_mask(save(tmp_path / f"{name}.nii", image), tmp_path / "mask.nii", method=method)
+        masks.append(load(tmp_path / "mask.nii"))
+    assert_array_equal(*masks)
+
+
+def test_the_field_is_taken_off_the_whole_image_whatever_its_slabs(tissues, tmp_path, monkeypatch):
+    image, *_ = coil_scan(tissues, COILS[0], 2)
+    volume = Volume(save(tmp_path / "a.nii", np.rint(image).astype(np.int16)))
+    found = find_foreground(volume)
+    limit = found.limit(found.field.log_tile(np.s_[:, :, :]))
+    for planes in (1, 7, 95):
+        monkeypatch.setattr(n4flow.volume, "SLAB_VOXELS", planes * image.shape[0] * image.shape[1])
+        make_mask(tmp_path / "a.nii", tmp_path / "mask.nii")
+        assert_array_equal(load(tmp_path / "mask.nii") > 0, np.rint(image) > limit)
+
+
+def test_of_too_few_voxels_for_a_field_a_threshold_is_all(tmp_path):
+    image = np.zeros((12, 12, 12), np.float32)
+    image[4:8, 4:8, 4:8] = np.random.default_rng(0).uniform(400, 600, (4, 4, 4))
+    made = make_mask(save(tmp_path / "a.nii", image), tmp_path / "mask.nii")
+    assert made == {"Method": "otsu", "Threshold": otsu_threshold(image.ravel()), "Turns": 0, "Voxels": 64}
+
+
+def test_a_mask_of_the_sheet_is_taken_as_it_is(tissues, tmp_path):
+    image, _, inside, _, _ = coil_scan(tissues, COILS[0], 2)
+    own = inside & (np.arange(inside.shape[0]) < 40)[:, None, None]
+    paths = save(tmp_path / "a.nii", image), save(tmp_path / "own.nii", own.astype(np.uint8))
+    mask_scan(*paths, tmp_path / "mask.nii", tmp_path / "mask.json", method="otsu", percentile=50)
+    assert_array_equal(load(tmp_path / "mask.nii") > 0, own)
+    assert json.loads((tmp_path / "mask.json").read_text())["Mask"] == {"Method": "given", "Voxels": own.sum()}
 
 
 def test_head_is_one_filled_piece_without_loose_noise(head, tmp_path):

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+import math
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
 from n4flow.bids import raw_uri
+from n4flow.bspline import one_blas_thread
 from n4flow.errors import InputError
+from n4flow.estimate import estimate_field
+from n4flow.field import BiasField
 from n4flow.files import write_json
+from n4flow.parameters import N4Parameters
 from n4flow.provenance import provenance
-from n4flow.samples import check_range, inside_mask
+from n4flow.samples import Samples, check_range, inside_mask, log_where, sample_positions
 from n4flow.volume import Volume, VolumeWriter
 
 log = logging.getLogger(__name__)
@@ -23,8 +28,18 @@ MaskMethod = Literal["otsu", "head", "percentile"]
 #: Radius by which ``head`` closes: scalp and brain become one across skull and fluid.
 CLOSING_MM = 6.0
 
-#: A threshold is found on about so many voxels, on a regular sub-grid of the image.
-THRESHOLD_VOXELS = 2**21
+#: Foreground is found on at most so many voxels, on a regular sub-grid of the image.
+SUB_GRID_VOXELS = 2**18
+
+#: So many voxels of the mask are enough for a field that shows what else is foreground.
+FIELD_SAMPLES = 20_000
+
+#: The mask is found again until fewer than this share of its voxels on the sub-grid change, at most so many times.
+SAME_MASK, MOST_TURNS = 0.01, 5
+
+#: What lies outside of the mask is taken for noise up to its median and so many times the median distance from that:
+#: of the magnitude of Gaussian noise, up to three of its standard deviations.
+NOISE_SPREADS = 4.0
 
 OTSU_BINS = 256
 
@@ -49,10 +64,7 @@ def otsu_threshold(values: np.ndarray) -> float:
     ----------
     Otsu 1979, doi:10.1109/TSMC.1979.4310076.
     """
-    return _otsu_of_sorted(np.sort(values))
-
-
-def _otsu_of_sorted(values: np.ndarray) -> float:
+    values = np.sort(values)
     edges = np.linspace(values[0], values[int(0.999 * (len(values) - 1))], OTSU_BINS + 1)
     counts = np.diff(np.searchsorted(values, edges[1:-1]), prepend=0, append=len(values))
     centres = (edges[:-1] + edges[1:]) / 2
@@ -65,8 +77,71 @@ def _otsu_of_sorted(values: np.ndarray) -> float:
     return float(edges[1 + np.argmax(between)])
 
 
-def foreground_threshold(volume: Volume, method: MaskMethod = "otsu", percentile: float = 50.0) -> float:
-    """Intensity above which a voxel is foreground.
+class Foreground(NamedTuple):
+    """What counts as foreground: what is brighter than a threshold once the field is off, and no noise.
+
+    Parameters
+    ----------
+    threshold : float
+        Of intensities divided by `field`; in the image's own units, since the field is 1 on average in the mask.
+    noise : float
+        No voxel of a lower intensity, as it stands in the image, is foreground, however weak the field is there.
+    turns : int
+        How often the mask was found again on corrected intensities.
+    field : BiasField, optional
+        None: a field of 1.
+    log_range : tuple of float
+        Limits of the log field in the mask that it was estimated in, beyond which it is not continued.
+    """
+
+    threshold: float
+    noise: float = 0.0
+    turns: int = 0
+    field: BiasField | None = None
+    log_range: tuple[float, float] = (0.0, 0.0)
+
+    def limit(self, log_field: np.ndarray) -> np.ndarray:
+        """The intensity, as it stands in the image, above which a voxel is foreground.
+
+        Parameters
+        ----------
+        log_field : array
+
+        Returns
+        -------
+        float64 array of the same shape
+        """
+        return np.maximum(self.threshold * np.exp(np.clip(log_field, *self.log_range)), self.noise)
+
+    def inside(self, values: np.ndarray, slab: slice) -> np.ndarray:
+        """Where a slab of the image is foreground.
+
+        Parameters
+        ----------
+        values : (n0, n1, planes) array
+        slab : slice
+            Along the third axis.
+
+        Returns
+        -------
+        bool array of the same shape, in Fortran order (first axis fastest)
+        """
+        shape, values = values.shape, values.ravel(order="F")
+        least, most = self.limit(np.array(self.log_range))
+        inside = values > most
+        if self.field is not None:  # the field is needed where it decides: that is a small part
+            undecided = np.flatnonzero((values > least) & ~inside)
+            if len(undecided):
+                log_field = self.field.log_tile((slice(None), slice(None), slab)).ravel(order="F")
+                inside[undecided] = values[undecided] > self.limit(log_field[undecided])
+        return inside.reshape(shape, order="F")
+
+
+def find_foreground(volume: Volume, method: MaskMethod = "otsu", percentile: float = 50.0) -> Foreground:
+    """Find the foreground and the field in turns, on a sub-grid of the image.
+
+    Of a scan with a strong field, a threshold takes the bright part alone. The field that is estimated there shows more
+    of it once it is continued, and so on until the mask stays.
 
     Parameters
     ----------
@@ -78,34 +153,100 @@ def foreground_threshold(volume: Volume, method: MaskMethod = "otsu", percentile
 
     Returns
     -------
-    float
-        In the image's own units.
+    Foreground
 
     Raises
     ------
     InputError
         No voxel is finite and above 0, or all have the same intensity.
     """
-    stride = max(1, int(np.ceil((np.prod(volume.shape) / THRESHOLD_VOXELS) ** (1 / 3))))
-    parts, empty = [], True
-    for slab, values in volume.mean_slabs():
-        empty = empty and not (values > 0).any()
-        part = values[::stride, ::stride, -slab.start % stride :: stride]
-        if part.size:  # an empty one would be no copy, and hold its slab
-            parts.append(part.ravel(order="K"))
+    positions, values = _sub_grid(volume)
+    if values.min() == values.max():
+        raise InputError(volume.path, "all voxels have the same intensity", "check that this is the right image")
+    positive = values[values > 0]
+    check_range(volume.path, np.log([positive.min(), np.median(positive), positive.max()]))
+
+    def threshold_of(intensities: np.ndarray) -> float:
+        if method == "percentile":
+            return float(np.percentile(intensities[intensities > 0], percentile))
+        return otsu_threshold(intensities.ravel())
+
+    found = Foreground(threshold_of(values))
+    at_once, inside = found.threshold, values > found.threshold
+    for turn in range(1, MOST_TURNS + 1):
+        try:
+            field = estimate_field(_thinned_samples(volume, positions, values, inside), N4Parameters()).field
+        except InputError as error:  # whether that matters, the correction will say
+            log.info("%s; the mask is not found again on corrected intensities", error)
+            break
+        log_field = field.log_at(positions)
+        mean = log_field[inside].mean()
+        log_field, field = log_field - mean, field.shifted(-mean)
+        log_range = float(log_field[inside].min()), float(log_field[inside].max())
+        corrected = values / np.exp(np.clip(log_field, *log_range))
+        noise = min(_noise(values[~inside]), at_once)  # without air, it is the dark tissue
+        found = Foreground(threshold_of(corrected), noise, turn, field, log_range)
+        before, inside = inside, values > found.limit(log_field)
+        changed = np.count_nonzero(inside != before) / np.count_nonzero(before)
+        log.info(
+            "%s: mask found again on corrected intensities, turn %d of at most %d: threshold %.4g, %d voxels of the "
+            "sub-grid, %.1f %% changed",
+            volume.path,
+            turn,
+            MOST_TURNS,
+            found.threshold,
+            np.count_nonzero(inside),
+            100 * changed,
+        )
+        if changed < SAME_MASK:
+            break
+    return found
+
+
+def _sub_grid(volume: Volume) -> tuple[tuple[np.ndarray, ...], np.ndarray]:
+    """Positions along each axis, and intensities there in float64: 0 where they are not finite, or negative."""
+    step = 1
+    positions = sample_positions(volume.shape, step)
+    while math.prod(map(len, positions)) > SUB_GRID_VOXELS:  # ends, as no axis is thinned below 32
+        step += 1
+        positions = sample_positions(volume.shape, step)
+    values = np.zeros([len(p) for p in positions])
+    empty = True
+    for slab, part in volume.mean_slabs():
+        empty = empty and not (part > 0).any()
+        hit = (positions[2] >= slab.start) & (positions[2] < slab.stop)
+        values[:, :, hit] = part[np.ix_(positions[0], positions[1], positions[2][hit] - slab.start)]
     if empty:
         raise InputError(volume.path, "no voxel is above 0", "check that this is the right image")
-    values = np.concatenate(parts)
-    # NaN last; of short integers the stable sort is a radix sort, several times as fast
-    values.sort(kind="stable" if values.itemsize <= 2 else None)
-    values = values.astype(np.float64)
-    values = values[np.searchsorted(values, -np.inf, "right") : np.searchsorted(values, np.inf)]
-    np.maximum(values, 0, out=values)
-    if len(values) == 0 or values[0] == values[-1]:
-        raise InputError(volume.path, "all voxels have the same intensity", "check that this is the right image")
-    positive = values[np.searchsorted(values, 0, "right") :]
-    check_range(volume.path, np.log(positive[[0, len(positive) // 2, -1]]))
-    return float(np.percentile(positive, percentile)) if method == "percentile" else _otsu_of_sorted(values)
+    return positions, np.where(np.isfinite(values) & (values > 0), values, 0)
+
+
+def _thinned_samples(
+    volume: Volume, positions: Sequence[np.ndarray], values: np.ndarray, inside: np.ndarray
+) -> Samples:
+    """Of a sub-grid, every 2nd plane of its longest axis, and so on while more than `FIELD_SAMPLES` are inside."""
+    every = [1, 1, 1]
+    while np.count_nonzero(inside) > FIELD_SAMPLES * math.prod(every):
+        every[int(np.argmax(np.array(inside.shape) / every))] *= 2
+    part = tuple(slice(None, None, step) for step in every)
+    return Samples(
+        log_where(values[part], inside[part]),
+        inside[part],
+        tuple(p[axis] for p, axis in zip(positions, part, strict=True)),
+        volume.shape,
+        volume.voxel_size_mm,
+        volume.affine_mm,
+        {},
+        str(volume.path),
+    )
+
+
+def _noise(outside: np.ndarray) -> float:
+    """The intensity up to which what lies outside of the mask is taken for noise."""
+    if not outside.size:
+        return 0.0
+    middle = np.median(outside)
+    return float(middle + NOISE_SPREADS * np.median(np.abs(outside - middle)))
 
 
 def head_from_foreground(foreground: np.ndarray, voxel_size_mm: tuple[float, ...]) -> np.ndarray:
@@ -134,6 +275,7 @@ def head_from_foreground(foreground: np.ndarray, voxel_size_mm: tuple[float, ...
     return sitk.GetArrayFromImage(sitk.Crop(sitk.BinaryFillhole(largest), radius, radius)).astype(bool)
 
 
+@one_blas_thread
 def make_mask(
     image: str | Path,
     output: str | Path,
@@ -151,12 +293,12 @@ def make_mask(
     method : {"otsu", "head", "percentile"}
         ``head`` makes one filled piece of the foreground, see `head_from_foreground`.
     percentile : float
-        See `foreground_threshold`.
+        See `find_foreground`.
 
     Returns
     -------
     dict
-        For the sidecar: the method, the threshold and the number of voxels.
+        For the sidecar: the method, the threshold, the turns (see `Foreground`) and the number of voxels.
 
     Raises
     ------
@@ -164,16 +306,12 @@ def make_mask(
         The image cannot be read, or has no foreground.
     """
     volume = Volume(image)
-    threshold = foreground_threshold(volume, method, percentile)
+    found = find_foreground(volume, method, percentile)
+    slabs: Iterable[np.ndarray] = (found.inside(values, slab) for slab, values in volume.mean_slabs())
     if method == "head":
-        foreground = np.empty(volume.shape, dtype=bool)
-        for slab, values in volume.mean_slabs():
-            foreground[:, :, slab] = values > threshold
-        slabs = iter([head_from_foreground(foreground, volume.voxel_size_mm)])
-    else:
-        slabs = (values > threshold for _, values in volume.mean_slabs())
+        slabs = [head_from_foreground(np.concatenate(list(slabs), axis=2), volume.voxel_size_mm)]
     count = _write(output, volume, slabs)
-    return {"Method": method, "Threshold": threshold, "Voxels": count}
+    return {"Method": method, "Threshold": found.threshold, "Turns": found.turns, "Voxels": count}
 
 
 def adopt_mask(image: str | Path, mask: str | Path, output: str | Path) -> dict[str, Any]:
@@ -202,7 +340,7 @@ def adopt_mask(image: str | Path, mask: str | Path, output: str | Path) -> dict[
     return {"Method": "given", "Voxels": count}
 
 
-def _write(output: str | Path, like: Volume, slabs: Iterator[np.ndarray], source: str | Path | None = None) -> int:
+def _write(output: str | Path, like: Volume, slabs: Iterable[np.ndarray], source: str | Path | None = None) -> int:
     count = 0
     with VolumeWriter(output, like, np.uint8, frames=1) as writer:
         for inside in slabs:
