@@ -202,8 +202,10 @@ def direct_expected(histogram, low, high, fwhm, wiener_noise, twicing):
         return np.divide(kernel @ (values * sharp), density, out=np.zeros(size), where=there)
 
     expected = np.where(there, mean(places), places)
-    lacking = places - kernel @ expected / kernel.sum(axis=1)
-    return (expected + twicing * mean(lacking))[first : first + bins]
+    for _ in range(2):
+        lacking = places - kernel @ expected / kernel.sum(axis=1)
+        expected = expected + twicing * mean(lacking)
+    return expected[first : first + bins]
 
 
 def direct_log_field(log_values, coordinates, spans, span_lengths, stages, weights=None):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import logging
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,20 +18,18 @@ from n4flow.affine import affine_problem
 from n4flow.bspline import one_blas_thread
 from n4flow.device import DeviceChoice, array_module, available_cores, select_device, to_host, to_module
 from n4flow.errors import InputError
-from n4flow.estimate import Iteration, check_mesh, estimate_field, initial_mesh
-from n4flow.field import BiasField, Mesh
+from n4flow.estimate import Iteration, check_mesh, estimate_field, initial_mesh, positions_in
+from n4flow.field import BiasField
 from n4flow.parameters import N4Parameters
 from n4flow.quadrature import MaskIntensity, keep_mean_intensity
 from n4flow.samples import (
     Samples,
     beyond_float32,
-    box_of,
     check_count,
     check_dropped,
     check_range,
     inside_mask,
     log_where,
-    sample_positions,
     usable_voxels,
 )
 from n4flow.volume import Volume, VolumeWriter
@@ -72,35 +71,26 @@ def read_samples(
     volume = image if isinstance(image, Volume) else Volume(image)
     mask = mask if isinstance(mask, Volume) else Volume(mask)
     volume.check_same_grid(mask, "mask")
-    positions = sample_positions(volume.shape, parameters.shrink_factor)
+    check_count(volume.path, math.prod(volume.shape), volume.shape)
+    domain = _domain(((slab.start, inside_mask(values)) for slab, values in mask.mean_slabs()), volume.shape)
+    positions = positions_in(domain, volume.shape, parameters)
+    mesh = initial_mesh(volume.shape, volume.voxel_size_mm, domain, parameters)
+    check_mesh(volume.path, positions, mesh, parameters)
+    intensity = MaskIntensity(volume.shape, mesh.refined(parameters.doublings))
     log_image = np.zeros([len(p) for p in positions])
-    check_count(volume.path, log_image.size, volume.shape)
     kept = np.zeros(log_image.shape, dtype=bool)
-    for slab, mask_values in mask.mean_slabs():
-        planes, grid = _samples_in(slab, positions)
-        kept[:, :, planes] = inside_mask(mask_values[grid])
-
-    def mesh_of_kept() -> Mesh:
-        inside = [p[part] for p, part in zip(positions, box_of(kept), strict=True)]
-        return initial_mesh(volume.shape, volume.voxel_size_mm, inside, parameters)
-
-    mesh = None
-    # once, as a rule: unless so much of the mask turns out to be unusable that the mesh on the rest is another
-    while mesh != (wanted := mesh_of_kept()):
-        mesh = wanted
-        check_mesh(volume.path, volume.shape, mesh, parameters)
-        intensity = MaskIntensity(volume.shape, mesh.refined(parameters.doublings))
-        dropped: dict[str, int] = {}
-        mask_voxels = 0
-        for (slab, values), (_, mask_values) in zip(volume.mean_slabs(), mask.mean_slabs(), strict=True):
-            inside = inside_mask(mask_values)
-            usable, lost = usable_voxels(values, inside)
-            intensity.add(values, usable, slab.start)
-            mask_voxels += int(np.count_nonzero(inside))
-            dropped = {reason: dropped.get(reason, 0) + n for reason, n in lost.items()}
-            planes, grid = _samples_in(slab, positions)
-            kept[:, :, planes] = usable[grid]
-            log_image[:, :, planes] = log_where(values[grid], usable[grid])
+    dropped: dict[str, int] = {}
+    mask_voxels = 0
+    for (slab, values), (_, mask_values) in zip(volume.mean_slabs(), mask.mean_slabs(), strict=True):
+        inside = inside_mask(mask_values)
+        usable, lost = usable_voxels(values, inside)
+        intensity.add(values, usable, slab.start)
+        mask_voxels += int(np.count_nonzero(inside))
+        dropped = {reason: dropped.get(reason, 0) + n for reason, n in lost.items()}
+        planes = (positions[2] >= slab.start) & (positions[2] < slab.stop)
+        grid = np.ix_(positions[0], positions[1], positions[2][planes] - slab.start)
+        kept[:, :, planes] = usable[grid]
+        log_image[:, :, planes] = log_where(values[grid], usable[grid])
     check_dropped(volume.path, dropped, mask_voxels)
     check_range(volume.path, log_image[kept])
     samples = Samples(
@@ -112,14 +102,25 @@ def read_samples(
         volume.affine_mm,
         dropped,
         str(volume.path),
+        domain=domain,
     )
     return samples, intensity
 
 
-def _samples_in(slab: slice, positions: Sequence[np.ndarray]) -> tuple[np.ndarray, tuple[np.ndarray, ...]]:
-    """Which planes of samples lie in a slab, and where its samples lie there."""
-    planes = (positions[2] >= slab.start) & (positions[2] < slab.stop)
-    return planes, np.ix_(positions[0], positions[1], positions[2][planes] - slab.start)
+def _domain(slabs: Iterable[tuple[int, Any]], shape: Sequence[int]) -> tuple[range, ...]:
+    """Voxels along each axis from the first of a mask to the last; all where it is empty.
+
+    Slabs of the mask (bool) come with the index of their first plane.
+    """
+    seen = [np.zeros(n, dtype=bool) for n in shape]
+    for start, inside in slabs:
+        lines = inside.any(axis=2)
+        planes = to_host(inside.any(axis=(0, 1)))
+        seen[0] |= to_host(lines.any(axis=1))
+        seen[1] |= to_host(lines.any(axis=0))
+        seen[2][start : start + len(planes)] = planes
+    ends = [np.flatnonzero(along) if along.any() else np.arange(len(along)) for along in seen]
+    return tuple(range(int(hit[0]), int(hit[-1]) + 1) for hit in ends)
 
 
 @one_blas_thread
@@ -395,7 +396,7 @@ def correct(
     image, inside, confidence, corrected, bias = (
         array[..., None] if flat and array is not None else array for array in (volume, mask, weights, out, bias_out)
     )
-    samples = _take_samples(image, inside, confidence, size_mm, affine, parameters.shrink_factor)
+    samples = _take_samples(image, inside, confidence, size_mm, affine, parameters)
     field, history = estimate_field(samples, parameters, xp=xp, threads=available_cores())
     planes = max(1, TILE_VOXELS // (image.shape[0] * image.shape[1]))
     tiles = [_planes(slice(start, start + planes)) for start in range(0, image.shape[2], planes)]
@@ -434,10 +435,11 @@ def _same_view(first: Any, second: Any) -> bool:
 
 
 def _take_samples(
-    image: Any, mask: Any, weights: Any, voxel_size_mm: tuple[float, ...], affine: np.ndarray, shrink_factor: int
+    image: Any, mask: Any, weights: Any, voxel_size_mm: tuple[float, ...], affine: np.ndarray, parameters: N4Parameters
 ) -> Samples:
     """What `read_samples` does for files."""
-    positions = sample_positions(image.shape, shrink_factor)
+    domain = tuple(map(range, image.shape)) if mask is None else _domain([(0, inside_mask(mask))], image.shape)
+    positions = positions_in(domain, image.shape, parameters)
     grid = np.ix_(*positions)
 
     def sampled(array: Any) -> np.ndarray:
@@ -469,4 +471,5 @@ def _take_samples(
         dropped,
         "volume",
         confidence,
+        domain,
     )

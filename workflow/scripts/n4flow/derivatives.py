@@ -22,7 +22,7 @@ from n4flow.files import write_json
 from n4flow.parameters import N4Parameters
 from n4flow.provenance import provenance
 from n4flow.quadrature import keep_mean_intensity
-from n4flow.samples import Samples, shrink_per_axis
+from n4flow.samples import Samples
 from n4flow.volume import Volume
 
 log = logging.getLogger(__name__)
@@ -194,7 +194,7 @@ def estimate_facts(estimate: Estimate, samples: Samples, parameters: N4Parameter
         converged.append(not cvs or cvs[-1] <= parameters.convergence_threshold)
     return {
         "Parameters": parameters.to_mapping(),
-        "Shrink": list(shrink_per_axis(samples.image_shape, parameters.shrink_factor)),
+        "Shrink": [int(p[1] - p[0]) if len(p) > 1 else 1 for p in samples.positions],
         "Spans": list(estimate.field.mesh.spans),
         "SpanLengthMm": [
             round(float(length * size), 3)

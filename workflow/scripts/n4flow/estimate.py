@@ -70,9 +70,11 @@ def estimate_field(
     ----------
     Tustison et al. 2010, doi:10.1109/TMI.2010.2046908; ITK's N4BiasFieldCorrectionImageFilter.
     """
-    samples = samples.check().cropped()
-    mesh = mesh or initial_mesh(samples.image_shape, samples.voxel_size_mm, samples.positions, parameters)
-    check_mesh(samples.source, samples.image_shape, mesh, parameters)
+    grid, samples = samples.check().positions, samples.cropped()
+    mesh = mesh or initial_mesh(
+        samples.image_shape, samples.voxel_size_mm, samples.domain or samples.positions, parameters
+    )
+    check_mesh(samples.source, grid, mesh, parameters)
     warn_of_long_spans(samples, mesh, parameters)
 
     kernels = choose_kernels(samples, parameters, xp, threads)
@@ -108,7 +110,7 @@ def estimate_field(
 def initial_mesh(
     image_shape: Sequence[int],
     voxel_size_mm: Sequence[float],
-    positions: Sequence[np.ndarray],
+    domain: Sequence[Sequence[int]],
     parameters: N4Parameters,
 ) -> Mesh:
     """The mesh of the first stage: so many spans on the mask or the image, or spans of a length in mm.
@@ -118,8 +120,8 @@ def initial_mesh(
     image_shape : three ints
         Voxels per axis.
     voxel_size_mm : three floats
-    positions : three arrays
-        Voxel indices of the samples along each axis, from the first to the last of the mask.
+    domain : three sequences of int
+        Voxel indices along each axis, from the first of the mask to the last.
     parameters : N4Parameters
 
     Returns
@@ -131,9 +133,33 @@ def initial_mesh(
         return Mesh.of_distance(image_shape, voxel_size_mm, parameters.spline_distance_mm)
     if parameters.domain == "image":
         return Mesh.of_grid(image_shape, parameters.spans)
-    # between two samples there is nothing that more than a span could follow
-    spans = [max(1, min(wanted, len(p) - 1)) for wanted, p in zip(parameters.spans, positions, strict=True)]
-    return Mesh.of_box([(float(p[0]), float(p[-1])) for p in positions], spans)
+    # between two voxels there is nothing that more than a span could follow
+    spans = [max(1, min(wanted, len(voxels) - 1)) for wanted, voxels in zip(parameters.spans, domain, strict=True)]
+    return Mesh.of_box([(float(voxels[0]), float(voxels[-1])) for voxels in domain], spans)
+
+
+def positions_in(
+    domain: Sequence[range], image_shape: Sequence[int], parameters: N4Parameters
+) -> tuple[np.ndarray, ...]:
+    """Where the samples are taken: spread over the mask, or as ITK does over the image.
+
+    So a background that is added or cut off changes nothing where `parameters` lay the mesh on the mask.
+
+    Parameters
+    ----------
+    domain : three ranges
+        Voxels along each axis, from the first of the mask to the last.
+    image_shape : three ints
+    parameters : N4Parameters
+
+    Returns
+    -------
+    three int arrays
+        See `samples.sample_positions`.
+    """
+    if parameters.domain == "image":
+        return sample_positions(image_shape, parameters.shrink_factor)
+    return sample_positions([len(r) for r in domain], parameters.shrink_factor, [r.start for r in domain])
 
 
 def fit_on(mesh: Mesh, samples: Samples, parameters: N4Parameters) -> SplineFit:
@@ -161,15 +187,15 @@ def fit_on(mesh: Mesh, samples: Samples, parameters: N4Parameters) -> SplineFit:
     return PenalisedLeastSquares(weights, bases, lengths, parameters.stiffness)
 
 
-def check_mesh(source: object, image_shape: Sequence[int], mesh: Mesh, parameters: N4Parameters) -> None:
+def check_mesh(source: object, positions: Sequence[np.ndarray], mesh: Mesh, parameters: N4Parameters) -> None:
     """Refuse a mesh that would fit single voxels, and one that fits no image.
 
     Parameters
     ----------
     source : object
         Name of the image, for messages.
-    image_shape : three ints
-        Voxels per axis.
+    positions : three arrays
+        Voxel indices of the samples along each axis.
     mesh : Mesh
         Of the first stage.
     parameters : N4Parameters
@@ -180,8 +206,7 @@ def check_mesh(source: object, image_shape: Sequence[int], mesh: Mesh, parameter
         The mesh of the last stage has more spans than samples along an axis, its spans are longer than any image, or it
         has too many control points for the penalised fit.
     """
-    grid = [len(p) for p in sample_positions(image_shape, parameters.shrink_factor)]
-    for axis, (spans, count) in enumerate(zip(mesh.spans, grid, strict=True)):
+    for axis, (spans, count) in enumerate(zip(mesh.spans, map(len, positions), strict=True)):
         if (last := spans * 2**parameters.doublings) > max(count, 1):
             raise InputError(
                 source,

@@ -9,16 +9,13 @@ from typing import Any, Literal, NamedTuple
 
 from n4flow.errors import InputError
 
-#: Expected values are twiced in stages whose FWHM is below this: from the first stage on, strong fields would be lost.
-TWICED_BELOW = 0.12
-
 
 class Stage(NamedTuple):
     """What an iteration does in one stage of the estimate."""
 
     most_iterations: int
     fwhm: float
-    twicing: float  # 0 where the stage is too wide for it
+    twicing: float
 
 
 @dataclass(frozen=True)
@@ -49,13 +46,15 @@ class N4Parameters:
         Full width at half maximum, in log intensity, of the Gaussian that is deconvolved (0.15 in Sled et al. 1998
         and ITK); a number for all stages, or one for each. A wide one finds strong fields, a narrow one spares
         contrast.
-    twicing : float
-        How much of what the expected value still lacks is added to it, from 0 to 1, in stages with a FWHM below
-        `TWICED_BELOW`. It takes out the pull between tissues; 0 is the expected value of Sled et al.
+    twicing : float or tuple of float
+        How much of what the expected value still lacks is added to it, from 0 to 1, two times over; a number for all
+        stages, or one for each. It takes out the pull between tissues, and of a strong field a part, so that it rises
+        as the width falls; 0 is the expected value of Sled et al.
     convergence_threshold : float
         A stage ends when the coefficient of variation of ``exp`` of the update in the mask falls to this value.
-    shrink_factor : int
-        The field is estimated on every n-th voxel along each axis (see `samples.shrink_per_axis`).
+    shrink_factor : int, optional
+        The field is estimated on every n-th voxel along each axis (see `samples.shrink_per_axis`); by default on as
+        many as a second allows.
     histogram_bins : int
         Bins of the log intensity histogram, from 10 to 30000.
     wiener_noise : float
@@ -77,23 +76,23 @@ class N4Parameters:
     spans: tuple[int, ...] | None = None
     domain: Literal["mask", "image"] = "mask"
     spline_distance_mm: float | None = None
-    iterations: tuple[int, ...] = (40, 40, 40, 40)
-    fwhm: float | tuple[float, ...] = (0.20, 0.14, 0.10, 0.07)
-    twicing: float = 0.9
+    iterations: tuple[int, ...] = (40, 40, 40, 40, 40, 40)
+    fwhm: float | tuple[float, ...] = (0.20, 0.16, 0.13, 0.105, 0.085, 0.07)
+    twicing: float | tuple[float, ...] = (0.3, 0.42, 0.54, 0.66, 0.78, 0.9)
     convergence_threshold: float = 1e-3
-    shrink_factor: int = 4
+    shrink_factor: int | None = None
     histogram_bins: int = 200
     wiener_noise: float = 0.01
 
     def __post_init__(self) -> None:
         for name, value in vars(self).copy().items():
-            several = name in ("iterations", "spans", "fwhm") and isinstance(value, Iterable)
+            several = name in ("iterations", "spans", "fwhm", "twicing") and isinstance(value, Iterable)
             object.__setattr__(self, name, tuple(map(_plain, value)) if several else _plain(value))
         if self.spans is None and self.spline_distance_mm is None:
             object.__setattr__(self, "spans", (4, 4, 4))
         iterations: Any = self.iterations
         spans: Any = self.spans
-        widths: Any = self.fwhm if isinstance(self.fwhm, tuple) else (self.fwhm,)
+        widths, shares = (value if isinstance(value, tuple) else (value,) for value in (self.fwhm, self.twicing))
         checks = {
             "fit": (self.fit in ("penalised", "lee-wolberg-shin"), "'penalised' or 'lee-wolberg-shin'"),
             "stiffness": (1e-9 <= _number(self.stiffness) <= 1e9, "a number from 1e-9 to 1e9"),
@@ -115,12 +114,18 @@ class N4Parameters:
                 len(widths) > 0 and all(1e-9 <= _number(width) <= 1e3 for width in widths),
                 "a number from 1e-9 to 1000, or a list of them, one per stage",
             ),
-            "twicing": (0 <= _number(self.twicing) <= 1, "a number from 0 to 1"),
+            "twicing": (
+                len(shares) > 0 and all(0 <= _number(share) <= 1 for share in shares),
+                "a number from 0 to 1, or a list of them, one per stage",
+            ),
             "convergence_threshold": (
                 _number(self.convergence_threshold) >= 0,
                 "a number from 0",
             ),
-            "shrink_factor": (_whole(self.shrink_factor) >= 1, "a whole number from 1"),
+            "shrink_factor": (
+                self.shrink_factor is None or _whole(self.shrink_factor) >= 1,
+                "a whole number from 1, or null",
+            ),
             "histogram_bins": (10 <= _whole(self.histogram_bins) <= 30000, "a whole number from 10 to 30000"),
             "wiener_noise": (0 < _number(self.wiener_noise) <= 1e9, "a number above 0, up to 1e9"),
         }
@@ -135,26 +140,28 @@ class N4Parameters:
                 "a refined mesh does not go with the penalised fit, which needs but one",
                 "set n4.mesh to fixed or n4.fit to lee-wolberg-shin",
             )
-        if isinstance(self.fwhm, tuple) and len(self.fwhm) != len(iterations):
-            raise InputError(
-                "n4.fwhm",
-                f"{len(self.fwhm)} widths do not go with n4.iterations for {len(iterations)} stages",
-                "give as many of each, or one number as n4.fwhm",
-            )
+        for name in ("fwhm", "twicing"):
+            value = getattr(self, name)
+            if isinstance(value, tuple) and len(value) != len(iterations):
+                raise InputError(
+                    f"n4.{name}",
+                    f"{len(value)} values do not go with n4.iterations for {len(iterations)} stages",
+                    f"give as many of each, or one number as n4.{name}",
+                )
 
     @property
     def stages(self) -> list[Stage]:
         """The stages, in their order."""
-        widths = self.fwhm if isinstance(self.fwhm, tuple) else (self.fwhm,) * len(self.iterations)
-        return [
-            Stage(most, fwhm, self.twicing if fwhm < TWICED_BELOW else 0.0)
-            for most, fwhm in zip(self.iterations, widths, strict=True)
-        ]
+        count = len(self.iterations)
+        widths, shares = (
+            value if isinstance(value, tuple) else (value,) * count for value in (self.fwhm, self.twicing)
+        )
+        return [Stage(*stage) for stage in zip(self.iterations, widths, shares, strict=True)]
 
     @property
     def as_itk(self) -> bool:
         """Whether the histogram is sharpened exactly as ITK does it, see `sharpening.expected_log_values`."""
-        return self.fit == "lee-wolberg-shin" and not self.twicing
+        return self.fit == "lee-wolberg-shin" and not any(stage.twicing for stage in self.stages)
 
     @property
     def doublings(self) -> int:
@@ -205,6 +212,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "iterations": (50, 50, 50, 50),
         "fwhm": 0.15,
         "twicing": 0.0,
+        "shrink_factor": 4,
     },
     # what linumpy.gpu.n4 does if nothing is set: a fine mesh, all iterations
     "linumpy": {
@@ -214,9 +222,10 @@ PRESETS: dict[str, dict[str, Any]] = {
         "fwhm": 0.15,
         "twicing": 0.0,
         "convergence_threshold": 0.0,
+        "shrink_factor": 4,
     },
     # one mesh, one width, ITK's fit
-    "fixed": {"fit": "lee-wolberg-shin", "iterations": (200,), "fwhm": 0.12, "twicing": 0.0},
+    "fixed": {"fit": "lee-wolberg-shin", "iterations": (200,), "fwhm": 0.12, "twicing": 0.0, "shrink_factor": 4},
 }
 
 

@@ -18,6 +18,9 @@ log = logging.getLogger(__name__)
 #: Fewer samples than this inside the mask cannot carry a histogram of 200 bins.
 MINIMUM_SAMPLES = 1000
 
+#: As many as the estimate takes of a large mask (of its box), unless a shrink factor is set: about half a second's worth.
+MOST_SAMPLES = 2**21
+
 #: No axis is shrunk to fewer samples than this, so that thin stacks keep their slices.
 MINIMUM_GRID = 16
 
@@ -45,6 +48,8 @@ class Samples:
         Name of the image, for messages.
     weights : (n0, n1, n2) float32 array, optional
         Confidence of each sample in the fit, from 0; a sample of weight 0 takes no part. All 1 by default.
+    domain : three ranges, optional
+        Voxels along each axis from the first of the mask to the last; by default from its first sample to its last.
     """
 
     log_image: np.ndarray
@@ -56,6 +61,7 @@ class Samples:
     dropped: dict[str, int]
     source: str
     weights: np.ndarray | None = None
+    domain: tuple[range, ...] | None = None
 
     @property
     def spacing_mm(self) -> tuple[float, ...]:
@@ -102,33 +108,43 @@ class Samples:
         )
 
 
-def shrink_per_axis(shape: Sequence[int], shrink_factor: int) -> tuple[int, ...]:
-    """Shrink factor of each axis: the one asked for, less where it would leave too few samples.
+def shrink_per_axis(shape: Sequence[int], shrink_factor: int | None) -> tuple[int, ...]:
+    """Shrink factor of each axis.
 
     Parameters
     ----------
     shape : sequence of int
-        Voxels per axis.
-    shrink_factor : int
-        From 1.
+        Voxels per axis of the domain.
+    shrink_factor : int, optional
+        From 1; by default the axis with the most samples is thinned out until all together are `MOST_SAMPLES` or fewer.
 
     Returns
     -------
     tuple of int
-        At least `MINIMUM_GRID` samples per axis are left, where there are as many voxels.
+        The one asked for, less where it would leave too few samples: at least `MINIMUM_GRID` per axis are left, where
+        there are as many voxels.
     """
-    return tuple(max(1, min(shrink_factor, n // MINIMUM_GRID)) for n in shape)
+    if shrink_factor is not None:
+        return tuple(max(1, min(shrink_factor, n // MINIMUM_GRID)) for n in shape)
+    factors = [1] * len(shape)
+    while math.prod(counts := [max(1, n // step) for n, step in zip(shape, factors, strict=True)]) > MOST_SAMPLES:
+        factors[int(np.argmax(counts))] += 1
+    return tuple(factors)
 
 
-def sample_positions(shape: Sequence[int], shrink_factor: int) -> tuple[np.ndarray, ...]:
-    """Voxel indices of the samples along each axis, centred.
+def sample_positions(
+    shape: Sequence[int], shrink_factor: int | None, start: Sequence[int] = (0, 0, 0)
+) -> tuple[np.ndarray, ...]:
+    """Voxel indices of the samples along each axis, centred in their domain.
 
     Parameters
     ----------
     shape : sequence of int
-        Voxels per axis.
-    shrink_factor : int
+        Voxels per axis of the domain.
+    shrink_factor : int, optional
         See `shrink_per_axis`.
+    start : sequence of int
+        First voxel of the domain.
 
     Returns
     -------
@@ -136,13 +152,13 @@ def sample_positions(shape: Sequence[int], shrink_factor: int) -> tuple[np.ndarr
 
     References
     ----------
-    ITK's ShrinkImageFilter, which takes the same voxels.
+    ITK's ShrinkImageFilter, which takes the same voxels of an image.
     """
     positions = []
-    for n, step in zip(shape, shrink_per_axis(shape, shrink_factor), strict=True):
+    for n, step, begin in zip(shape, shrink_per_axis(shape, shrink_factor), start, strict=False):
         count = max(1, n // step)
         first = int(np.floor(((n - 1) - step * (count - 1)) / 2 + 0.5))
-        positions.append(first + step * np.arange(count))
+        positions.append(begin + first + step * np.arange(count))
     return tuple(positions)
 
 

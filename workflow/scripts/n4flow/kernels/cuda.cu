@@ -260,7 +260,8 @@ extern "C" __global__ void sharpen(const int* __restrict__ done, const float* __
         density[n] = (as_itk ? z[n].y != 0 : z[n].y > least) ? z[n].y : 0.0;
         expected[n] = density[n] != 0 ? z[n].x / density[n] : as_itk ? (-centre - low) / slope : (double)(n - offset);
     }
-    if (twicing > 0) {
+    for (int time = 0; twicing > 0 && time < TWICINGS; ++time) {
+        __syncthreads();
         for (int n = threadIdx.x; n < padded; n += THREADS)
             z[n] = make_double2(expected[n], 0.0);
         blur(z, transfer, roots, padded);
@@ -295,9 +296,9 @@ extern "C" __global__ void sharpen(const int* __restrict__ done, const float* __
 
 // ---------------------------------------------------------------------------- fit
 
-// The residual is gathered onto the lattice in three passes. First, from rows to planes: a thread adds up the voxels (i, ., k) of a group of
-// GROUP_ROWS rows, each with its four weights along j. Sums of rows that begin at the same control
-// point go into the same four slots; on to the next control point, the first of the four is complete.
+// The residual is gathered onto the lattice in three passes. First, from rows to planes: a thread adds
+// up the voxels (i, ., k) of a group of GROUP_ROWS rows, each with its four weights along j. Sums of
+// rows that begin at the same control point go into the same four slots; on to the next control point, the first of the four is complete.
 // `width` is the length of a row, rounded up to whole warps.
 extern "C" __global__ void gather_rows(const int* __restrict__ done, const float* __restrict__ range,
                                        const float* __restrict__ values, const float* __restrict__ weights,
