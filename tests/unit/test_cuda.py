@@ -93,7 +93,7 @@ def run_stage(kernels, fit, iterations, lattice=None, fwhm=0.1, twicing=0.0):
 
 
 FITS = {
-    "penalised": N4Parameters(iterations=(4,), fwhm=0.1, convergence_threshold=0),
+    "penalised": N4Parameters(iterations=(4,), twicing=0.9, fwhm=0.1, convergence_threshold=0),
     "lee-wolberg-shin": N4Parameters(
         fit="lee-wolberg-shin", iterations=(4,), fwhm=0.12, twicing=0, convergence_threshold=0
     ),
@@ -302,7 +302,10 @@ def test_files_are_divided_slab_by_slab(device, field, tmp_path, slab_voxels, mo
 def test_arrays_are_corrected_where_they_are(device, head, dtype, order, alias, monkeypatch):
     monkeypatch.setattr("n4flow.correction.TILE_VOXELS", 5000)
     image = np.array(head.image[::4, ::4, ::4], dtype=dtype, order=order)
-    settings = {"voxel_size_mm": (8, 8, 8), "parameters": N4Parameters(iterations=(5,), fwhm=0.1, shrink_factor=1)}
+    settings = {
+        "voxel_size_mm": (8, 8, 8),
+        "parameters": N4Parameters(iterations=(5,), twicing=0.9, fwhm=0.1, shrink_factor=1),
+    }
     expected = correct(image, image > 300, device="cpu", **settings)
     monkeypatch.setattr("n4flow.correction.select_device", lambda _: Device("gpu", device, "stand-in", "test"))
     fetched = []

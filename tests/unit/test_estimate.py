@@ -51,7 +51,7 @@ def test_two_runs_and_blocks_of_any_size_give_the_same_bits(small_head, paramete
     assert_allclose(estimate_field(samples, parameters).field.lattice, first, atol=1e-10)
 
 
-BOTH_FITS = [N4Parameters(iterations=(5, 5), fwhm=(0.15, 0.08)), lee_wolberg_shin((10,))]
+BOTH_FITS = [N4Parameters(iterations=(5, 5), twicing=0.9, fwhm=(0.15, 0.08)), lee_wolberg_shin((10,))]
 
 
 @pytest.mark.parametrize("parameters", BOTH_FITS)

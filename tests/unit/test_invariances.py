@@ -23,7 +23,9 @@ SEARCH = settings(deadline=None, max_examples=25, suppress_health_check=[HealthC
 
 SIZE = (6.0, 6.0, 6.0)
 PARAMETERS = {
-    "default": N4Parameters(shrink_factor=1, iterations=(4, 4), fwhm=(0.15, 0.08), convergence_threshold=0),
+    "default": N4Parameters(
+        shrink_factor=1, iterations=(4, 4), twicing=0.9, fwhm=(0.15, 0.08), convergence_threshold=0
+    ),
     "fixed": lee_wolberg_shin((8,), spline_distance_mm=80, convergence_threshold=0),
     "refined": lee_wolberg_shin((4, 4), mesh="refined", spline_distance_mm=80, convergence_threshold=0),
 }

@@ -215,7 +215,7 @@ def test_compiled_code_gives_the_same_bits_for_any_number_of_threads(head):
 def test_stages_on_one_mesh_are_those_of_kernels_that_begin_anew(head, name, monkeypatch):
     """What a mesh needs is made once; a stage has its own width, and goes on from the last lattice and values."""
     samples = samples_of(head.image[::4, ::4, ::4], head.image[::4, ::4, ::4] > 300, (8.0, 8.0, 8.0))
-    parameters = N4Parameters(iterations=(3, 4), fwhm=(0.2, 0.07), convergence_threshold=0)
+    parameters = N4Parameters(iterations=(3, 4), twicing=0.9, fwhm=(0.2, 0.07), convergence_threshold=0)
     mesh = Mesh.of_grid(samples.image_shape, (2, 2, 2))
     fit = fit_on(mesh, samples, parameters)
     made = SETS[name](samples.log_image, samples.confidence)
@@ -413,7 +413,7 @@ def test_one_and_two_blas_threads_give_the_same_bits():
     samples = samples_of(image, np.ones(image.shape, dtype=bool))
     for parameters in (
         lee_wolberg_shin((1,), spans=(2, 30, 30), shrink_factor=1),
-        N4Parameters(iterations=(1,), fwhm=0.1, shrink_factor=1),
+        N4Parameters(iterations=(1,), twicing=0.9, fwhm=0.1, shrink_factor=1),
     ):
         lattices = []
         for threads in (1, 2):
@@ -456,13 +456,15 @@ def files_of(folder, field):
 
 def test_an_estimate_uses_one_blas_thread(blas_threads):
     image = np.random.default_rng(9).uniform(50, 100, (12, 12, 12))
-    estimate_field(samples_of(image, np.ones(image.shape, dtype=bool)), N4Parameters(iterations=(1,), fwhm=0.1))
+    estimate_field(
+        samples_of(image, np.ones(image.shape, dtype=bool)), N4Parameters(iterations=(1,), twicing=0.9, fwhm=0.1)
+    )
     assert blas_threads == {1}
 
 
 def test_a_corrected_array_uses_one_blas_thread(blas_threads):
     image = np.random.default_rng(9).uniform(50, 100, (12, 12, 12))
-    parameters = N4Parameters(iterations=(1,), fwhm=0.1, shrink_factor=1)
+    parameters = N4Parameters(iterations=(1,), twicing=0.9, fwhm=0.1, shrink_factor=1)
     correct(image, voxel_size_mm=(1, 1, 1), parameters=parameters, device="cpu")
     assert blas_threads == {1}
 

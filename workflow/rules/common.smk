@@ -90,8 +90,10 @@ from n4flow.inputs import (
     with_defaults,
     with_least_hash,
 )
+from n4flow.parameters import N4Parameters
 from n4flow.provenance import package_digest
 from n4flow.ratings import read_ratings
+from n4flow.samples import MOST_SAMPLES
 
 CONFIG_SCHEMA = load_schema(workflow.source_path("../schemas/config.schema.yaml"))
 SHEET_SCHEMA = load_schema(workflow.source_path("../schemas/samples.schema.yaml"))
@@ -407,14 +409,15 @@ def tune_inputs(wildcards):
 def memory_mb(baseline, per_voxel, per_sample=0):
     """Memory of a job: a baseline, and so many bytes for each voxel of the image (of the largest).
 
-    `per_sample` counts for each voxel that is a sample: for fewer, the further n4.shrink_factor thins them out. Memory
+    `per_sample` counts for each voxel that is a sample: for fewer where n4.shrink_factor thins them out. Memory
     grows with each attempt, for executors that end a job that exceeds it.
     """
-    thinned = config["n4"].get("shrink_factor", 4) ** 3
+    thinned = N4Parameters.from_mapping(config["n4"]).shrink_factor
 
     def resource(wildcards, input, attempt):
         voxels = max(map(voxels_of_frame, input.get("images") or [input.image]))
-        return int(SNAKEMAKE_MB + baseline + (per_voxel + per_sample / thinned) * voxels / 1e6) * attempt
+        samples = voxels / thinned**3 if thinned else min(voxels, MOST_SAMPLES)
+        return int(SNAKEMAKE_MB + baseline + (per_voxel * voxels + per_sample * samples) / 1e6) * attempt
 
     return resource
 

@@ -110,7 +110,7 @@ def estimate_field(
 def initial_mesh(
     image_shape: Sequence[int],
     voxel_size_mm: Sequence[float],
-    domain: Sequence[Sequence[int]],
+    domain: Sequence[Any],
     parameters: N4Parameters,
 ) -> Mesh:
     """The mesh of the first stage: so many spans on the mask or the image, or spans of a length in mm.
@@ -120,7 +120,7 @@ def initial_mesh(
     image_shape : three ints
         Voxels per axis.
     voxel_size_mm : three floats
-    domain : three sequences of int
+    domain : three sequences or arrays of int
         Voxel indices along each axis, from the first of the mask to the last.
     parameters : N4Parameters
 

@@ -18,7 +18,7 @@ log = logging.getLogger(__name__)
 #: Fewer samples than this inside the mask cannot carry a histogram of 200 bins.
 MINIMUM_SAMPLES = 1000
 
-#: As many as the estimate takes of a large mask (of its box), unless a shrink factor is set: about half a second's worth.
+#: The estimate takes no more than so many of the box of a mask, unless a shrink factor is set: it is to take no second.
 MOST_SAMPLES = 2**21
 
 #: No axis is shrunk to fewer samples than this, so that thin stacks keep their slices.
