@@ -620,7 +620,7 @@ def _plots(
             f"r {number(values['reference_r'], 4)}, slope {number(values['reference_slope'])}, "
             f"rms {number(values['reference_rms_log'], 4)}, p99 {number(values['reference_p99_log'], 4)} in log",
             "a band along the diagonal, a few hundredths wide.",
-            "another slope, or a round cloud although there is shading in the original.",
+            "a flat band, or a round cloud, although there is shading in the original.",
         )
     return shown
 
