@@ -29,13 +29,13 @@ MaskMethod = Literal["otsu", "head", "percentile"]
 CLOSING_MM = 6.0
 
 #: Foreground is found on at most so many voxels, on a regular sub-grid of the image.
-SUB_GRID_VOXELS = 2**18
+SUB_GRID_VOXELS = 2**20
 
 #: So many voxels of the mask are enough for a field that shows what else is foreground.
 FIELD_SAMPLES = 20_000
 
 #: The mask is found again until fewer than this share of its voxels on the sub-grid change, at most so many times.
-SAME_MASK, MOST_TURNS = 0.01, 5
+SAME_MASK, MOST_TURNS = 0.02, 5
 
 #: What lies outside of the mask is taken for noise up to its median and so many times the median distance from that:
 #: of the magnitude of Gaussian noise, up to three of its standard deviations.
@@ -87,7 +87,7 @@ class Foreground(NamedTuple):
     noise : float
         No voxel of a lower intensity, as it stands in the image, is foreground, however weak the field is there.
     turns : int
-        How often the mask was found again on corrected intensities.
+        How often the mask was found again on corrected intensities; 0 if it stayed as it was.
     field : BiasField, optional
         None: a field of 1.
     log_range : tuple of float
@@ -171,8 +171,8 @@ def find_foreground(volume: Volume, method: MaskMethod = "otsu", percentile: flo
             return float(np.percentile(intensities[intensities > 0], percentile))
         return otsu_threshold(intensities.ravel())
 
-    found = Foreground(threshold_of(values))
-    at_once, inside = found.threshold, values > found.threshold
+    found = at_once = Foreground(threshold_of(values))
+    inside = values > at_once.threshold
     for turn in range(1, MOST_TURNS + 1):
         try:
             field = estimate_field(_thinned_samples(volume, positions, values, inside), N4Parameters()).field
@@ -184,12 +184,12 @@ def find_foreground(volume: Volume, method: MaskMethod = "otsu", percentile: flo
         log_field, field = log_field - mean, field.shifted(-mean)
         log_range = float(log_field[inside].min()), float(log_field[inside].max())
         corrected = values / np.exp(np.clip(log_field, *log_range))
-        noise = min(_noise(values[~inside]), at_once)  # without air, it is the dark tissue
+        noise = min(_noise(values[~inside]), at_once.threshold)  # without air, it is the dark tissue
         found = Foreground(threshold_of(corrected), noise, turn, field, log_range)
         before, inside = inside, values > found.limit(log_field)
         changed = np.count_nonzero(inside != before) / np.count_nonzero(before)
         log.info(
-            "%s: mask found again on corrected intensities, turn %d of at most %d: threshold %.4g, %d voxels of the "
+            "%s: mask found again on corrected intensities, turn %d of at most %d: threshold %.4g, %d voxels of a "
             "sub-grid, %.1f %% changed",
             volume.path,
             turn,
@@ -198,8 +198,8 @@ def find_foreground(volume: Volume, method: MaskMethod = "otsu", percentile: flo
             np.count_nonzero(inside),
             100 * changed,
         )
-        if changed < SAME_MASK:
-            break
+        if changed < SAME_MASK:  # an ordinary scan keeps what the threshold gives
+            return found if turn > 1 else at_once
     return found
 
 
