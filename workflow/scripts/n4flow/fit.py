@@ -82,8 +82,8 @@ class PenalisedLeastSquares:
     """Least squares, exact for any mask, with a penalty on the squared third derivatives of the whole field.
 
     With ``G`` the normal matrix, ``K`` the penalty's, ``phi`` the control points, N the sum of the weights and
-    ``r`` the residual, the update solves ``(damping G + N penalty K) update = B^T r - N penalty K phi``. Both matrices are
-    made diagonal together, once a mesh: then it is two products with a matrix.
+    ``r`` the residual, the update solves ``(damping G + N penalty K) update = B^T r - N penalty K phi``. Both matrices
+    are made diagonal together, once a mesh: then it is two products with a matrix.
 
     Parameters
     ----------
