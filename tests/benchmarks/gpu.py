@@ -19,11 +19,11 @@ sys.path[:0] = [str(REPOSITORY / "workflow" / "scripts"), str(REPOSITORY)]
 
 from n4flow import N4Parameters  # noqa: E402
 from n4flow.device import available_cores, select_device  # noqa: E402
-from n4flow.estimate import estimate_field, initial_mesh  # noqa: E402
+from n4flow.estimate import estimate_field, fit_on, initial_mesh  # noqa: E402
 from n4flow.field import BiasField, Mesh  # noqa: E402
 from n4flow.kernels.cuda import CudaKernels, FieldDivision  # noqa: E402
 from n4flow.phantom import load_tissues, make_phantom  # noqa: E402
-from tests.conftest import TISSUES, samples_of  # noqa: E402
+from tests.conftest import TISSUES, lee_wolberg_shin, samples_of  # noqa: E402
 
 HEAD = (256, 256, 176)
 VOLUME = (256, 1024, 1024)
@@ -49,15 +49,20 @@ def head_samples(shape):
     return head.image, samples_of(head.image, head.image > 300)
 
 
-def run_level(kernels, samples, parameters):
+def mesh_of(samples, parameters):
+    """The mesh of an estimate."""
+    return initial_mesh(samples.image_shape, samples.voxel_size_mm, samples.positions, parameters)
+
+
+def run_stage(kernels, samples, parameters):
     """What `estimate_field` does, once the samples are on the device."""
-    mesh = initial_mesh(samples.image_shape, samples.voxel_size_mm, parameters)
-    kernels.start_level(np.zeros(mesh.lattice_shape), mesh.bases(samples.positions))
+    mesh = mesh_of(samples, parameters)
+    kernels.start_stage(parameters.stages[0], fit_on(mesh, samples, parameters), np.zeros(mesh.lattice_shape))
     for _ in range(parameters.iterations[0]):
         kernels.subtract(kernels.fit(kernels.sharpen()))
         if kernels.converged():
             break
-    return kernels.end_level()
+    return kernels.end_stage()
 
 
 def estimate_ms(cupy, samples, parameters):
@@ -67,7 +72,7 @@ def estimate_ms(cupy, samples, parameters):
         kernels = CudaKernels(samples.log_image, samples.confidence, parameters)
         cupy.cuda.Device().synchronize()
         start = time.perf_counter()
-        lattice, _ = run_level(kernels, samples, parameters)
+        lattice, _ = run_stage(kernels, samples, parameters)
         times.append(1e3 * (time.perf_counter() - start))
     return times[1:], kernels, lattice
 
@@ -120,13 +125,13 @@ def peak_of(device):
 def measure_estimate(cupy, bandwidth, peak):
     """An estimate, its kernels one by one, and the same on the CPU and with n4ax."""
     image, samples = head_samples(HEAD)
-    given = {"shrink_factor": 1, "iterations": (ITERATIONS,), "convergence_threshold": 0, "fwhm": 0.15}
-    parameters = N4Parameters(**given)
+    given = {"iterations": (ITERATIONS,), "convergence_threshold": 0, "fwhm": 0.15}
+    parameters = N4Parameters(shrink_factor=1, **given)
     samples = samples.check().cropped()
     times, kernels, lattice = estimate_ms(cupy, samples, parameters)
     ours = statistics.median(times)
     # n4ax begins with a mesh of one span, and so do we beside it
-    beside, _, _ = estimate_ms(cupy, samples, N4Parameters(spans=(1, 1, 1), **given))
+    beside, _, _ = estimate_ms(cupy, samples, lee_wolberg_shin(spans=(1, 1, 1), domain="image", **given))
     voxels = kernels.rows.values.size
     floors = [
         1e3 * ITERATIONS * voxels * cost / rate
@@ -134,7 +139,7 @@ def measure_estimate(cupy, bandwidth, peak):
     ]
     field = BiasField(
         lattice,
-        initial_mesh(samples.image_shape, samples.voxel_size_mm, parameters),
+        mesh_of(samples, parameters),
         samples.image_shape,
         samples.affine,
     )
@@ -157,8 +162,9 @@ def measure_estimate(cupy, bandwidth, peak):
     print(f"| n4ax, one span per axis | {ratio} |")
     print(f"\nLog fields on GPU and CPU differ by at most {worst:.1e} (bar: 1e-5).\n")
     print("| kernel | µs |\n| --- | --- |")
-    kernels.start_level(np.zeros_like(lattice), field.mesh.bases(samples.positions))
-    names = ("histogram", "sharpen", "fit_rows", "fit_planes", "fit_lattice", "expand", "subtract")
+    kernels.start_stage(parameters.stages[0], kernels.spline_fit, np.zeros_like(lattice))
+    names = ("histogram", "sharpen", "gather_rows", "gather_planes", "gather_lattice", "solve", "points_of_modes")
+    names += ("expand", "subtract")
     launches = [*kernels.to_sharpen, *kernels.to_fit, *kernels.to_subtract]
     for name, launch in zip(names, launches, strict=False):  # not `finish`, which counts iterations
         print(f"| {name} | {1e3 * device_ms(cupy, lambda launch=launch: [launch() for _ in range(20)]) / 20:.1f} |")
@@ -217,8 +223,8 @@ def run_small(cupy):
     _, samples = head_samples((40, 37, 45))
     for weights in (samples.confidence, np.where(samples.confidence, np.float32(0.5), np.float32(0))):
         for bins in (200, 3000, 13000):
-            parameters = N4Parameters(shrink_factor=1, iterations=(2,), convergence_threshold=0, histogram_bins=bins)
-            run_level(CudaKernels(samples.log_image, weights, parameters), samples, parameters)
+            parameters = N4Parameters(iterations=(2,), fwhm=0.1, convergence_threshold=0, histogram_bins=bins)
+            run_stage(CudaKernels(samples.log_image, weights, parameters), samples, parameters)
     mesh = Mesh.of_grid(samples.image_shape, (2, 3, 4))
     field = BiasField(np.ones(mesh.lattice_shape), mesh, samples.image_shape, np.eye(4))
     image = cupy.ones(samples.image_shape, dtype=np.float32)

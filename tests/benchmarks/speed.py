@@ -150,7 +150,9 @@ def with_n4flow(compiled, image, mask, spans=FIRST_SPANS, iterations=ITERATIONS,
     kernels.COMPILED_VOXELS = 0 if compiled else 2**62
     positions = tuple(np.arange(n) for n in image.shape)
     samples = Samples(log_where(image, mask), mask, positions, image.shape, (1.0,) * 3, np.eye(4), {}, "array")
-    parameters = N4Parameters(mesh=mesh, iterations=iterations, convergence_threshold=0, shrink_factor=1, fwhm=0.15)
+    parameters = N4Parameters(
+        fit="lee-wolberg-shin", mesh=mesh, iterations=iterations, fwhm=0.15, twicing=0, convergence_threshold=0
+    )
     mesh = Mesh.of_grid(image.shape, spans)
     return estimate_field(samples, parameters, mesh=mesh, threads=available_cores()).field.log_at(positions)
 

@@ -16,7 +16,7 @@ from n4flow.estimate import estimate_field
 from n4flow.field import BiasField, Mesh
 from n4flow.mask import mask_scan
 from n4flow.volume import Volume
-from tests.conftest import samples_of
+from tests.conftest import lee_wolberg_shin, samples_of
 
 pytestmark = pytest.mark.gpu
 
@@ -39,9 +39,10 @@ def samples(head):
 
 PARAMETERS = [
     N4Parameters(shrink_factor=1),
-    N4Parameters(shrink_factor=1, mesh="refined", iterations=(10, 10, 10), twicing=0.9),
-    N4Parameters(shrink_factor=1, spans=(1, 2, 30), iterations=(5,), twicing=0.9),
-    N4Parameters(shrink_factor=1, histogram_bins=13000, iterations=(3,), twicing=0.9),
+    N4Parameters(shrink_factor=1, spans=(3, 8, 13)),
+    lee_wolberg_shin((10, 10, 10), mesh="refined", spline_distance_mm=65),
+    lee_wolberg_shin((5,), spans=(1, 2, 30)),
+    N4Parameters(shrink_factor=1, histogram_bins=13000, iterations=(3,), twicing=0.9, fwhm=0.1),
 ]
 
 
@@ -76,7 +77,7 @@ def test_odd_shapes(cupy, shape, weighted):
     samples = samples_of(image, rng.random(shape) < 0.95, (4.0, 4.0, 4.0))
     if weighted:
         samples = replace(samples, weights=rng.uniform(0.1, 2, shape).astype(np.float32))
-    parameters = N4Parameters(iterations=(5,), twicing=0.9, shrink_factor=1)
+    parameters = N4Parameters(iterations=(5,), twicing=0.9, fwhm=0.1, shrink_factor=1)
     assert_allclose(
         estimate_field(samples, parameters, xp=cupy).field.log_at(samples.positions),
         estimate_field(samples, parameters).field.log_at(samples.positions),
