@@ -214,7 +214,7 @@ def make_files(folder, *, shape=(24, 28, 20), size_mm=(4.0, 4.0, 4.0), frames=1,
         nib.save(nib.Nifti1Image(values[..., 0] if shape[2] == 1 and copies == 1 else values, affine), folder / name)
         return folder / name
 
-    history = [{"Level": 1, "Iteration": n, "CV": 0.1 / n**3} for n in range(1, 6)]
+    history = [{"Stage": 1, "Iteration": n, "CV": 0.1 / n**3} for n in range(1, 6)]
     sidecar = {
         "Sources": ["bids:raw:sub-01/anat/sub-01_T1w.nii.gz"],
         "SkullStripped": False,
@@ -374,6 +374,19 @@ def test_a_hostile_name_and_sidecar_are_harmless(tmp_path):
     assert not page.all("b") or all(not attributes for attributes in page.all("b"))
     assert HOSTILE in page.text
     assert "x='<b>'" in page.text
+
+
+@pytest.mark.parametrize(("threshold", "converged"), [(1e-3, False), (0.0, None)])
+def test_a_threshold_of_0_is_not_one_to_come_to(tmp_path, threshold, converged):
+    files = make_files(tmp_path)
+    sidecar = json.loads(files["sidecar"].read_text())
+    sidecar["N4"]["Converged"] = [False]
+    sidecar["N4"]["Parameters"]["convergence_threshold"] = threshold
+    files["sidecar"].write_text(json.dumps(sidecar))
+    make_subject(name="sub-01", **files)
+    metrics = json.loads(files["metrics"].read_text())
+    assert metrics["converged"] is converged
+    assert [flag.partition(":")[0] for flag in metrics["flags"]] == ["iterations_exhausted"] * (converged is False)
 
 
 def test_an_empty_sidecar_will_do(tmp_path):

@@ -184,8 +184,8 @@ def estimate_facts(estimate: Estimate, samples: Samples, parameters: N4Parameter
     dict
         Plain values, ready for JSON: ``Parameters``, as set; ``Shrink``, per axis; ``Spans``, per axis at the last
         stage, and their ``SpanLengthMm``; ``Samples``, how many there were; ``Dropped``, voxels of the mask that had
-        no logarithm, by reason; ``History``, the CV of the update (without unit) at every iteration, with its stage as
-        ``Level``; ``Converged``, whether each stage came to the threshold.
+        no logarithm, by reason; ``History``, the CV of the update (without unit) at every iteration of each
+        stage; ``Converged``, whether each stage came to the threshold.
     """
     converged = []
     for stage in range(1, len(parameters.stages) + 1):
@@ -202,7 +202,7 @@ def estimate_facts(estimate: Estimate, samples: Samples, parameters: N4Parameter
         ],
         "Samples": int(samples.mask.sum()),
         "Dropped": samples.dropped,
-        "History": [{"Level": n.stage, "Iteration": n.iteration, "CV": float(n.cv)} for n in estimate.history],
+        "History": [{"Stage": n.stage, "Iteration": n.iteration, "CV": float(n.cv)} for n in estimate.history],
         "Converged": converged,
     }
 

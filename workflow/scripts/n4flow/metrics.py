@@ -60,11 +60,15 @@ FLAGS = {
     ),
     "field_flat": Flag(
         "inu_range below the limit",
-        "whether shading is left in the corrected image, and then lower n4.convergence_threshold; "
-        "if the original had none, all is well",
+        "whether shading is left in the corrected image, and then at the mask, and whether the image has but a few grey "
+        "levels; if the original had no shading, all is well",
         0.005,
     ),
-    "field_steep": Flag("field steepness above the limit", "for anatomy in the field: the mesh may be too fine", 3.0),
+    "field_steep": Flag(
+        "field steepness above the limit",
+        "for anatomy or noise in the field: the fit may bend too easily, or a mesh be too fine for ITK's",
+        3.0,
+    ),
     "field_outside": Flag(
         "share of the image outside of the one that its field was estimated on above the limit",
         "whether both are of one space, and for shading where the field is extrapolated",
@@ -92,7 +96,7 @@ FLAGS = {
         0.01,
     ),
     "iterations_exhausted": Flag(
-        "a level ended above the convergence threshold",
+        "a stage ended above the convergence threshold",
         "at the convergence plot, and raise n4.iterations if it still falls",
     ),
     "reference_rms": Flag(
@@ -713,7 +717,7 @@ def find_flags(metrics: Mapping[str, Any], limits: Mapping[str, float] = FLAG_LI
     if (dropped := known("dropped_fraction")) and dropped[0] > limit:
         add("dropped_voxels", f"{100 * dropped[0]:.1f} % of the mask had no usable intensity", f"{100 * limit:g} %")
     if metrics.get("converged") is False:
-        add("iterations_exhausted", "a level ended above the convergence threshold")
+        add("iterations_exhausted", "a stage ended above the convergence threshold")
     limit = limits["reference_rms"]
     if (rms := known("reference_rms_log")) and rms[0] > limit:
         add("reference_rms", f"the log field is {rms[0]:.3f} (rms) off the reference", f"{limit:g}")

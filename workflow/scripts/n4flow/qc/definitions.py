@@ -88,7 +88,7 @@ DEFINITIONS: tuple[Definition, ...] = (
         ("field_steepness",),
         "field steepness",
         "P99(|grad log b|) · edge of a cube as large as the mask",
-        "0 to 2 for the field of a coil. A mesh near the size of anatomy makes it steep.",
+        "0 to 2.5 for the field of a coil. Anatomy makes it steep, where little keeps the fit from bending.",
     ),
     Definition(
         ("reference_r",),
@@ -121,7 +121,7 @@ DEFINITIONS: tuple[Definition, ...] = (
     Definition(
         ("iterations_used", "iterations_max"),
         "iterations",
-        "used, and the most allowed, over all levels",
+        "used, and the most allowed, over all stages",
         "Fewer used than allowed: it ended because it had converged.",
     ),
     Definition(

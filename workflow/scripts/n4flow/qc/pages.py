@@ -366,7 +366,8 @@ def _run_metrics(facts: Mapping[str, Any], reference: Mapping[str, Any], mask_vo
     return {
         "iterations_used": len(history) if history else None,
         "iterations_max": sum(most) if most else None,
-        "converged": all(converged) if converged is not None else None,
+        # with a threshold of 0, a stage is to take all its iterations
+        "converged": all(converged) if converged is not None and parameters.get("convergence_threshold") != 0 else None,
         "convergence_cv": history[-1]["CV"] if history else None,
         "dropped_voxels": lost,
         "dropped_fraction": lost / mask_voxels if lost is not None else None,
@@ -606,8 +607,8 @@ def _plots(
             "Convergence",
             panels.convergence_plot(run["History"], threshold),
             f"{used}; last CV {values['convergence_cv']:.2g}, threshold {number(threshold, 4)}",
-            "each level falls to the threshold; in a strong field, below it.",
-            "a level stops above it, or rises.",
+            "each stage falls to the threshold.",
+            "a stage stops above it, or rises.",
         )
     if log_reference is not None:
         add(

@@ -510,14 +510,14 @@ class _PlainNumbers(LogFormatter):
 
 
 def convergence_plot(history: Sequence[dict[str, Any]], threshold: float | None) -> Image.Image:
-    """Coefficient of variation (CV) of each update, one run of points per level."""
+    """Coefficient of variation (CV) of each update, one run of points per stage."""
     figure, axes = _plot()
     steps = list(enumerate(history, start=1))
-    for level in sorted({i["Level"] for i in history}):
-        points = [(n, i["CV"]) for n, i in steps if i["Level"] == level]
+    for stage in sorted({i["Stage"] for i in history}):
+        points = [(n, i["CV"]) for n, i in steps if i["Stage"] == stage]
         axes.plot(
-            *zip(*points, strict=True), color=AFTER, linewidth=1.2, marker="osD^v"[(level - 1) % 5], markersize=2.5,
-            label=f"level {level}",
+            *zip(*points, strict=True), color=AFTER, linewidth=1.2, marker="osD^vP"[(stage - 1) % 6], markersize=2.5,
+            label=f"stage {stage}",
         )  # fmt: skip
     if threshold:
         axes.axhline(threshold, color=INK, linewidth=0.9, linestyle="--", label=f"threshold {threshold:g}")
