@@ -60,7 +60,7 @@ FLAGS = {
     ),
     "field_flat": Flag(
         "inu_range below the limit",
-        "whether shading is left in the corrected image, and then at the mask, and whether the image has but a few grey "
+        "whether shading is left in the corrected image, and then at the mask, and whether there are but few grey "
         "levels; if the original had no shading, all is well",
         0.005,
     ),
@@ -97,7 +97,7 @@ FLAGS = {
     ),
     "iterations_exhausted": Flag(
         "a stage ended above the convergence threshold",
-        "at the convergence plot, and raise n4.iterations if it still falls",
+        "at the convergence plot, and raise n4.iterations if it still falls; if it goes up and down, at the mask",
     ),
     "reference_rms": Flag(
         "rms difference from the reference, SimpleITK at its defaults, above the limit",

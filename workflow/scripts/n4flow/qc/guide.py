@@ -149,7 +149,7 @@ CASES = (
         "Leaking mask",
         "Corrected on a mask that also holds the air of the hindmost third of the image.",
         "The outline on the original leaves the head. Noise has no field, but its logarithm spreads far: the field "
-        "bends where the air is, and shading stays in the image.",
+        "runs out of its window where the air is, and the head beside that is shaded anew.",
         _leaking,
         ("Original, with the mask", "Bias field", "Histogram in the mask"),
         ("mask_dark_fraction", "mask_volume_ml", "log_entropy_after_bits", "inu_range", "cjv_after"),
@@ -213,7 +213,7 @@ PLOTS = {
     "Histogram in the mask": "Intensities before and after.",
     "Profile along the steepest axis": "Mean of the bright class, plane by plane along the axis in which the field "
     "changes most.",
-    "Convergence": "How much each iteration still changed the field.",
+    "Convergence": "How much each iteration still changed the field: a line per stage.",
     "Ours against the reference": "A point per voxel of the mask, log fields less their means.",
 }
 

@@ -510,17 +510,15 @@ class _PlainNumbers(LogFormatter):
 
 
 def convergence_plot(history: Sequence[dict[str, Any]], threshold: float | None) -> Image.Image:
-    """Coefficient of variation (CV) of each update, one run of points per stage."""
+    """Coefficient of variation (CV) of each update, a line per stage."""
     figure, axes = _plot()
     steps = list(enumerate(history, start=1))
     for stage in sorted({i["Stage"] for i in history}):
         points = [(n, i["CV"]) for n, i in steps if i["Stage"] == stage]
-        axes.plot(
-            *zip(*points, strict=True), color=AFTER, linewidth=1.2, marker="osD^vP"[(stage - 1) % 6], markersize=2.5,
-            label=f"stage {stage}",
-        )  # fmt: skip
+        axes.plot(*zip(*points, strict=True), color=AFTER, linewidth=1.2, marker="o", markersize=2.5)
     if threshold:
         axes.axhline(threshold, color=INK, linewidth=0.9, linestyle="--", label=f"threshold {threshold:g}")
+        axes.legend(fontsize=7, edgecolor="none", framealpha=0.8)
     if any(i["CV"] > 0 for i in history):
         axes.set_yscale("log")
         axes.yaxis.set_major_formatter(_PlainNumbers())
@@ -528,7 +526,6 @@ def convergence_plot(history: Sequence[dict[str, Any]], threshold: float | None)
     axes.set_position((0.22, 0.17, 0.75, 0.8))  # its tick labels are wide
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set(xlabel="iteration", ylabel="CV", xlim=(0.5, len(history) + 0.5))
-    axes.legend(fontsize=7, edgecolor="none", framealpha=0.8)
     return _render(figure)
 
 
