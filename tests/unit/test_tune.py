@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from n4flow.derivatives import CorrectionFiles, correct_scan
-from n4flow.parameters import N4Parameters
 from n4flow.qc.tune import TunedScan, make_comparison
+from tests.conftest import lee_wolberg_shin
 
 GRID = [{"spline_distance_mm": 80.0}, {"spline_distance_mm": 12.0}]
 HOSTILE = "sub-<script>alert(1)</script>_T1w"
@@ -29,7 +29,7 @@ def corrected(head, tmp_path_factory):
     for number, combination in enumerate(GRID):
         names = ("corrected.nii", "corrected.json", "field.json")
         made.append(CorrectionFiles(*(folder / f"{number}_{name}" for name in names)))
-        parameters = N4Parameters(shrink_factor=2, **combination)
+        parameters = lee_wolberg_shin(shrink_factor=2, **combination)
         correct_scan(folder / "image.nii", folder / "mask.nii", made[-1], parameters=parameters, device="cpu")
     return folder, made
 

@@ -16,7 +16,7 @@ import numpy as np
 from n4flow.bids import own_uri, raw_uri, sidecars_of
 from n4flow.correction import read_samples, write_corrected
 from n4flow.device import DeviceChoice, select_device
-from n4flow.estimate import Estimate, estimate_field
+from n4flow.estimate import Estimate, estimate_field, repeatability
 from n4flow.field import BiasField
 from n4flow.files import write_json
 from n4flow.parameters import N4Parameters
@@ -72,7 +72,12 @@ def correct_scan(
     samples, intensity = read_samples(volume, inside, parameters)
     estimate = estimate_field(samples, parameters, xp=chosen.xp, threads=threads)
     field = keep_mean_intensity(estimate.field, intensity, image)
-    facts = {**estimate_facts(estimate, samples, parameters), "Device": chosen.name, "DeviceReason": chosen.reason}
+    facts = {
+        **estimate_facts(estimate, samples, parameters),
+        "Repeatability": repeatability(samples, parameters, xp=chosen.xp, threads=threads),
+        "Device": chosen.name,
+        "DeviceReason": chosen.reason,
+    }
     packages = ("cupy",) if chosen.kind == "gpu" else ("numba",)
     write_derivatives(volume, {"mask": mask}, files, field, facts, packages, start, keep_dtype=keep_dtype, xp=chosen.xp)
 

@@ -16,12 +16,15 @@ from n4flow.field import BiasField, Mesh
 from n4flow.fit import LeeWolbergShin, PenalisedLeastSquares, SplineFit
 from n4flow.kernels import choose_kernels
 from n4flow.parameters import N4Parameters
-from n4flow.samples import Samples, sample_positions
+from n4flow.samples import MINIMUM_SAMPLES, Samples, sample_positions
 
 log = logging.getLogger(__name__)
 
 #: More control points than this make the matrices of the penalised fit, and the time to solve them, large.
 MOST_PENALISED_POINTS = 2500
+
+#: Two smooth fields are compared on about so many samples along each axis.
+COMPARED_GRID = 32
 
 
 class Iteration(NamedTuple):
@@ -71,6 +74,8 @@ def estimate_field(
     Tustison et al. 2010, doi:10.1109/TMI.2010.2046908; ITK's N4BiasFieldCorrectionImageFilter.
     """
     grid, samples = samples.check().positions, samples.cropped()
+    if not parameters.as_itk:
+        samples = samples.spread()
     mesh = mesh or initial_mesh(
         samples.image_shape, samples.voxel_size_mm, samples.domain or samples.positions, parameters
     )
@@ -105,6 +110,36 @@ def estimate_field(
             cvs[-1] if cvs else 0,
         )
     return Estimate(BiasField(lattice, mesh, samples.image_shape, samples.affine), history)
+
+
+def repeatability(samples: Samples, parameters: N4Parameters, *, xp: Any = np, threads: int = 1) -> float | None:
+    """How much a field hangs on which voxels were taken: the difference of the fields of two half-samples.
+
+    Parameters
+    ----------
+    samples : Samples
+    parameters : N4Parameters
+    xp, threads
+        As `estimate_field`.
+
+    Returns
+    -------
+    float or None
+        Root mean square over the samples, in natural log, each field less its mean; see `Samples.halves`. None where
+        the halves are too few to estimate from.
+
+    Raises
+    ------
+    InputError
+        As `estimate_field`.
+    """
+    halves = samples.halves()
+    if any(np.count_nonzero(half.confidence) < MINIMUM_SAMPLES for half in halves):
+        return None
+    one, other = (estimate_field(half, parameters, xp=xp, threads=threads).field for half in halves)
+    part = tuple(slice(None, None, max(1, n // COMPARED_GRID)) for n in samples.mask.shape)
+    positions = [p[along] for p, along in zip(samples.positions, part, strict=True)]
+    return float(np.std((one.log_at(positions) - other.log_at(positions))[samples.confidence[part] > 0]))
 
 
 def initial_mesh(

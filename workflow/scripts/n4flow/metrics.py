@@ -69,6 +69,12 @@ FLAGS = {
         "for anatomy or noise in the field: the fit may bend too easily, or a mesh be too fine for ITK's",
         3.0,
     ),
+    "repeatability": Flag(
+        "rms difference between the log fields of two half-samples above the limit",
+        "whether the field looks like that of a coil: where tissues hardly differ, or the mask is small, the voxels "
+        "that are taken decide",
+        0.02,
+    ),
     "field_outside": Flag(
         "share of the image outside of the one that its field was estimated on above the limit",
         "whether both are of one space, and for shading where the field is extrapolated",
@@ -692,6 +698,9 @@ def find_flags(metrics: Mapping[str, Any], limits: Mapping[str, float] = FLAG_LI
     limit = limits["field_steep"]
     if (steep := known("field_steepness")) and steep[0] > limit:
         add("field_steep", f"the field is steep for the size of the mask, steepness {steep[0]:.2f}", f"{limit:g}")
+    limit = limits["repeatability"]
+    if (rms := known("repeatability_log")) and rms[0] > limit:
+        add("repeatability", f"two halves of the samples give log fields {rms[0]:.3f} (rms) apart", f"{limit:g}")
     limit = limits["field_outside"]
     if (outside := known("outside_fraction")) and outside[0] > limit:
         share = f"{100 * outside[0]:.0f} % of the image"

@@ -78,7 +78,7 @@ class N4Parameters:
     spline_distance_mm: float | None = None
     iterations: tuple[int, ...] = (40, 40, 40, 40, 40, 40)
     fwhm: float | tuple[float, ...] = (0.20, 0.16, 0.13, 0.105, 0.085, 0.07)
-    twicing: float | tuple[float, ...] = (0.3, 0.42, 0.54, 0.66, 0.78, 0.9)
+    twicing: float | tuple[float, ...] = (0.45, 0.54, 0.63, 0.72, 0.81, 0.9)
     convergence_threshold: float = 1e-3
     shrink_factor: int | None = None
     histogram_bins: int = 200

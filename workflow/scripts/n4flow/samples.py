@@ -19,7 +19,13 @@ log = logging.getLogger(__name__)
 MINIMUM_SAMPLES = 1000
 
 #: The estimate takes no more than so many of the box of a mask, unless a shrink factor is set: it is to take no second.
-MOST_SAMPLES = 2**21
+MOST_SAMPLES = 2**22
+
+#: With no more grey levels than this, the steps between them are wider than the peaks of tissues.
+FEW_LEVELS = 100
+
+#: One over the powers of the root of x^4 = x + 1: their multiples fill the unit interval evenly, along any line.
+SPREAD_STEPS = tuple(1.2207440846057596**-power for power in (1, 2, 3))
 
 #: No axis is shrunk to fewer samples than this, so that thin stacks keep their slices.
 MINIMUM_GRID = 16
@@ -98,14 +104,53 @@ class Samples:
 
     def cropped(self) -> Self:
         """Without the outer planes that hold no sample of the mask: nothing depends on them."""
-        box = box_of(self.mask)
+        return self._part(box_of(self.mask))
+
+    def _part(self, part: tuple[slice, ...]) -> Self:
         return replace(
             self,
-            log_image=self.log_image[box],
-            mask=np.ascontiguousarray(self.mask[box]),
-            weights=None if self.weights is None else np.ascontiguousarray(self.weights[box]),
-            positions=tuple(p[part] for p, part in zip(self.positions, box, strict=True)),
+            log_image=self.log_image[part],
+            mask=np.ascontiguousarray(self.mask[part]),
+            weights=None if self.weights is None else np.ascontiguousarray(self.weights[part]),
+            positions=tuple(p[along] for p, along in zip(self.positions, part, strict=True)),
         )
+
+    def halves(self) -> list[Self]:
+        """Two sets of samples that share none: alternate planes along the axis that has the most."""
+        axis = int(np.argmax(self.mask.shape))
+
+        return [
+            self._part(tuple(slice(first, None, 2) if n == axis else slice(None) for n in range(3))) for first in (0, 1)
+        ]
+
+    def spread(self) -> Self:
+        """With few grey levels, each of them spread over the interval that was rounded to it.
+
+        A histogram of a few spikes is as sharp as can be, whatever the field. Spread evenly, by a sequence that has
+        nothing to do with the image, the levels say again where the field moves them.
+
+        Returns
+        -------
+        Samples
+            The same where there are more than `FEW_LEVELS`.
+
+        References
+        ----------
+        Roberts 2018, Quasirandom sequences: the additive recurrence of three axes.
+        """
+        used = self.confidence > 0
+        values = self.log_image[used]
+        if len(np.unique(values[:: max(1, len(values) // 1024)])) > FEW_LEVELS:
+            return self  # as a rule
+        levels, level = np.unique(values, return_inverse=True)
+        if not 1 < len(levels) <= FEW_LEVELS:
+            return self
+        middles = (levels[1:] + levels[:-1]) / 2
+        ends = np.concatenate([[2 * levels[0] - middles[0]], middles, [2 * levels[-1] - middles[-1]]])
+        shares = sum(step * index for step, index in zip(SPREAD_STEPS, np.nonzero(used), strict=True)) % 1
+        log_image = self.log_image.copy()
+        log_image[used] = ends[level] + shares * np.diff(ends)[level]
+        return replace(self, log_image=log_image)
 
 
 def shrink_per_axis(shape: Sequence[int], shrink_factor: int | None) -> tuple[int, ...]:

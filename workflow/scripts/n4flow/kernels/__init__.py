@@ -14,7 +14,7 @@ from n4flow.samples import Samples
 __all__ = ["Kernels", "PlainKernels", "choose_kernels"]
 
 #: From so many voxels of the mask on, compiled code has made good on the CPU what it takes to load it.
-COMPILED_VOXELS = 2**18
+COMPILED_VOXELS = 2**16
 
 
 def choose_kernels(samples: Samples, parameters: N4Parameters, xp: Any, threads: int) -> Kernels:

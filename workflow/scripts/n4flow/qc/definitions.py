@@ -91,6 +91,12 @@ DEFINITIONS: tuple[Definition, ...] = (
         "0 to 2.5 for the field of a coil. Anatomy makes it steep, where little keeps the fit from bending.",
     ),
     Definition(
+        ("repeatability_log",),
+        "repeatability",
+        "rms of log b1 - log b2, each less its mean: the fields of two halves of the samples, alternate planes",
+        "Below 0.01: by so much a field hangs on which voxels were taken. It says how sure a field is, not how right.",
+    ),
+    Definition(
         ("reference_r",),
         "r to the reference",
         "Pearson's correlation of our log field and the reference, SimpleITK's at its defaults",
@@ -184,6 +190,7 @@ COLUMNS: tuple[tuple[str, str, int, int], ...] = (
     ("field_min", "field min (ratio)", 3, -1),
     ("field_max", "field max (ratio)", 3, 1),
     ("field_steepness", "field steepness", 2, 1),
+    ("repeatability_log", "repeatability", 4, 1),
     ("reference_r", "r to reference", 4, 0),
     ("reference_slope", "slope to reference", 3, 0),
     ("reference_rms_log", "rms Δlog", 4, 1),

@@ -372,6 +372,7 @@ def _run_metrics(facts: Mapping[str, Any], reference: Mapping[str, Any], mask_vo
         "dropped_voxels": lost,
         "dropped_fraction": lost / mask_voxels if lost is not None else None,
         "samples": run.get("Samples"),
+        "repeatability_log": run.get("Repeatability"),
         "self_check_max": run.get("SelfCheck"),
         "wall_time_s": run.get("WallTimeSeconds"),
         "reference_wall_time_s": reference_run.get("WallTimeSeconds"),
