@@ -88,7 +88,9 @@ def test_few_distinct_values(strong):
 )
 def test_settings_at_the_end_of_their_ranges_give_a_field(strong, extreme):
     image, mask, *_ = part_of(strong, np.s_[::2, ::2, ::2])
-    parameters = N4Parameters(**{"iterations": (3, 3), "fwhm": (0.15, 0.1), "shrink_factor": 1} | extreme)
+    parameters = N4Parameters(
+        **{"iterations": (3, 3), "fwhm": (0.15, 0.1), "twicing": 0.9, "shrink_factor": 1} | extreme
+    )
     result = correct(image, mask, voxel_size_mm=(4, 4, 4), parameters=parameters, device="cpu")
     assert np.isfinite(result.corrected).all()
     assert (result.bias > 0).all()

@@ -102,7 +102,7 @@ def test_the_estimate_is_the_direct_one(head, weighted, name, monkeypatch):
         [(p - first) / (last - first) * 4 for p, first, last in zip(places, firsts, lasts, strict=True)],
         (4, 4, 4),
         [(last - first) * mm / side / 4 for first, last, mm in zip(firsts, lasts, (10, 10, 12), strict=True)],
-        [(0.20, 0), (0.14, 0), (0.10, 0.9), (0.07, 0.9)],
+        [(0.20, 0.3), (0.16, 0.42), (0.13, 0.54), (0.105, 0.66), (0.085, 0.78), (0.07, 0.9)],
         samples.weights[samples.mask] if weighted else None,
     )
     field, history = estimate_field(samples, parameters)

@@ -17,7 +17,7 @@ from n4flow.field import BiasField
 from n4flow.fit import BENT, FULLY_DAMPED_GAIN, LEAST_DAMPING, PenalisedLeastSquares, SplineFit
 from n4flow.kernels.protocol import Oriented
 from n4flow.parameters import N4Parameters, Stage
-from n4flow.sharpening import NARROWEST_BINS, NEXT_TO_NOTHING, SMALLEST_GAIN
+from n4flow.sharpening import NARROWEST_BINS, NEXT_TO_NOTHING, SMALLEST_GAIN, TWICINGS
 
 #: Threads in a block.
 THREADS = 256
@@ -66,6 +66,7 @@ def compiler_options() -> tuple[str, ...]:
         "STRETCH": STRETCH,
         "NARROWEST_BINS": NARROWEST_BINS,
         "NEXT_TO_NOTHING": NEXT_TO_NOTHING,
+        "TWICINGS": TWICINGS,
         "SMALLEST_GAIN": SMALLEST_GAIN,
         "BENT": BENT,
         "FULLY_DAMPED_GAIN": FULLY_DAMPED_GAIN,
