@@ -9,7 +9,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 
 from n4flow import InputError, N4Parameters, correct, kernels
 from n4flow.correction import read_samples
-from n4flow.estimate import estimate_field
+from n4flow.estimate import estimate_field, repeatability
 from n4flow.field import Mesh
 from n4flow.kernels import plain
 from n4flow.mask import make_mask, otsu_threshold
@@ -198,3 +198,50 @@ def test_every_fourth_voxel_gives_the_field_of_all_voxels(real_scans, tmp_path):
     ]
     difference = fields[0].log_at(everywhere)[mask] - fields[1].log_at(everywhere)[mask]
     assert rms(difference - difference.mean()) <= 2e-3
+
+
+def test_repeatability_is_the_difference_of_the_fields_of_alternate_planes(small_head):
+    image, mask = small_head
+    samples = samples_of(image, mask, (6, 6, 6))
+    axis = int(np.argmax(image.shape))
+    fields = []
+    for first in (0, 1):
+        half = tuple(slice(first, None, 2) if n == axis else slice(None) for n in range(3))
+        positions = tuple(p[along] for p, along in zip(samples.positions, half, strict=True))
+        part = replace(samples, log_image=samples.log_image[half], mask=samples.mask[half], positions=positions)
+        fields.append(estimate_field(part, N4Parameters()).field.log_at(samples.positions)[samples.mask])
+    found = repeatability(samples, N4Parameters())
+    assert found == pytest.approx(np.std(fields[0] - fields[1]), rel=0.01)
+    assert found > 0
+
+
+def test_repeatability_of_what_has_no_half_is_not_known(small_head):
+    image, mask = small_head
+    few = samples_of(image[10:22, 10:22, 10:20], np.ones((12, 12, 10), dtype=bool), (6, 6, 6))
+    assert estimate_field(few, N4Parameters()).history
+    assert repeatability(few, N4Parameters()) is None
+    # a mesh that fits all samples, and not every other one
+    fine = lee_wolberg_shin((2,), spans=(30, 30, 30), domain="image")
+    assert repeatability(samples_of(image, mask, (6, 6, 6)), fine) is None
+
+
+@pytest.mark.parametrize("levels", [10, 20, 40])
+def test_few_grey_levels_still_show_the_field(tissues, levels):
+    head = make_phantom(tissues, 2.0, inu_percent=60, noise_percent=3, seed=5)
+    image = np.rint(head.image / np.percentile(head.image[head.brain], 99) * levels)
+    mask = head.brain & (image > 0)
+    found = np.log(correct(image, mask, voxel_size_mm=(2, 2, 2), device="cpu").bias[mask])
+    truth = np.log(head.bias[mask])
+    # without spreading, a few spikes are as sharp as can be: nothing is found
+    assert np.std(found - truth) < 0.4 * np.std(truth)
+    samples = samples_of(image, mask)
+    spread = samples.cropped().spread()
+    steps = np.abs(spread.log_image - samples.cropped().log_image)[spread.mask]
+    values = np.unique(samples.log_image[samples.mask])
+    assert steps.max() <= np.diff(values).max() / 2 + 1e-12
+    assert len(np.unique(spread.log_image[spread.mask])) > 100 * levels
+
+
+def test_many_grey_levels_are_left_alone(small_head):
+    samples = samples_of(*small_head)
+    assert samples.spread() is samples

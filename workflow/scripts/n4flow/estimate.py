@@ -16,7 +16,7 @@ from n4flow.field import BiasField, Mesh
 from n4flow.fit import LeeWolbergShin, PenalisedLeastSquares, SplineFit
 from n4flow.kernels import choose_kernels
 from n4flow.parameters import N4Parameters
-from n4flow.samples import MINIMUM_SAMPLES, Samples, sample_positions
+from n4flow.samples import Samples, sample_positions
 
 log = logging.getLogger(__name__)
 
@@ -125,18 +125,13 @@ def repeatability(samples: Samples, parameters: N4Parameters, *, xp: Any = np, t
     Returns
     -------
     float or None
-        Root mean square over the samples, in natural log, each field less its mean; see `Samples.halves`. None where
-        the halves are too few to estimate from.
-
-    Raises
-    ------
-    InputError
-        As `estimate_field`.
+        Root mean square over the samples, in natural log, each field less its mean; see `Samples.halves`. None where no
+        field can be estimated from the halves: they are too few, or too few for the mesh.
     """
-    halves = samples.halves()
-    if any(np.count_nonzero(half.confidence) < MINIMUM_SAMPLES for half in halves):
+    try:
+        one, other = (estimate_field(half, parameters, xp=xp, threads=threads).field for half in samples.halves())
+    except InputError:
         return None
-    one, other = (estimate_field(half, parameters, xp=xp, threads=threads).field for half in halves)
     part = tuple(slice(None, None, max(1, n // COMPARED_GRID)) for n in samples.mask.shape)
     positions = [p[along] for p, along in zip(samples.positions, part, strict=True)]
     return float(np.std((one.log_at(positions) - other.log_at(positions))[samples.confidence[part] > 0]))
