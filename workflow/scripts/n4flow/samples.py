@@ -19,7 +19,7 @@ log = logging.getLogger(__name__)
 MINIMUM_SAMPLES = 1000
 
 #: The estimate takes no more than so many of the box of a mask, unless a shrink factor is set: it is to take no second.
-MOST_SAMPLES = 2**22
+MOST_SAMPLES = 2**21
 
 #: With no more grey levels than this, the steps between them are wider than the peaks of tissues.
 FEW_LEVELS = 100
