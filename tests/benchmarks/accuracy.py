@@ -459,13 +459,14 @@ def blind_to_gain(*arguments):
         return with_n4flow(N4Parameters(), *arguments)
 
 
+FIRST, *_, LAST = N4Parameters().stages
 #: The default without one of its pieces each, beside SimpleITK.
 PIECES = {
     REFERENCE: METHODS[REFERENCE],
     "default": partial(with_n4flow, N4Parameters()),
     "no twicing": partial(with_n4flow, N4Parameters(twicing=0)),
-    "FWHM 0.2 throughout": partial(with_n4flow, N4Parameters(fwhm=0.2, twicing=0.3)),
-    "FWHM 0.07 throughout": partial(with_n4flow, N4Parameters(fwhm=0.07, twicing=0.9)),
+    "the first width throughout": partial(with_n4flow, N4Parameters(fwhm=FIRST.fwhm, twicing=FIRST.twicing)),
+    "the last width throughout": partial(with_n4flow, N4Parameters(fwhm=LAST.fwhm, twicing=LAST.twicing)),
     "a hundredth of the stiffness": partial(with_n4flow, N4Parameters(stiffness=N4Parameters().stiffness / 100)),
     "ITK's fit on the same mesh": partial(with_n4flow, N4Parameters(fit="lee-wolberg-shin")),
     "gain taken for 1": blind_to_gain,

@@ -70,7 +70,8 @@ def test_the_good_correction_raises_no_flag(guide):
     ],
 )
 def test_each_broken_correction_is_caught_by_its_flag_and_the_numbers_show_it(guide, case, flag):
-    assert flags_of(guide, case) == [flag]
+    # of air in the mask all goes wrong, with a flag each
+    assert flag in flags_of(guide, case) if case == "leaking" else flags_of(guide, case) == [flag]
     assert "only the eye finds this" not in section(guide, case)
     good, bad = next(iter(numbers_of(guide, case).values()))
     assert abs(bad - good) > 0.2 * abs(good)
@@ -82,6 +83,7 @@ def test_what_is_said_of_the_broken_corrections_is_so(guide):
     )
     assert fine["CJV after"][1] > fine["CJV after"][0]
     assert leaking["mask (ml)"][1] > 1.5 * leaking["mask (ml)"][0]
+    assert leaking["inu_range"][1] > 2 * leaking["inu_range"][0]
     assert inverted["log entropy after (bits)"][1] > inverted["log entropy before (bits)"][1]
     assert inverted["CV bright after"][1] > inverted["CV bright before"][1]
     assert drifted["CJV after"][0] == drifted["CJV after"][1]
@@ -100,7 +102,7 @@ def test_metrics_and_flags_are_explained_with_their_limits(guide):
 
 
 def test_a_case_that_no_flag_catches_says_so_and_a_good_one_that_is_flagged_too(tmp_path):
-    limits = FLAG_LIMITS | {"mean_drift": 0.5, "field_flat": 0.4}
+    limits = FLAG_LIMITS | {"mean_drift": 0.5, "field_flat": 0.5}
     make_guide(TISSUES, tmp_path / "guide.html", field_window_log=0.4, flags=limits)
     page = (tmp_path / "guide.html").read_text(encoding="utf-8")
     assert "only the eye finds this" in section(page, "drifted")

@@ -60,8 +60,7 @@ FLAGS = {
     ),
     "field_flat": Flag(
         "inu_range below the limit",
-        "whether shading is left in the corrected image, and then at the mask, and whether there are but few grey "
-        "levels; if the original had no shading, all is well",
+        "whether shading is left in the corrected image, and then at the mask; if the original had none, all is well",
         0.005,
     ),
     "field_steep": Flag(
