@@ -244,7 +244,14 @@ def direct_log_field(log_values, coordinates, spans, span_lengths, stages, weigh
             between = histogram[1:] + histogram[:-1]
             gain = max(np.average(1 - np.diff(expected) / np.diff(centres), weights=between), 0.02)
             bent = lattice @ penalty @ lattice
-            price = 2e-6 * gain * (1 + 20000 / count) * max(1, fwhm / 0.1) ** 4 / np.sqrt(1 + bent / 10) * count
+            price = (
+                2e-6
+                * gain
+                * (1 + 20000 * (weights**2).sum() / count**2)
+                * max(1, fwhm / 0.1) ** 4
+                / np.sqrt(1 + bent / 10)
+                * count
+            )
             residual = values - np.interp(values, centres, expected)
             step = np.clip(gain / 0.6, 0.1, 1)
             wanted = basis.T @ (weights * residual) - price * penalty @ lattice

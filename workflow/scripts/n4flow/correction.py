@@ -72,25 +72,32 @@ def read_samples(
     mask = mask if isinstance(mask, Volume) else Volume(mask)
     volume.check_same_grid(mask, "mask")
     check_count(volume.path, math.prod(volume.shape), volume.shape)
-    domain = _domain(((slab.start, inside_mask(values)) for slab, values in mask.mean_slabs()), volume.shape)
-    positions = positions_in(domain, volume.shape, parameters)
-    mesh = initial_mesh(volume.shape, volume.voxel_size_mm, domain, parameters)
-    check_mesh(volume.path, positions, mesh, parameters)
-    intensity = MaskIntensity(volume.shape, mesh.refined(parameters.doublings))
-    log_image = np.zeros([len(p) for p in positions])
-    kept = np.zeros(log_image.shape, dtype=bool)
-    dropped: dict[str, int] = {}
-    mask_voxels = 0
-    for (slab, values), (_, mask_values) in zip(volume.mean_slabs(), mask.mean_slabs(), strict=True):
-        inside = inside_mask(mask_values)
-        usable, lost = usable_voxels(values, inside)
-        intensity.add(values, usable, slab.start)
-        mask_voxels += int(np.count_nonzero(inside))
-        dropped = {reason: dropped.get(reason, 0) + n for reason, n in lost.items()}
-        planes = (positions[2] >= slab.start) & (positions[2] < slab.stop)
-        grid = np.ix_(positions[0], positions[1], positions[2][planes] - slab.start)
-        kept[:, :, planes] = usable[grid]
-        log_image[:, :, planes] = log_where(values[grid], usable[grid])
+    box = _Box(volume.shape)
+    for slab, mask_values in mask.mean_slabs():
+        box.add(inside_mask(mask_values), slab.start)
+    domain = None
+    # once, as a rule: unless what cannot be used at the border of the mask makes its box smaller
+    while domain != box.ranges:
+        domain, box = box.ranges, _Box(volume.shape)
+        positions = positions_in(domain, volume.shape, parameters)
+        mesh = initial_mesh(volume.shape, volume.voxel_size_mm, domain, parameters)
+        check_mesh(volume.path, positions, mesh, parameters)
+        intensity = MaskIntensity(volume.shape, mesh.refined(parameters.doublings))
+        log_image = np.zeros([len(p) for p in positions])
+        kept = np.zeros(log_image.shape, dtype=bool)
+        dropped: dict[str, int] = {}
+        mask_voxels = 0
+        for (slab, values), (_, mask_values) in zip(volume.mean_slabs(), mask.mean_slabs(), strict=True):
+            inside = inside_mask(mask_values)
+            usable, lost = usable_voxels(values, inside)
+            box.add(usable, slab.start)
+            intensity.add(values, usable, slab.start)
+            mask_voxels += int(np.count_nonzero(inside))
+            dropped = {reason: dropped.get(reason, 0) + n for reason, n in lost.items()}
+            planes = (positions[2] >= slab.start) & (positions[2] < slab.stop)
+            grid = np.ix_(positions[0], positions[1], positions[2][planes] - slab.start)
+            kept[:, :, planes] = usable[grid]
+            log_image[:, :, planes] = log_where(values[grid], usable[grid])
     check_dropped(volume.path, dropped, mask_voxels)
     check_range(volume.path, log_image[kept])
     samples = Samples(
@@ -107,20 +114,24 @@ def read_samples(
     return samples, intensity
 
 
-def _domain(slabs: Iterable[tuple[int, Any]], shape: Sequence[int]) -> tuple[range, ...]:
-    """Voxels along each axis from the first of a mask to the last; all where it is empty.
+class _Box:
+    """Voxels along each axis from the first that takes part to the last; all where none does."""
 
-    Slabs of the mask (bool) come with the index of their first plane.
-    """
-    seen = [np.zeros(n, dtype=bool) for n in shape]
-    for start, inside in slabs:
+    def __init__(self, shape: Sequence[int]) -> None:
+        self.seen = [np.zeros(n, dtype=bool) for n in shape]
+
+    def add(self, inside: Any, first_plane: int) -> None:
+        """Look at a slab (bool) of the third axis."""
         lines = inside.any(axis=2)
         planes = to_host(inside.any(axis=(0, 1)))
-        seen[0] |= to_host(lines.any(axis=1))
-        seen[1] |= to_host(lines.any(axis=0))
-        seen[2][start : start + len(planes)] = planes
-    ends = [np.flatnonzero(along) if along.any() else np.arange(len(along)) for along in seen]
-    return tuple(range(int(hit[0]), int(hit[-1]) + 1) for hit in ends)
+        self.seen[0] |= to_host(lines.any(axis=1))
+        self.seen[1] |= to_host(lines.any(axis=0))
+        self.seen[2][first_plane : first_plane + len(planes)] = planes
+
+    @property
+    def ranges(self) -> tuple[range, ...]:
+        ends = [np.flatnonzero(along) if along.any() else np.arange(len(along)) for along in self.seen]
+        return tuple(range(int(hit[0]), int(hit[-1]) + 1) for hit in ends)
 
 
 @one_blas_thread
@@ -438,7 +449,15 @@ def _take_samples(
     image: Any, mask: Any, weights: Any, voxel_size_mm: tuple[float, ...], affine: np.ndarray, parameters: N4Parameters
 ) -> Samples:
     """What `read_samples` does for files."""
-    domain = tuple(map(range, image.shape)) if mask is None else _domain([(0, inside_mask(mask))], image.shape)
+    box = _Box(image.shape)
+    for k in range(image.shape[2]):  # plane by plane, for the sake of memory
+        plane = image[:, :, k : k + 1]
+        part = array_module(plane).ones(plane.shape, dtype=bool)
+        for given in (mask, weights):
+            if given is not None:
+                part &= to_module(inside_mask(given[:, :, k : k + 1]), array_module(plane))
+        box.add(usable_voxels(plane, part)[0], k)
+    domain = box.ranges
     positions = positions_in(domain, image.shape, parameters)
     grid = np.ix_(*positions)
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from n4flow.affine import LARGEST_LENGTH
-from n4flow.bspline import one_blas_thread, refine
+from n4flow.bspline import evaluate_at, one_blas_thread, refine
 from n4flow.errors import InputError
 from n4flow.field import BiasField, Mesh
 from n4flow.fit import LeeWolbergShin, PenalisedLeastSquares, SplineFit
@@ -23,8 +24,11 @@ log = logging.getLogger(__name__)
 #: More control points than this make the matrices of the penalised fit, and the time to solve them, large.
 MOST_PENALISED_POINTS = 2500
 
-#: Two smooth fields are compared on about so many samples along each axis.
-COMPARED_GRID = 32
+#: Two smooth fields are compared on about so many samples.
+COMPARED_SAMPLES = 2**15
+
+#: Of a slab, this share of the root of its area counts as its size; of a head it is less than the volume says.
+PROJECTED_SIZE = 0.78
 
 
 class Iteration(NamedTuple):
@@ -112,6 +116,7 @@ def estimate_field(
     return Estimate(BiasField(lattice, mesh, samples.image_shape, samples.affine), history)
 
 
+@one_blas_thread
 def repeatability(samples: Samples, parameters: N4Parameters, *, xp: Any = np, threads: int = 1) -> float | None:
     """How much a field hangs on which voxels were taken: the difference of the fields of two half-samples.
 
@@ -128,13 +133,20 @@ def repeatability(samples: Samples, parameters: N4Parameters, *, xp: Any = np, t
         Root mean square over the samples, in natural log, each field less its mean; see `Samples.halves`. None where no
         field can be estimated from the halves: they are too few, or too few for the mesh.
     """
+    halves = [replace(half, source=f"{half.source}, half of the samples") for half in samples.halves()]
     try:
-        one, other = (estimate_field(half, parameters, xp=xp, threads=threads).field for half in samples.halves())
-    except InputError:
+        fields = [estimate_field(half, parameters, xp=xp, threads=threads).field for half in halves]
+    except InputError as error:
+        log.info("%s; how repeatable the field is remains unknown", error)
         return None
-    part = tuple(slice(None, None, max(1, n // COMPARED_GRID)) for n in samples.mask.shape)
-    positions = [p[along] for p, along in zip(samples.positions, part, strict=True)]
-    return float(np.std((one.log_at(positions) - other.log_at(positions))[samples.confidence[part] > 0]))
+    indices = np.argwhere(samples.confidence > 0)
+    indices = indices[:: max(1, len(indices) // COMPARED_SAMPLES)]
+    voxels = [p[index] for p, index in zip(samples.positions, indices.T, strict=True)]
+    one, other = (
+        evaluate_at(field.lattice, [field.mesh.coordinate(axis, p) for axis, p in enumerate(voxels)], field.mesh.spans)
+        for field in fields
+    )
+    return float(np.std(one - other))
 
 
 def initial_mesh(
@@ -210,11 +222,30 @@ def fit_on(mesh: Mesh, samples: Samples, parameters: N4Parameters) -> SplineFit:
     if parameters.fit == "lee-wolberg-shin":
         return LeeWolbergShin(weights, bases)
     # lengths are in units of the size of the mask: a mouse is to the fit what a head is
-    axes = [axis for axis, spans in enumerate(mesh.spans) if spans]
-    volume = np.count_nonzero(weights) * math.prod(samples.spacing_mm[axis] for axis in axes)
-    size = float(volume ** (1 / len(axes)))
+    size = object_size(weights > 0, samples.spacing_mm)
     lengths = [voxels * mm / size for voxels, mm in zip(mesh.span_voxels, samples.voxel_size_mm, strict=True)]
     return PenalisedLeastSquares(weights, bases, lengths, parameters.stiffness)
+
+
+def object_size(inside: np.ndarray, spacing: Sequence[float]) -> float:
+    """The length that bending is measured in: of a compact object the cube root of its volume.
+
+    Of a slab or a shell, whose volume says little of how far the field reaches, the root of its largest projection.
+
+    Parameters
+    ----------
+    inside : (n0, n1, n2) bool array
+    spacing : three floats
+        Between samples along each axis.
+
+    Returns
+    -------
+    float
+        In the unit of `spacing`.
+    """
+    volume = np.count_nonzero(inside) * math.prod(spacing)
+    areas = [np.count_nonzero(inside.any(axis=axis)) * math.prod(spacing) / spacing[axis] for axis in range(3)]
+    return float(max(volume ** (1 / 3) if min(inside.shape) > 1 else 0.0, PROJECTED_SIZE * max(areas) ** 0.5))
 
 
 def check_mesh(source: object, positions: Sequence[np.ndarray], mesh: Mesh, parameters: N4Parameters) -> None:

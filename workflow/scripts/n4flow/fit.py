@@ -114,7 +114,9 @@ class PenalisedLeastSquares:
     ) -> None:
         self.bases = self.matrices = bases
         self.total = float(weights.sum(dtype=np.float64))
-        self.scale = stiffness * (1 + FEW_SAMPLES / self.total)
+        # weights of which one is far larger than the others say no more than few samples do (Kish 1965)
+        squares = float(np.sum(np.square(weights, dtype=np.float64)))
+        self.scale = stiffness * (1 + FEW_SAMPLES * squares / self.total**2)
         normal = normal_matrix(weights, bases) / self.total
         penalty = penalty_matrix([basis.shape[1] for basis in bases], span_lengths)
         # first a sum of both that is as much of either, which is sound also where one of them says nothing

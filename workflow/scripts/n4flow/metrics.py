@@ -700,6 +700,8 @@ def find_flags(metrics: Mapping[str, Any], limits: Mapping[str, float] = FLAG_LI
     limit = limits["repeatability"]
     if (rms := known("repeatability_log")) and rms[0] > limit:
         add("repeatability", f"two halves of the samples give log fields {rms[0]:.3f} (rms) apart", f"{limit:g}")
+    elif rms is None and metrics.get("samples"):
+        add("repeatability", "how repeatable the field is could not be found, with so few samples")
     limit = limits["field_outside"]
     if (outside := known("outside_fraction")) and outside[0] > limit:
         share = f"{100 * outside[0]:.0f} % of the image"

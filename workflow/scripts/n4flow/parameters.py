@@ -218,6 +218,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "linumpy": {
         "fit": "lee-wolberg-shin",
         "spline_distance_mm": 10.0,
+        "domain": "image",
         "iterations": (25, 25, 25),
         "fwhm": 0.15,
         "twicing": 0.0,

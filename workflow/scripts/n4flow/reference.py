@@ -175,12 +175,7 @@ def agreement(samples: Samples, parameters: N4Parameters, reference: Estimate) -
 
 def mesh_of_samples(samples: Samples) -> Mesh:
     """The mesh that ITK begins with: a span along each axis, from the first sample to the last."""
-    ends = [(float(p[0]), float(p[-1])) for p in samples.positions]
-    return Mesh(
-        tuple(int(last > first) for first, last in ends),
-        tuple(first for first, _ in ends),
-        tuple(last - first if last > first else 1.0 for first, last in ends),
-    )
+    return Mesh.of_box([(float(p[0]), float(p[-1])) for p in samples.positions], (1, 1, 1))
 
 
 def reference_scan(image: Path, mask: Path, files: CorrectionFiles, *, keep_dtype: bool = False) -> None:

@@ -21,11 +21,14 @@ MINIMUM_SAMPLES = 1000
 #: The estimate takes no more than so many of the box of a mask, unless a shrink factor is set: it is to take no second.
 MOST_SAMPLES = 2**21
 
-#: With no more grey levels than this, the steps between them are wider than the peaks of tissues.
-FEW_LEVELS = 100
+#: With so many grey levels the steps between them may be wider than the peaks of tissues; fewer are no scale of greys.
+FEWEST_LEVELS, FEW_LEVELS = 8, 100
+
+#: A scale of greys has at least this share of the levels that fit between its ends.
+MOSTLY_USED = 0.8
 
 #: One over the powers of the root of x^4 = x + 1: their multiples fill the unit interval evenly, along any line.
-SPREAD_STEPS = tuple(1.2207440846057596**-power for power in (1, 2, 3))
+SPREAD_SHARES = tuple(1.2207440846057596**-power for power in (1, 2, 3))
 
 #: No axis is shrunk to fewer samples than this, so that thin stacks keep their slices.
 MINIMUM_GRID = 16
@@ -124,7 +127,7 @@ class Samples:
         ]
 
     def spread(self) -> Self:
-        """With few grey levels, each of them spread over the interval that was rounded to it.
+        """With few grey levels, each of them spread over the interval of intensities that was rounded to it.
 
         A histogram of a few spikes is as sharp as can be, whatever the field. Spread evenly, by a sequence that has
         nothing to do with the image, the levels say again where the field moves them.
@@ -132,7 +135,8 @@ class Samples:
         Returns
         -------
         Samples
-            The same where there are more than `FEW_LEVELS`.
+            The same where there are more than `FEW_LEVELS`, or where they are not the steps of a scale: a drawing of
+            five tissues is none.
 
         References
         ----------
@@ -143,13 +147,20 @@ class Samples:
         if len(np.unique(values[:: max(1, len(values) // 1024)])) > FEW_LEVELS:
             return self  # as a rule
         levels, level = np.unique(values, return_inverse=True)
-        if not 1 < len(levels) <= FEW_LEVELS:
+        if not FEWEST_LEVELS <= len(levels) <= FEW_LEVELS:
             return self
-        middles = (levels[1:] + levels[:-1]) / 2
-        ends = np.concatenate([[2 * levels[0] - middles[0]], middles, [2 * levels[-1] - middles[-1]]])
-        shares = sum(step * index for step, index in zip(SPREAD_STEPS, np.nonzero(used), strict=True)) % 1
+        intensities = np.exp(levels - levels[-1])
+        step = float(np.diff(intensities).min())
+        if len(levels) < MOSTLY_USED * (1 + (1 - intensities[0]) / step):
+            return self
+        log.info("%s: has %d grey levels, which are spread by half a step up and down", self.source, len(levels))
+        first = [0, 0, 0] if self.domain is None else [voxels.start for voxels in self.domain]
+        shares = sum(
+            share * (p[index] - start)
+            for share, p, index, start in zip(SPREAD_SHARES, self.positions, np.nonzero(used), first, strict=True)
+        )
         log_image = self.log_image.copy()
-        log_image[used] = ends[level] + shares * np.diff(ends)[level]
+        log_image[used] = np.log(intensities[level] + step * (shares % 1 - 0.5)) + levels[-1]
         return replace(self, log_image=log_image)
 
 
