@@ -301,8 +301,8 @@ def test_log_names_the_device_once_and_shows_progress(folder, name):
     log = (folder / log_of(scan, "n4")).read_text()
     assert log.count("computing on") == 1
     assert Path(scan.image).name in log
-    most = N4Parameters().iterations[0]
-    assert re.search(rf"level 1 of 1, .* \d+ of at most {most} iterations, cv \d", log)
+    first, *others = N4Parameters().iterations
+    assert re.search(rf"stage 1 of {1 + len(others)}, .* \d+ of at most {first} iterations, cv \d", log)
     assert re.search(r"frame 1 of \d+, plane (\d+) of \1 written", log), "to the last plane"
 
 
