@@ -14,6 +14,7 @@ from n4flow.correction import _ahead, write_corrected
 from n4flow.derivatives import CorrectionFiles, apply_scan, correct_scan
 from n4flow.field import BiasField, Mesh
 from n4flow.mask import mask_scan
+from n4flow.samples import MOST_SAMPLES
 from n4flow.volume import Volume, VolumeWriter
 from tests.conftest import REPOSITORY
 
@@ -81,6 +82,18 @@ def test_scale_of_the_weights_does_not_matter(head, mask_of_head):
         assert_allclose(corrected(weights * scale), expected, rtol=1e-6, err_msg=f"{scale:g}")
     # a power of two is exact, and so are its results
     assert_array_equal(corrected(weights * 2.0**500), expected)
+
+
+def test_a_weight_of_0_is_as_good_as_no_mask(head, mask_of_head):
+    image, hole = head.image.copy(), np.zeros_like(mask_of_head)
+    hole[40:58, 45:70, 35:55] = True
+    image[hole] *= 5
+    settings = {"voxel_size_mm": (2, 2, 2), "device": "cpu"}
+    weighted = correct(image, mask_of_head, weights=np.where(hole, 0.0, 1.0), **settings).field.lattice
+    masked = correct(image, mask_of_head & ~hole, **settings).field.lattice
+    # but for the mean intensity, which is kept in all of the mask
+    assert np.ptp(weighted - masked) < 1e-9
+    assert np.ptp(correct(image, mask_of_head, **settings).field.lattice - masked) > 0.005
 
 
 @pytest.mark.parametrize("flat", [False, True], ids=["volume", "plane"])
@@ -163,12 +176,12 @@ def test_slabs_of_any_size_give_the_same_files(head_file, tmp_path, monkeypatch)
         assert result[role].read_bytes() == expected[role].read_bytes()
 
 
-def test_one_and_two_threads_give_the_same_files(head_file, tmp_path):
+def test_any_number_of_threads_gives_the_same_files(head_file, tmp_path):
     script = (
         "import sys; from pathlib import Path; sys.path[:0] = sys.argv[1:3]; "
         "from tests.unit.test_correction import run_chain; run_chain(Path(sys.argv[3]), Path(sys.argv[4]))"
     )
-    for threads in ("1", "2"):
+    for threads in ("1", "2", "3"):
         settings = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"), threads)
         subprocess.run(
             [
@@ -184,7 +197,7 @@ def test_one_and_two_threads_give_the_same_files(head_file, tmp_path):
             check=True,
         )
     for name in ("corrected.nii.gz", "field.nii.gz", "mask.nii.gz"):
-        assert (tmp_path / "1" / name).read_bytes() == (tmp_path / "2" / name).read_bytes()
+        assert len({(tmp_path / threads / name).read_bytes() for threads in ("1", "2", "3")}) == 1
 
 
 def test_integers_come_back_as_integers_if_wanted(head, tmp_path):
@@ -243,14 +256,20 @@ from n4flow import N4Parameters
 from n4flow.derivatives import CorrectionFiles, correct_scan
 image, mask, folder = map(Path, sys.argv[2:5])
 files = CorrectionFiles(*(folder / name for name in ("c.nii.gz", "c.json", "f.json", "f.nii.gz")))
-correct_scan(image, mask, files, parameters=N4Parameters(), device="cpu")
+parameters = N4Parameters(shrink_factor=int(sys.argv[5]) or None)
+correct_scan(image, mask, files, parameters=parameters, device="cpu")
 print(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")))
 """
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the peak memory from /proc")
-@pytest.mark.parametrize("suffix", [".nii", ".nii.gz"])
-def test_the_whole_job_needs_at_most_16_bytes_a_voxel(head, tmp_path, suffix):
+@pytest.mark.parametrize(
+    ("suffix", "shrink_factor", "samples"), [(".nii", 4, 0), (".nii.gz", 4, 0), (".nii.gz", 0, MOST_SAMPLES)]
+)
+def test_the_whole_job_needs_at_most_16_bytes_a_voxel_and_some_for_each_sample(
+    head, tmp_path, suffix, shrink_factor, samples
+):
+    """Where all samples of the default are taken, as many more as the rule asks for."""
     # interpreter and libraries included, of which a small volume would show nothing else
     image = np.tile(head.image, (2, 2, 3))
     path, mask = tmp_path / f"large{suffix}", tmp_path / "mask.nii.gz"
@@ -258,12 +277,12 @@ def test_the_whole_job_needs_at_most_16_bytes_a_voxel(head, tmp_path, suffix):
     with VolumeWriter(mask, Volume(path), np.uint8) as writer:
         writer.write(image > 300)
     ran = subprocess.run(
-        [sys.executable, "-c", MEASURE, REPOSITORY / "workflow" / "scripts", path, mask, tmp_path],
+        [sys.executable, "-c", MEASURE, REPOSITORY / "workflow" / "scripts", path, mask, tmp_path, str(shrink_factor)],
         check=True,
         capture_output=True,
         text=True,
     )
-    assert int(ran.stdout) * 1024 <= 16 * image.size
+    assert int(ran.stdout) * 1024 <= 16 * image.size + 80 * samples
 
 
 @pytest.mark.parametrize(("dtype", "intercept"), [(np.uint16, -1024), (np.uint8, -20), (np.int32, 0), (np.uint32, 5)])

@@ -35,12 +35,12 @@ def part_of(head, part):
 def test_thin_slabs(strong, axis, slices):
     part = [slice(None)] * 3
     part[axis] = slice(46, 46 + slices)
-    assert error_ratio(*part_of(strong, tuple(part)), parameters=N4Parameters(shrink_factor=1)) < 0.6
+    assert error_ratio(*part_of(strong, tuple(part)), parameters=N4Parameters()) < 0.6
 
 
 def test_a_plane(strong):
     image, mask, truth, brain = part_of(strong, np.s_[:, :, 46])
-    assert error_ratio(image, mask, truth, brain, (2.0, 2.0), N4Parameters(shrink_factor=1)) < 0.6
+    assert error_ratio(image, mask, truth, brain, (2.0, 2.0), N4Parameters()) < 0.6
 
 
 def test_a_mask_that_touches_every_border(strong):
@@ -63,10 +63,8 @@ def test_few_distinct_values(strong):
     levels = np.clip(np.rint(image / image.max() * 12), 0, 12).astype(np.uint8)
     mask = levels > 2
     assert len(np.unique(levels[mask])) <= 10
-    # ten spikes look like a sharp histogram: next to nothing is corrected, or made worse
-    bias = correct(levels, mask, voxel_size_mm=(2, 2, 2), parameters=N4Parameters(shrink_factor=2), device="cpu").bias
-    error, field = (rms(demeaned_error(given, truth, brain & mask)) for given in (bias, np.ones_like(truth)))
-    assert error < 1.01 * field
+    # spread over what was rounded to them, they are as good as grey levels; to ITK they are ten spikes, sharp already
+    assert error_ratio(levels, mask, truth, brain & mask) < 0.2
     assert error_ratio(levels, mask, truth, brain & mask, parameters=lee_wolberg_shin(shrink_factor=2)) < 0.98
 
 

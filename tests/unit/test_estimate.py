@@ -12,11 +12,11 @@ from n4flow.correction import read_samples
 from n4flow.estimate import estimate_field, repeatability
 from n4flow.field import Mesh
 from n4flow.kernels import plain
-from n4flow.mask import make_mask, otsu_threshold
+from n4flow.mask import otsu_threshold
 from n4flow.phantom import make_phantom
 from n4flow.quadrature import MaskIntensity
 from n4flow.samples import sample_positions
-from n4flow.volume import Volume
+from tests.anatomies import REAL_SCANS, real_scan
 from tests.conftest import demeaned_error, lee_wolberg_shin, rms, samples_of
 from tests.unit.references import direct_log_field, simpleitk_log_field
 
@@ -38,7 +38,8 @@ def test_defaults_come_closer_to_the_truth_than_simpleitk_at_its_defaults(tissue
     reference = np.exp(simpleitk_log_field(head.image[grid], mask[grid], [50] * 4, (1, 1, 1), threshold=1e-3))
     error = rms(demeaned_error(ours.bias[grid], head.bias[grid], head.brain[grid]))
     reference_error = rms(demeaned_error(reference, head.bias[grid], head.brain[grid]))
-    assert error <= (0.7 if inu_percent == 20 else 0.8) * reference_error
+    # the average brain alone has more anatomy that is as smooth as a field
+    assert error <= (0.3 if where == "head" else 0.7) * reference_error
 
 
 @pytest.mark.parametrize("parameters", [N4Parameters(), lee_wolberg_shin((3, 3), mesh="refined")])
@@ -102,7 +103,7 @@ def test_the_estimate_is_the_direct_one(head, weighted, name, monkeypatch):
         [(p - first) / (last - first) * 4 for p, first, last in zip(places, firsts, lasts, strict=True)],
         (4, 4, 4),
         [(last - first) * mm / side / 4 for first, last, mm in zip(firsts, lasts, (10, 10, 12), strict=True)],
-        [(0.20, 0.3), (0.16, 0.42), (0.13, 0.54), (0.105, 0.66), (0.085, 0.78), (0.07, 0.9)],
+        [(0.20, 0.45), (0.16, 0.54), (0.13, 0.63), (0.105, 0.72), (0.085, 0.81), (0.07, 0.9)],
         samples.weights[samples.mask] if weighted else None,
     )
     field, history = estimate_field(samples, parameters)
@@ -143,20 +144,34 @@ def test_a_mask_of_few_planes_gets_no_more_spans_than_they_can_tell(head, planes
     assert np.ptp(everywhere) < 3  # nothing is made up between planes, or beyond
 
 
-def test_samples_that_cannot_be_used_do_not_stretch_the_mesh(small_head, tmp_path):
-    """As if the mask had left them out, also from files, where the mesh is laid before they are known."""
+def test_samples_that_cannot_be_used_matter_next_to_nothing(small_head, tmp_path):
+    """The mesh reaches over all of the mask: what a file holds there is not known when it is laid."""
     image, mask = (np.pad(array, 4) for array in small_head)  # zeros around, in the mask or not
-    parameters = N4Parameters(shrink_factor=1)
     nib.save(nib.Nifti1Image(image, np.eye(4)), tmp_path / "image.nii")
     fields = []
     for n, inside in enumerate((mask, mask | (image == 0) & (np.random.default_rng(0).random(mask.shape) < 0.1))):
         nib.save(nib.Nifti1Image(inside.astype(np.uint8), np.eye(4)), tmp_path / f"mask{n}.nii")
-        samples, intensity = read_samples(tmp_path / "image.nii", tmp_path / f"mask{n}.nii", parameters)
-        field = estimate_field(samples, parameters).field
+        samples, intensity = read_samples(tmp_path / "image.nii", tmp_path / f"mask{n}.nii", N4Parameters())
+        field = estimate_field(samples, N4Parameters()).field
         assert_array_equal(intensity.nodes[0], MaskIntensity(image.shape, field.mesh).nodes[0])
-        fields.append(field)
-    assert fields[0].mesh == fields[1].mesh
-    assert_array_equal(fields[1].lattice, fields[0].lattice)
+        fields.append(field.log_at([np.arange(n) for n in mask.shape])[mask])
+    assert np.std(fields[0]) > 0.05
+    assert np.std(fields[1] - fields[0]) < 2e-3
+
+
+def test_the_last_iteration_is_the_best_or_nearly(tissues):
+    """One mesh, and a stage goes on from the last: the first stages alone are the same estimate, cut short."""
+    whole = N4Parameters()
+    for inu_percent, seed in ((20, 21), (40, 22)):
+        head = make_phantom(tissues, 2.0, inu_percent=inu_percent, noise_percent=3, seed=seed)
+        part = np.s_[::2, ::2, ::2]
+        image, brain, bias = head.image[part], head.brain[part], head.bias[part]
+        samples, errors = samples_of(image, image > otsu_threshold(image.ravel()), (4, 4, 4)), []
+        for stages in range(1, len(whole.iterations) + 1):
+            first = {name: getattr(whole, name)[:stages] for name in ("iterations", "fwhm", "twicing")}
+            found = estimate_field(samples, replace(whole, **first)).field.log_at(samples.positions)
+            errors.append(rms(demeaned_error(np.exp(found), bias, brain)))
+        assert errors[-1] <= 1.1 * min(errors)
 
 
 def test_a_mesh_of_too_many_control_points_for_the_penalised_fit_is_refused(small_head):
@@ -184,20 +199,17 @@ def test_too_few_samples_one_intensity_and_too_fine_a_mesh_are_refused(small_hea
 
 
 @pytest.mark.data
-def test_every_fourth_voxel_gives_the_field_of_all_voxels(real_scans, tmp_path):
-    image = real_scans / "sub-01" / "anat" / "sub-01_T1w.nii.gz"
-    make_mask(image, tmp_path / "mask.nii.gz")
-    mask = Volume(tmp_path / "mask.nii.gz").mean() > 0
-    everywhere = [np.arange(n) for n in mask.shape]
-    fields = [
-        estimate_field(
-            read_samples(image, tmp_path / "mask.nii.gz", N4Parameters(shrink_factor=shrink))[0],
-            N4Parameters(shrink_factor=shrink),
-        ).field
-        for shrink in (4, 1)
-    ]
-    difference = fields[0].log_at(everywhere)[mask] - fields[1].log_at(everywhere)[mask]
-    assert rms(difference - difference.mean()) <= 2e-3
+@pytest.mark.parametrize("name", REAL_SCANS)
+def test_every_second_voxel_gives_the_field_of_the_defaults_samples(name):
+    scan = real_scan(name)
+    ours, second = (
+        np.log(
+            correct(scan.image, scan.mask, voxel_size_mm=scan.voxel_size_mm, parameters=parameters, device="cpu").bias
+        )[scan.mask]
+        for parameters in (N4Parameters(), N4Parameters(shrink_factor=2))
+    )
+    # of the perfusion scan, every 2nd voxel is one of 3,000
+    assert np.std(ours - second) <= (0.03 if name == "ASL mean" else 5e-3)
 
 
 def test_repeatability_is_the_difference_of_the_fields_of_alternate_planes(small_head):
