@@ -395,7 +395,7 @@ FINE = {
     "dropped_fraction": 0.0, "converged": True, "outside_fraction": 0.5,
     "log_entropy_before_bits": 4.1, "log_entropy_after_bits": 4.0, "self_check_max": 1e-7,
     "reference_rms_log": 0.04, "agreement_rms_log": 2e-6,
-    "field_steepness": 1.0, "mask_dark_fraction": 0.03,
+    "field_steepness": 1.0, "repeatability_log": 0.002, "mask_dark_fraction": 0.03,
     "saturated_fraction": 0.002, "seam_ratio_before": 1.2, "seam_ratio_after": 1.21, "seam_place_after": "i 4 to 5",
 }  # fmt: skip
 
@@ -412,6 +412,7 @@ def test_a_fine_correction_raises_no_flag():
         ({"field_min": 0.1}, "field_range"),
         ({"inu_range": 0.001}, "field_flat"),
         ({"field_steepness": 5.0}, "field_steep"),
+        ({"repeatability_log": 0.03}, "repeatability"),
         ({"mask_dark_fraction": 0.3}, "dark_mask"),
         ({"cjv_after": 0.7}, "cjv_worse"),
         ({"log_entropy_after_bits": 4.2}, "entropy_worse"),
@@ -442,7 +443,7 @@ def test_a_limit_that_is_moved_away_silences_its_flag_and_no_other(flag):
         "field_min": 0.1, "inu_range": 0.001, "field_steepness": 5.0, "cjv_after": 0.7, "log_entropy_after_bits": 4.2,
         "mean_ratio": 0.9, "mask_dark_fraction": 0.3, "dropped_fraction": 0.1, "reference_rms_log": 0.2,
         "agreement_rms_log": 1e-3, "saturated_fraction": 0.03, "seam_ratio_after": 1.5, "self_check_max": 0.1,
-        "outside_fraction": 0.9,
+        "outside_fraction": 0.9, "repeatability_log": 0.03,
     }  # fmt: skip
     away = -1 if flag == "field_flat" else 1e3
     names = [found.split(":")[0] for found in find_flags(bad)]
