@@ -14,7 +14,7 @@ from n4flow.correction import _ahead, write_corrected
 from n4flow.derivatives import CorrectionFiles, apply_scan, correct_scan
 from n4flow.field import BiasField, Mesh
 from n4flow.mask import mask_scan
-from n4flow.samples import MOST_SAMPLES
+from n4flow.parameters import MOST_SAMPLES
 from n4flow.volume import Volume, VolumeWriter
 from tests.conftest import REPOSITORY
 

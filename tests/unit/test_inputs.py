@@ -41,9 +41,13 @@ def test_config_of_the_repository_is_the_defaults():
 
 def test_parameters_may_be_numbers_of_numpy():
     given = N4Parameters(
-        shrink_factor=np.int64(2), iterations=np.array([5, 6]), spans=(np.int8(1), 2, 3), fwhm=np.float32(0.5)
+        shrink_factor=np.int64(2),
+        iterations=np.array([5, 6]),
+        spans=(np.int8(1), 2, 3),
+        fwhm=np.float32(0.5),
+        twicing=np.array([0, 0.75]),
     )
-    assert given == N4Parameters(shrink_factor=2, iterations=(5, 6), spans=(1, 2, 3), fwhm=0.5)
+    assert given == N4Parameters(shrink_factor=2, iterations=(5, 6), spans=(1, 2, 3), fwhm=0.5, twicing=(0, 0.75))
     assert json.loads(json.dumps(given.to_mapping()))["iterations"] == [5, 6]
     with pytest.raises(InputError, match=r"n4\.shrink_factor: .* whole number"):
         N4Parameters(shrink_factor=np.float64(2))
@@ -199,9 +203,9 @@ def changed(key, value):
         ("samples", 3, "config: samples: 3 is not of type 'string'; path of the sample sheet"),
         ("device", "cuda", "config: device: 'cuda' is not one of ['auto', 'gpu', 'cpu']; where N4 computes"),
         ("n4", None, "config: n4: None is not of type 'object'; the estimate"),
-        ("n4.shrink_factor", "4", "config: n4.shrink_factor: '4' is not of type 'integer'; "),
+        ("n4.shrink_factor", "4", "config: n4.shrink_factor: '4' is not of type 'integer', 'null'; "),
         ("n4.shrink_factor", 0, "config: n4.shrink_factor: 0 is less than the minimum of 1; "),
-        ("n4.shrink_factor", True, "config: n4.shrink_factor: True is not of type 'integer'; "),
+        ("n4.shrink_factor", True, "config: n4.shrink_factor: True is not of type 'integer', 'null'; "),
         ("n4.iterations", 50, "config: n4.iterations: 50 is not of type 'array'; "),
         ("n4.iterations", [], "config: n4.iterations: [] should be non-empty; "),
         ("n4.iterations", [50, 0], "config: n4.iterations.1: 0 is less than the minimum of 1; "),
@@ -252,6 +256,11 @@ def refused_by_the_package(values):
     "values",
     [
         {"shrink_factor": 4.0},
+        {"shrink_factor": None},
+        {"twicing": [0, 0.2, 0.4, 0.6, 0.8, 1]},
+        {"twicing": [0, 0.2, 0.4, 0.6, 0.8, 1.1]},
+        {"twicing": []},
+        {"twicing": 1.1},
         {"histogram_bins": 200.0},
         {"histogram_bins": 30001},
         {"iterations": [50.0]},

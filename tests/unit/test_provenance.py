@@ -14,7 +14,7 @@ def test_modules_are_followed_through_lazy_imports():
 
 # the modules that the rules name, and what may not make their jobs run again
 NOT_USED = {
-    "mask": {"estimate", "sharpening", "bspline", "reference", "phantom", "metrics", "qc.pages"},
+    "mask": {"correction", "derivatives", "reference", "phantom", "metrics", "qc.pages"},
     "derivatives": {"reference", "phantom", "mask", "metrics", "qc.pages"},
     "reference": {"phantom", "mask", "metrics", "qc.pages"},
     "phantom": {"estimate", "mask", "qc.pages"},
@@ -57,8 +57,8 @@ def copy_of_package(tmp_path, monkeypatch):
         ("metrics.py", {"qc.pages"}),
         ("qc/templates/subject.html", {"qc.pages"}),
         ("qc/assets/style.css", {"qc.pages"}),
-        ("kernels/cuda.cu", {"derivatives"}),
-        ("kernels/compiled.py", {"derivatives"}),
+        ("kernels/cuda.cu", {"mask", "derivatives"}),
+        ("kernels/compiled.py", {"mask", "derivatives"}),
         ("phantom.py", set()),
     ],
 )

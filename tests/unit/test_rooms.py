@@ -10,7 +10,7 @@ import pytest
 from n4flow import provenance
 
 ROOMS = [
-    "__init__", "errors", "files", "console", "parameters", "device", "affine", "bspline", "sharpening", "field",
+    "__init__", "errors", "files", "console", "parameters", "device", "affine", "bspline", "fit", "sharpening", "field",
     "samples", "kernels.protocol", "kernels.plain", "kernels.instructions", "kernels.compiled", "kernels.cuda",
     "kernels", "quadrature", "estimate", "volume", "bids", "inputs", "ratings", "provenance", "manifest", "batches",
     "mask", "correction", "derivatives", "reference", "phantom", "metrics", "qc", "qc.rendering", "qc.definitions",
@@ -49,7 +49,7 @@ def test_the_workflow_itself_needs_no_numeric_library(pytestconfig):
         "import sys; sys.path.insert(0, sys.argv[1])\n"
         "for name in ('numpy', 'nibabel', 'isal', 'SimpleITK', 'threadpoolctl'): sys.modules[name] = None\n"
         "import n4flow.bids, n4flow.console, n4flow.errors, n4flow.inputs, n4flow.provenance, n4flow.files\n"
-        "import n4flow.ratings, n4flow.batches\n"
+        "import n4flow.ratings, n4flow.batches, n4flow.parameters\n"
     )
     subprocess.run([sys.executable, "-c", code, pytestconfig.rootpath / "workflow" / "scripts"], check=True)
 
@@ -59,7 +59,7 @@ def test_common_smk_imports_only_what_was_tried_above(pytestconfig):
     top_level = {line.split()[1] for line in text.splitlines() if line.startswith("from n4flow")}
     assert top_level <= {
         f"n4flow.{name}"
-        for name in ("batches", "bids", "console", "errors", "inputs", "provenance", "files", "ratings")
+        for name in ("batches", "bids", "console", "errors", "inputs", "parameters", "provenance", "files", "ratings")
     }
 
 

@@ -90,10 +90,9 @@ from n4flow.inputs import (
     with_defaults,
     with_least_hash,
 )
-from n4flow.parameters import N4Parameters
+from n4flow.parameters import MOST_SAMPLES, N4Parameters
 from n4flow.provenance import package_digest
 from n4flow.ratings import read_ratings
-from n4flow.samples import MOST_SAMPLES
 
 CONFIG_SCHEMA = load_schema(workflow.source_path("../schemas/config.schema.yaml"))
 SHEET_SCHEMA = load_schema(workflow.source_path("../schemas/samples.schema.yaml"))

@@ -9,6 +9,9 @@ from typing import Any, Literal, NamedTuple
 
 from n4flow.errors import InputError
 
+#: The estimate takes no more than so many of the box of a mask, unless a shrink factor is set: it is to take no second.
+MOST_SAMPLES = 2**21
+
 
 class Stage(NamedTuple):
     """What an iteration does in one stage of the estimate."""

@@ -12,14 +12,12 @@ import numpy as np
 
 from n4flow.device import array_module
 from n4flow.errors import InputError
+from n4flow.parameters import MOST_SAMPLES
 
 log = logging.getLogger(__name__)
 
 #: Fewer samples than this inside the mask cannot carry a histogram of 200 bins.
 MINIMUM_SAMPLES = 1000
-
-#: The estimate takes no more than so many of the box of a mask, unless a shrink factor is set: it is to take no second.
-MOST_SAMPLES = 2**21
 
 #: With so many grey levels the steps between them may be wider than the peaks of tissues; fewer are no scale of greys.
 FEWEST_LEVELS, FEW_LEVELS = 8, 100
