@@ -69,7 +69,8 @@ def test_the_update_solves_the_penalised_equations(spans, gain, fwhm, seed):
     lattice = fit.update(gathered, np.zeros_like(gathered), 1.0, 0.1)  # one that the fit can have come to
     gathered = contract(weights * rng.normal(size=weights.shape), fit.matrices)
     penalty = penalty_matrix([basis.shape[1] for basis in bases], lengths)
-    price = 1e-3 * gain * (1 + 20000 / weights.sum()) * max(1, fwhm / 0.1) ** 4 * weights.sum()
+    few = 1 + 20000 * (weights.astype(float) ** 2).sum() / weights.sum() ** 2
+    price = 1e-3 * gain * few * max(1, fwhm / 0.1) ** 4 * weights.sum()
     price /= np.sqrt(1 + lattice.ravel() @ penalty @ lattice.ravel() / 10)
     update = fit.update(gathered, lattice, gain, fwhm)
     # what solves them makes this as small as it can be
