@@ -10,11 +10,13 @@ import pytest
 from numpy.testing import assert_allclose, assert_array_equal
 
 from n4flow import InputError, N4Parameters, correct
-from n4flow.correction import _ahead, write_corrected
+from n4flow.correction import _ahead, read_samples, write_corrected
 from n4flow.derivatives import CorrectionFiles, apply_scan, correct_scan
+from n4flow.estimate import estimate_field
 from n4flow.field import BiasField, Mesh
 from n4flow.mask import mask_scan
 from n4flow.parameters import MOST_SAMPLES
+from n4flow.quadrature import keep_mean_intensity
 from n4flow.volume import Volume, VolumeWriter
 from tests.conftest import REPOSITORY
 
@@ -166,6 +168,56 @@ def test_files_and_arrays_go_through_the_same_estimate(head, head_file, tmp_path
     result = correct(head.image, mask, voxel_size_mm=(2, 2, 2), device="cpu")
     assert_array_equal(np.asarray(nib.load(paths["bias"]).dataobj), result.bias)
     assert_array_equal(np.asarray(nib.load(paths["corrected"]).dataobj), result.corrected)
+
+
+@pytest.mark.parametrize("shrink_factor", [None, 3])
+def test_background_around_the_image_changes_nothing(head, tmp_path, shrink_factor):
+    """Of files and of arrays, whose samples and mesh are laid on the mask."""
+    image, mask = head.image[::2, ::2, ::2], head.brain[::2, ::2, ::2]
+    parameters = N4Parameters(shrink_factor=shrink_factor)
+    settings = {"voxel_size_mm": (4, 4, 4), "parameters": parameters, "device": "cpu"}
+    widths = [(1, 5), (0, 3), (7, 2)]
+    fields = {}
+    for name, given in (("as it is", (image, mask)), ("padded", (np.pad(image, widths), np.pad(mask, widths)))):
+        paths = [tmp_path / f"{name}_{kind}.nii" for kind in ("image", "mask")]
+        for path, array in zip(paths, (given[0], given[1].astype(np.uint8)), strict=True):
+            nib.save(nib.Nifti1Image(array, np.diag([4.0, 4, 4, 1])), path)
+        samples, intensity = read_samples(*paths, parameters)
+        of_files = keep_mean_intensity(estimate_field(samples, parameters).field, intensity, "test")
+        fields[name] = of_files, correct(*given, **settings).field
+    for one, other in zip(*fields.values(), strict=True):
+        assert other.mesh.start == tuple(s + before for s, (before, _) in zip(one.mesh.start, widths, strict=True))
+        # but for rounding in the mean intensity, which is added up in other slabs
+        assert_allclose(other.lattice, one.lattice, rtol=0, atol=1e-12)
+
+
+def test_background_moves_the_automatic_mask_and_its_field_hardly(head, tmp_path):
+    widths = [(3, 8), (0, 5), (7, 2)]
+    inner = tuple(slice(before, before + n) for (before, _), n in zip(widths, head.image.shape, strict=True))
+    fields, masks = [], []
+    for name, image in (("as it is", head.image), ("padded", np.pad(head.image, widths))):
+        path = tmp_path / f"{name}.nii"
+        nib.save(nib.Nifti1Image(image, np.diag([2.0, 2, 2, 1])), path)
+        paths = run_chain(path, tmp_path / name)
+        part = inner if name == "padded" else ...
+        masks.append(np.asarray(nib.load(paths["mask"]).dataobj)[part] > 0)
+        fields.append(np.log(np.asarray(nib.load(paths["bias"]).dataobj)[part]))
+    assert np.mean(masks[0] != masks[1]) < 1e-3
+    assert np.std((fields[1] - fields[0])[masks[0]]) <= 1e-3
+
+
+@pytest.mark.parametrize("unit", [0.1, 0.04, 3.7])
+def test_a_mouse_has_the_mask_and_the_field_of_a_head(head, tmp_path, unit):
+    """The same voxels said to be of another size, from the mask on."""
+    found = []
+    for size in (2.0, 2.0 * unit):
+        path = tmp_path / f"{size}.nii"
+        nib.save(nib.Nifti1Image(head.image[::2, ::2, ::2], np.diag([size, size, size, 1])), path)
+        found.append(run_chain(path, tmp_path / str(size)))
+    masks, fields = ([np.asarray(nib.load(paths[role]).dataobj) for paths in found] for role in ("mask", "bias"))
+    assert_array_equal(*masks)
+    assert np.ptp(np.log(fields[0])) > 0.2
+    assert_allclose(*fields, rtol=1e-6)
 
 
 def test_slabs_of_any_size_give_the_same_files(head_file, tmp_path, monkeypatch):

@@ -3,9 +3,13 @@
 import numpy as np
 import pytest
 import SimpleITK as sitk
+from hypothesis import given
+from hypothesis import strategies as st
 from numpy.testing import assert_array_equal
 
-from n4flow import InputError
+from n4flow import InputError, N4Parameters
+from n4flow.estimate import positions_in
+from n4flow.parameters import MOST_SAMPLES
 from n4flow.samples import check_dropped, sample_positions, shrink_per_axis, usable_voxels
 
 
@@ -34,6 +38,49 @@ def test_as_much_is_left_out_before_the_first_sample_as_after_the_last(voxels, s
     positions = sample_positions((voxels, 1, 1), shrink_factor)[0]
     assert (positions[0], positions[-1]) == (first, last)
     assert 0 <= first - (voxels - 1 - last) <= 1
+
+
+@given(st.lists(st.integers(1, 1500), min_size=3, max_size=3))
+def test_the_default_takes_as_many_samples_as_it_may_and_about_as_many_along_each_axis(shape):
+    factors = shrink_per_axis(shape, None)
+    counts = [len(p) for p in sample_positions(shape, None)]
+    assert counts == [n // factor for n, factor in zip(shape, factors, strict=True)]
+    assert np.prod(counts, dtype=int) <= MOST_SAMPLES
+    if set(factors) == {1}:
+        return
+    # one axis was thinned last: with one less, there would be too many
+    less = [max(1, factor - 1) for factor in factors]
+    assert any(
+        np.prod([shape[axis] // less[axis] if n == axis else count for n, count in enumerate(counts)]) > MOST_SAMPLES
+        for axis in range(3)
+        if factors[axis] > 1
+    )
+    # none was thinned but the one that had the most: so it keeps half as many as any other
+    assert all(2 * (count + 1) > max(counts) for count, factor in zip(counts, factors, strict=True) if factor > 1)
+
+
+@given(st.lists(st.integers(1, 1500), min_size=3, max_size=3, unique=True), st.permutations([0, 1, 2]))
+def test_axes_may_be_permuted(shape, order):
+    positions = sample_positions(shape, None)
+    for axis, p in zip(order, sample_positions([shape[axis] for axis in order], None), strict=True):
+        assert_array_equal(p, positions[axis])
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 30), st.integers(1, 300), st.integers(0, 30)), min_size=3, max_size=3),
+    st.sampled_from([None, 1, 2, 3, 4]),
+)
+def test_samples_go_with_the_mask_wherever_it_lies_in_the_image(axes, shrink_factor):
+    parameters = N4Parameters(shrink_factor=shrink_factor)
+    alone = positions_in([range(n) for _, n, _ in axes], [n for _, n, _ in axes], parameters)
+    domain = [range(before, before + n) for before, n, _ in axes]
+    within = positions_in(domain, [before + n + after for before, n, after in axes], parameters)
+    for (before, n, _), p, moved in zip(axes, alone, within, strict=True):
+        assert_array_equal(moved, p + before)
+        assert moved[-1] < before + n
+    # ITK's are those of the image
+    itk = N4Parameters.from_mapping({"preset": "itk"})
+    assert_array_equal(positions_in(domain, (80, 81, 82), itk)[0], sample_positions((80, 81, 82), 4)[0])
 
 
 def test_a_voxel_without_a_logarithm_is_dropped_under_its_reason():

@@ -135,7 +135,7 @@ BROKEN = {
     "nan": Broken(mostly_nan, "n4", "most of the mask cannot be used", mask=mask_file(np.ones(SHAPE))),
     "allnan": Broken(all_nan, "mask", "no voxel is above 0"),
     "emptymask": Broken(good, "mask", "the mask is empty", mask=mask_file(np.zeros(SHAPE)), source="mask"),
-    "tinymask": Broken(good, "n4", "only 1 usable samples inside the mask", mask=mask_file(box(2))),
+    "tinymask": Broken(good, "n4", "only 8 usable samples inside the mask", mask=mask_file(box(2))),
     "othershape": Broken(good, "mask", "has shape", mask=mask_file(np.ones((40, 44, 35))), source="mask"),
     "otheraffine": Broken(
         good, "mask", "affine of the mask differs", mask=mask_file(np.ones(SHAPE), affine=AFFINE + 1), source="mask"
