@@ -1,6 +1,6 @@
 """Pictures of README.md, after a run of the demo: python tests/report/screenshots.py results workflow/report.
 
-And after `snakemake tune` of subject 04 with spline_distance_mm 40 and 80, convergence_threshold 0.0005 and 0.0015.
+And after `snakemake tune` of subject 04 with stiffness 2e-7 and 2e-6, twicing 0 and 0.9.
 """
 
 import io

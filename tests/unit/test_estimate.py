@@ -265,3 +265,16 @@ def test_few_grey_levels_still_show_the_field(tissues, levels):
 def test_many_grey_levels_are_left_alone(small_head):
     samples = samples_of(*small_head)
     assert samples.spread() is samples
+
+
+@pytest.mark.parametrize("odd", [8.0, 0.37])
+def test_single_voxels_off_the_scale_do_not_keep_grey_levels_from_being_spread(small_head, odd):
+    image, mask = small_head
+    levels = np.rint(image / np.percentile(image[mask], 99) * 20)
+    mask = mask & (levels > 0)
+    expected = samples_of(levels, mask).spread().log_image
+    place = tuple(np.argwhere(mask)[100])
+    levels[place] += odd * 20
+    found = samples_of(levels, mask).spread().log_image
+    found[place] = expected[place] = 0
+    assert_allclose(found, expected, atol=1e-9)

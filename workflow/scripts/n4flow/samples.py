@@ -22,6 +22,9 @@ MINIMUM_SAMPLES = 1000
 #: With so many grey levels the steps between them may be wider than the peaks of tissues; fewer are no scale of greys.
 FEWEST_LEVELS, FEW_LEVELS = 8, 100
 
+#: A level of no more than this share of the samples does not count: it may be off the scale.
+RARE = 1e-4
+
 #: A scale of greys has at least this share of the levels that fit between its ends.
 MOSTLY_USED = 0.8
 
@@ -144,21 +147,24 @@ class Samples:
         values = self.log_image[used]
         if len(np.unique(values[:: max(1, len(values) // 1024)])) > FEW_LEVELS:
             return self  # as a rule
-        levels, level = np.unique(values, return_inverse=True)
-        if not FEWEST_LEVELS <= len(levels) <= FEW_LEVELS:
-            return self
+        levels, level, counts = np.unique(values, return_inverse=True, return_counts=True)
         intensities = np.exp(levels - levels[-1])
-        step = float(np.diff(intensities).min())
-        if len(levels) < MOSTLY_USED * (1 + (1 - intensities[0]) / step):
+        # of single voxels that are hot, or off the scale, there may be some
+        common = intensities[counts > RARE * len(values)]
+        if len(levels) > 2 * FEW_LEVELS or not FEWEST_LEVELS <= len(common) <= FEW_LEVELS:
             return self
-        log.info("%s: has %d grey levels, which are spread by half a step up and down", self.source, len(levels))
+        step = float(np.diff(common).min())
+        if len(common) < MOSTLY_USED * (1 + (common[-1] - common[0]) / step):
+            return self
+        log.info("%s: has %d grey levels, which are spread by half a step up and down", self.source, len(common))
         first = [0, 0, 0] if self.domain is None else [voxels.start for voxels in self.domain]
         shares = sum(
             share * (p[index] - start)
             for share, p, index, start in zip(SPREAD_SHARES, self.positions, np.nonzero(used), first, strict=True)
         )
         log_image = self.log_image.copy()
-        log_image[used] = np.log(intensities[level] + step * (shares % 1 - 0.5)) + levels[-1]
+        spread = intensities[level] + step * (shares % 1 - 0.5)
+        log_image[used] = np.log(np.where(spread > 0, spread, intensities[level])) + levels[-1]
         return replace(self, log_image=log_image)
 
 
