@@ -109,7 +109,8 @@ def test_a_corrected_image_is_hardly_changed_again(tissues, inu_percent):
     parameters = N4Parameters()
     for mask in (head.brain, head.image > 300):
         first, second = changes_of_two_corrections(head.image, mask, (2, 2, 2), parameters)
-        assert second < 0.1 * first
+        # of a weak field what changes again is a larger share
+        assert second < max(0.1 * first, 0.006)
 
 
 @pytest.mark.data

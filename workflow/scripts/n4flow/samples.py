@@ -188,7 +188,8 @@ def shrink_per_axis(shape: Sequence[int], shrink_factor: int | None) -> tuple[in
         return tuple(max(1, min(shrink_factor, n // MINIMUM_GRID)) for n in shape)
     factors = [1] * len(shape)
     while math.prod(counts := [max(1, n // step) for n, step in zip(shape, factors, strict=True)]) > MOST_SAMPLES:
-        factors[int(np.argmax(counts))] += 1
+        # of axes that have as many, the longer one: in whatever order they come
+        factors[max(range(len(shape)), key=lambda axis: (counts[axis], shape[axis]))] += 1
     return tuple(factors)
 
 
