@@ -449,14 +449,12 @@ def _take_samples(
     image: Any, mask: Any, weights: Any, voxel_size_mm: tuple[float, ...], affine: np.ndarray, parameters: N4Parameters
 ) -> Samples:
     """What `read_samples` does for files."""
-    box = _Box(image.shape)
-    for k in range(image.shape[2]):  # plane by plane, for the sake of memory
-        plane = image[:, :, k : k + 1]
-        part = array_module(plane).ones(plane.shape, dtype=bool)
-        for given in (mask, weights):
-            if given is not None:
-                part &= to_module(inside_mask(given[:, :, k : k + 1]), array_module(plane))
-        box.add(usable_voxels(plane, part)[0], k)
+    box, module = _Box(image.shape), array_module(image)
+    taking_part = module.ones(image.shape, dtype=bool)
+    for given in (mask, weights):
+        if given is not None:
+            taking_part &= to_module(inside_mask(given), module)
+    box.add(usable_voxels(image, taking_part)[0], 0)
     domain = box.ranges
     positions = positions_in(domain, image.shape, parameters)
     grid = np.ix_(*positions)
