@@ -92,7 +92,7 @@ OVER_ALL = ["figures", "index", "manifest"]
     [
         ("qc: {flags: {cjv_worse: 1.5}}", ["guide", *["pages", "qc"] * 3, *OVER_ALL]),
         ("qc: {flags: {outlier_z: 4}}", OVER_ALL),
-        ("n4: {fwhm: 0.2}", [*["fields", "mask", "n4", "pages", "qc"] * 3, *OVER_ALL]),
+        ("n4: {fwhm: 0.2}", [*["fields", "n4", "pages", "qc"] * 3, *OVER_ALL]),
     ],
 )
 def test_a_changed_key_makes_again_what_it_changes_and_what_follows(lean, code, tmp_path, changed, rules):
@@ -104,7 +104,7 @@ def test_a_changed_key_makes_again_what_it_changes_and_what_follows(lean, code, 
 @pytest.mark.parametrize(
     ("file", "rules"),
     [
-        ("estimate.py", ["guide", *["fields", "n4", "pages", "qc"] * 3, *OVER_ALL]),
+        ("estimate.py", ["guide", *["fields", "mask", "n4", "pages", "qc"] * 3, *OVER_ALL]),
         ("manifest.py", ["manifest"]),
     ],
 )
