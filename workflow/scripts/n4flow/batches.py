@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from n4flow.console import PREFIX, last_error, reporting
+from n4flow.console import PREFIX, last_error, reporting, say
 from n4flow.files import write_json
 
 # loaded where a batch is worked on: three jobs of every scan take from one, and each would wait for it
@@ -186,7 +186,8 @@ def take(
         _link(said, log_path)
         # so that another run tries again
         Path(folder, RECEIPT).unlink(missing_ok=True)
-        sys.exit(f"{PREFIX}{error}")
+        say(f"{PREFIX}{error}\n", sys.stderr)
+        sys.exit(1)
     if not receipt:
         return False
     for path in given:

@@ -38,22 +38,22 @@ def reporting(log_path: str | Path, *, quiet: bool = False) -> Iterator[None]:
             yield
             print(DONE, file=file)
         except KeyboardInterrupt:
-            _say(f"{PREFIX}stopped by hand (Ctrl-C)\n", file)
+            say(f"{PREFIX}stopped by hand (Ctrl-C)\n", file)
             sys.exit(128 + signal.SIGINT)
         except InputError as error:
-            _say(f"{PREFIX}{error}\n", file, *terminals)
+            say(f"{PREFIX}{error}\n", file, *terminals)
             sys.exit(1)
         except Exception as error:
             traceback.print_exc(file=file)
-            _say(f"{PREFIX}{type(error).__name__}: {' '.join(str(error).split())}; see {log_path}\n", file, *terminals)
+            say(f"{PREFIX}{type(error).__name__}: {' '.join(str(error).split())}; see {log_path}\n", file, *terminals)
             sys.exit(1)
         finally:
             logger.removeHandler(handler)
 
 
-def _say(line: str, *files: TextIO) -> None:
+def say(line: str, *files: TextIO) -> None:
+    """Write a line, its end included, in one piece: other jobs may write to the terminal at the same time."""
     for file in files:
-        # in one piece with its end: other jobs may write to the terminal at the same time
         file.write(line)
         file.flush()
 
