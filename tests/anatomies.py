@@ -15,8 +15,9 @@ import nibabel as nib
 import numpy as np
 import SimpleITK as sitk
 
-from n4flow.mask import otsu_threshold
-from n4flow.phantom import head_tissues, load_tissues
+from n4flow.core.phantom import head_tissues
+from n4flow.steps.demo import load_tissues
+from n4flow.steps.mask import otsu_threshold
 
 REPOSITORY = Path(__file__).parents[1]
 DATA = Path(os.environ.get("N4FLOW_TEST_DATA", REPOSITORY.parent / "shared" / "data"))

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 from n4flow import N4Parameters, kernels
-from n4flow.phantom import load_tissues, make_phantom
-from n4flow.samples import Samples, log_where
+from n4flow.core.phantom import make_phantom
+from n4flow.core.samples import Samples, log_where
+from n4flow.steps.demo import load_tissues
 
 REPOSITORY = Path(__file__).parents[1]
 TISSUES = REPOSITORY / "workflow" / "resources" / "mni152" / "tissues_2mm.nii.gz.base64"

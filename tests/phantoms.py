@@ -13,9 +13,9 @@ from itertools import product
 import numpy as np
 import SimpleITK as sitk
 
-from n4flow.mask import otsu_threshold
+from n4flow.core.phantom import T1_LIKE, inu_field
 from n4flow.parameters import PRESETS, N4Parameters
-from n4flow.phantom import T1_LIKE, inu_field
+from n4flow.steps.mask import otsu_threshold
 from tests.anatomies import anatomy
 
 CONTRASTS = {

@@ -34,13 +34,14 @@ import SimpleITK as sitk
 REPOSITORY = Path(__file__).parents[2]
 sys.path[:0] = [str(REPOSITORY / "workflow" / "scripts"), str(REPOSITORY)]
 
-from n4flow import InputError, __version__, basis_matrix, correct, sharpening  # noqa: E402
-from n4flow.bspline import expand  # noqa: E402
+from n4flow import InputError, __version__, basis_matrix, correct  # noqa: E402
+from n4flow.core import sharpening  # noqa: E402
+from n4flow.core.bspline import expand  # noqa: E402
+from n4flow.core.samples import Samples, log_where, sample_positions, shrink_per_axis  # noqa: E402
 from n4flow.estimate import estimate_field  # noqa: E402
-from n4flow.mask import otsu_threshold  # noqa: E402
-from n4flow.metrics import coefficient_of_joint_variation  # noqa: E402
 from n4flow.parameters import PRESETS, N4Parameters  # noqa: E402
-from n4flow.samples import Samples, log_where, sample_positions, shrink_per_axis  # noqa: E402
+from n4flow.qc.metrics import coefficient_of_joint_variation  # noqa: E402
+from n4flow.steps.mask import otsu_threshold  # noqa: E402
 from tests.anatomies import REAL_SCANS, anatomy, real_scan  # noqa: E402
 from tests.phantoms import (  # noqa: E402
     MASKS,

@@ -18,11 +18,12 @@ REPOSITORY = Path(__file__).parents[2]
 sys.path[:0] = [str(REPOSITORY / "workflow" / "scripts"), str(REPOSITORY)]
 
 from n4flow import N4Parameters  # noqa: E402
+from n4flow.core.field import BiasField, Mesh  # noqa: E402
+from n4flow.core.phantom import make_phantom  # noqa: E402
 from n4flow.device import available_cores, select_device  # noqa: E402
 from n4flow.estimate import estimate_field, fit_on, initial_mesh  # noqa: E402
-from n4flow.field import BiasField, Mesh  # noqa: E402
 from n4flow.kernels.cuda import CudaKernels, FieldDivision  # noqa: E402
-from n4flow.phantom import load_tissues, make_phantom  # noqa: E402
+from n4flow.steps.demo import load_tissues  # noqa: E402
 from tests.conftest import TISSUES, lee_wolberg_shin, samples_of  # noqa: E402
 
 HEAD = (256, 256, 176)

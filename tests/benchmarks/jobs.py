@@ -35,12 +35,12 @@ REPOSITORY = Path(__file__).parents[2]
 SCRIPTS = REPOSITORY / "workflow" / "scripts"
 sys.path.insert(0, str(SCRIPTS))
 
-from n4flow.batches import BatchScan  # noqa: E402
-from n4flow.bids import Scan  # noqa: E402
-from n4flow.inputs import load_schema, with_defaults  # noqa: E402
-from n4flow.manifest import write_manifest  # noqa: E402
-from n4flow.phantom import demo_dataset, load_tissues  # noqa: E402
-from n4flow.provenance import package_digest  # noqa: E402
+from n4flow.steps.demo import demo_dataset, load_tissues  # noqa: E402
+from n4flow.study.batches import BatchScan  # noqa: E402
+from n4flow.study.bids import Scan  # noqa: E402
+from n4flow.study.inputs import load_schema, with_defaults  # noqa: E402
+from n4flow.study.manifest import write_manifest  # noqa: E402
+from n4flow.study.provenance import package_digest  # noqa: E402
 
 TISSUES = REPOSITORY / "workflow" / "resources" / "mni152" / "tissues_2mm.nii.gz.base64"
 SNAKEMAKE = [sys.executable, "-m", "snakemake", "-s", REPOSITORY / "Snakefile"]
@@ -129,13 +129,14 @@ def calls_of(scan, config, folder):
     flags = {name: limit for name, limit in config["qc"]["flags"].items() if name != "outlier_z"}
 
     def run_mask():
-        from n4flow.mask import mask_scan
+        from n4flow.steps.mask import mask_scan
 
         mask_scan(Path(scan.image), None, mask, mask_sidecar, **config["mask"])
 
     def run_n4():
-        from n4flow.derivatives import CorrectionFiles, correct_scan
         from n4flow.parameters import N4Parameters
+        from n4flow.steps.correct import correct_scan
+        from n4flow.steps.derivatives import CorrectionFiles
 
         correct_scan(
             Path(scan.image),
@@ -258,11 +259,11 @@ def fill(folder, scans):
     config = with_defaults(config, load_schema(REPOSITORY / "workflow" / "schemas" / "config.schema.yaml"))
     limits = {name: limit for name, limit in config["qc"]["flags"].items() if name != "outlier_z"}
     settings = {
-        "mask": {"settings": config["mask"], "package": package_digest("mask")},
+        "mask": {"settings": config["mask"], "package": package_digest("steps.mask")},
         "n4": {
             "settings": config["n4"],
             "keep_dtype": config["output"]["keep_dtype"],
-            "package": package_digest("derivatives"),
+            "package": package_digest("steps.derivatives"),
         },
     }
     written = ["corrected", "sidecar", "lattice", *(["bias"] if config["output"]["bias_field"] else [])]

@@ -35,12 +35,12 @@ SCRIPTS = REPOSITORY / "workflow" / "scripts"
 sys.path.insert(0, str(SCRIPTS))
 
 from n4flow import kernels  # noqa: E402
+from n4flow.core.field import Mesh  # noqa: E402
+from n4flow.core.samples import Samples, log_where  # noqa: E402
 from n4flow.device import available_cores  # noqa: E402
 from n4flow.estimate import estimate_field  # noqa: E402
-from n4flow.field import Mesh  # noqa: E402
-from n4flow.mask import otsu_threshold  # noqa: E402
 from n4flow.parameters import N4Parameters  # noqa: E402
-from n4flow.samples import Samples, log_where  # noqa: E402
+from n4flow.steps.mask import otsu_threshold  # noqa: E402
 
 ITERATIONS = (20, 20, 20, 20)
 FIRST_SPANS = (1, 1, 1)
@@ -77,8 +77,9 @@ import sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[3])
 from n4flow import N4Parameters
-from n4flow.derivatives import CorrectionFiles, correct_scan
-from n4flow.mask import mask_scan
+from n4flow.steps.derivatives import CorrectionFiles
+from n4flow.steps.correct import correct_scan
+from n4flow.steps.mask import mask_scan
 image, folder = Path(sys.argv[1]), Path(sys.argv[2])
 mask = folder / "mask.nii.gz"
 mask_scan(image, None, mask, folder / "mask.json", method="otsu", percentile=50)
@@ -91,8 +92,9 @@ import sys, time
 from pathlib import Path
 sys.path.insert(0, sys.argv[3])
 from n4flow import N4Parameters
-from n4flow.derivatives import CorrectionFiles, correct_scan
-from n4flow.mask import mask_scan
+from n4flow.steps.derivatives import CorrectionFiles
+from n4flow.steps.correct import correct_scan
+from n4flow.steps.mask import mask_scan
 image, folder = Path(sys.argv[1]), Path(sys.argv[2])
 def held(key):
     lines = Path("/proc/self/status").read_text().splitlines()

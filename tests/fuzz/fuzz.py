@@ -28,11 +28,12 @@ import nibabel as nib  # noqa: E402
 import numpy as np  # noqa: E402
 import yaml  # noqa: E402
 
+from n4flow.core.field import BiasField, Mesh  # noqa: E402
 from n4flow.errors import InputError  # noqa: E402
-from n4flow.field import BiasField, Mesh  # noqa: E402
-from n4flow.inputs import config_problems, load_schema, read_sheet, tune_problems, with_defaults  # noqa: E402
+from n4flow.images.fields import load_field  # noqa: E402
+from n4flow.images.nifti import Volume  # noqa: E402
 from n4flow.parameters import N4Parameters  # noqa: E402
-from n4flow.volume import Volume  # noqa: E402
+from n4flow.study.inputs import config_problems, load_schema, read_sheet, tune_problems, with_defaults  # noqa: E402
 
 MEMORY_BYTES = 6 * 2**30
 
@@ -278,10 +279,10 @@ class Lattice:
         return json.dumps(content).encode("utf-8", "surrogatepass")
 
     def read(self):
-        field = BiasField.load(self.path)
+        field = load_field(self.path)
         other = field.on_grid((9, 8, 7), np.diag([8.0, 8, 8, 1]), "other")
         assert other.ratio_tile((slice(None), slice(None), slice(0, 2))).shape == (9, 8, 2)
-        assert BiasField.load(self.path).to_mapping() == field.to_mapping()
+        assert load_field(self.path).to_mapping() == field.to_mapping()
 
 
 TARGETS = {"sheet": Sheet, "config": Config, "header": Header, "lattice": Lattice}

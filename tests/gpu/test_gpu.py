@@ -9,13 +9,14 @@ import pytest
 from numpy.testing import assert_allclose, assert_array_equal
 
 from n4flow import N4Parameters, bspline_fit, correct, sharpen_residual
-from n4flow.correction import write_corrected
-from n4flow.derivatives import CorrectionFiles, correct_scan
+from n4flow.core.field import BiasField, Mesh
 from n4flow.device import select_device
 from n4flow.estimate import estimate_field
-from n4flow.field import BiasField, Mesh
-from n4flow.mask import mask_scan
-from n4flow.volume import Volume
+from n4flow.images.division import write_corrected
+from n4flow.images.nifti import Volume
+from n4flow.steps.correct import correct_scan
+from n4flow.steps.derivatives import CorrectionFiles
+from n4flow.steps.mask import mask_scan
 from tests.conftest import lee_wolberg_shin, samples_of
 
 pytestmark = pytest.mark.gpu
@@ -118,7 +119,7 @@ def test_slabs_of_any_size_give_the_same_file_and_need_little_memory_on_the_devi
     for slab_voxels in (200_000, 500_000):
         pool.free_all_blocks()
         before = pool.total_bytes()
-        monkeypatch.setattr("n4flow.volume.SLAB_VOXELS", slab_voxels)
+        monkeypatch.setattr("n4flow.images.nifti.SLAB_VOXELS", slab_voxels)
         path = tmp_path / f"{slab_voxels}.nii"
         assert write_corrected(Volume(tmp_path / "image.nii"), field, path, xp=cupy) < 3e-7
         # three arrays and what is evaluated along two axes, of two tiles and their odd last ones

@@ -12,11 +12,12 @@ import nibabel as nib
 import numpy as np
 import pytest
 
+from n4flow.core.field import BiasField, Mesh
 from n4flow.errors import InputError
-from n4flow.field import BiasField, Mesh
+from n4flow.images.fields import load_field
 from n4flow.qc.dataset import make_index
 from n4flow.qc.pages import make_subject
-from n4flow.ratings import Rating, read_ratings
+from n4flow.study.ratings import Rating, read_ratings
 from tests.unit.test_qc import HOSTILE, make_files, write_metrics
 
 SCANS = ("sub-01_T1w", "sub-02_ses-a_run-1_T1w", "sub-03_T1w")
@@ -515,7 +516,7 @@ def open_viewer(page):
 def test_the_viewer_evaluates_the_field_as_python_does(qc, visit):
     page = visit(qc / f"{SCANS[1]}.html").page
     open_viewer(page)
-    field = BiasField.load(qc.parent / "scan1" / "field.json").log_tile((slice(None),) * 3)
+    field = load_field(qc.parent / "scan1" / "field.json").log_tile((slice(None),) * 3)
     for at in ((0, 0, 0), (23, 27, 19), (5, 20, 11)):
         found = page.evaluate(f"logField(scan.fields[0], {list(at)})")
         assert found == pytest.approx(field[at], abs=1e-12)

@@ -14,11 +14,11 @@ import pytest
 import SimpleITK as sitk
 
 from n4flow import N4Parameters, correct
+from n4flow.core.field import Mesh
+from n4flow.core.samples import sample_positions
 from n4flow.errors import InputError
 from n4flow.estimate import estimate_field
-from n4flow.field import Mesh
-from n4flow.mask import otsu_threshold
-from n4flow.samples import sample_positions
+from n4flow.steps.mask import otsu_threshold
 from tests.conftest import lee_wolberg_shin, rms, samples_of
 from tests.unit.references import (
     DEFAULT_HISTOGRAM,

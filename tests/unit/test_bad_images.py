@@ -7,11 +7,12 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from n4flow.correction import read_samples
-from n4flow.derivatives import CorrectionFiles, correct_scan
 from n4flow.errors import InputError
+from n4flow.images.nifti import Volume, VolumeWriter
+from n4flow.images.sampling import read_samples
 from n4flow.parameters import N4Parameters
-from n4flow.volume import Volume, VolumeWriter
+from n4flow.steps.correct import correct_scan
+from n4flow.steps.derivatives import CorrectionFiles
 
 SHAPE = (24, 22, 20)
 AFFINE = np.diag([2.0, 2, 2, 1])

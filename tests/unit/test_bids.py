@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from n4flow.bids import DATATYPE_OF, Scan, dataset_root, describe_dataset, index_dataset, sidecars_of
 from n4flow.errors import InputError
+from n4flow.study.bids import DATATYPE_OF, Scan, dataset_root, describe_dataset, index_dataset, sidecars_of
 
 
 @pytest.mark.parametrize(

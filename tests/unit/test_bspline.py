@@ -4,8 +4,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.testing import assert_allclose
 
-from n4flow.bspline import basis_matrix, bspline_fit, contract, expand, refine
-from n4flow.field import Mesh
+from n4flow.core.bspline import basis_matrix, bspline_fit, contract, expand, refine
+from n4flow.core.field import Mesh
 
 SPANS = st.tuples(st.integers(0, 5), st.integers(0, 5), st.integers(1, 5))
 

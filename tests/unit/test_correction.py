@@ -10,14 +10,18 @@ import pytest
 from numpy.testing import assert_allclose, assert_array_equal
 
 from n4flow import InputError, N4Parameters, correct
-from n4flow.correction import _ahead, read_samples, write_corrected
-from n4flow.derivatives import CorrectionFiles, apply_scan, correct_scan
+from n4flow.core.field import BiasField, Mesh
+from n4flow.core.quadrature import keep_mean_intensity
 from n4flow.estimate import estimate_field
-from n4flow.field import BiasField, Mesh
-from n4flow.mask import mask_scan
+from n4flow.images.division import _ahead, write_corrected
+from n4flow.images.fields import load_field, save_field
+from n4flow.images.nifti import Volume, VolumeWriter
+from n4flow.images.sampling import read_samples
 from n4flow.parameters import MOST_SAMPLES
-from n4flow.quadrature import keep_mean_intensity
-from n4flow.volume import Volume, VolumeWriter
+from n4flow.steps.apply import apply_scan
+from n4flow.steps.correct import correct_scan
+from n4flow.steps.derivatives import CorrectionFiles
+from n4flow.steps.mask import mask_scan
 from tests.conftest import REPOSITORY
 
 
@@ -107,11 +111,11 @@ def test_field_of_an_array_is_brought_to_another_grid(head, mask_of_head, tmp_pa
     without = correct(image, mask, **settings)
     assert_array_equal(result.bias, without.bias)
     assert_array_equal(without.field.affine, np.diag([2, 2, 1 if flat else 2, 1]))
-    result.field.save(tmp_path / "field.json")
+    save_field(result.field, tmp_path / "field.json")
     # every second voxel, from the other end of the first axis
     other = affine @ np.array([[-2, 0, 0, image.shape[0] - 1], [0, 2, 0, 0], [0, 0, 1 if flat else 2, 0], [0, 0, 0, 1]])
     part = image[::-2, ::2] if flat else image[::-2, ::2, ::2]
-    ratio = BiasField.load(tmp_path / "field.json").on_grid(part.shape, other).ratio_tile(np.s_[:, :, :])
+    ratio = load_field(tmp_path / "field.json").on_grid(part.shape, other).ratio_tile(np.s_[:, :, :])
     expected = result.bias[::-2, ::2, None] if flat else result.bias[::-2, ::2, ::2]
     assert_allclose(ratio, expected, rtol=1e-6)
 
@@ -222,7 +226,7 @@ def test_a_mouse_has_the_mask_and_the_field_of_a_head(head, tmp_path, unit):
 
 def test_slabs_of_any_size_give_the_same_files(head_file, tmp_path, monkeypatch):
     expected = run_chain(head_file, tmp_path / "a")
-    monkeypatch.setattr("n4flow.volume.SLAB_VOXELS", 30_000)
+    monkeypatch.setattr("n4flow.images.nifti.SLAB_VOXELS", 30_000)
     result = run_chain(head_file, tmp_path / "b")
     for role in ("mask", "corrected", "bias"):
         assert result[role].read_bytes() == expected[role].read_bytes()
@@ -294,9 +298,9 @@ def test_one_voxel_written_wrongly_shows_in_the_self_check(head, head_file, tmp_
     lattice = np.random.default_rng(3).normal(0, 0.1, mesh.lattice_shape)
     volume = Volume(head_file)
     field = BiasField(lattice, mesh, volume.shape, volume.affine)
-    monkeypatch.setattr("n4flow.volume.SLAB_VOXELS", 200_000)
+    monkeypatch.setattr("n4flow.images.nifti.SLAB_VOXELS", 200_000)
     assert 0 < write_corrected(volume, field, tmp_path / "right.nii") < 3e-7
-    monkeypatch.setattr("n4flow.correction.VolumeWriter", Careless)
+    monkeypatch.setattr("n4flow.images.division.VolumeWriter", Careless)
     assert write_corrected(volume, field, tmp_path / "wrong.nii") > 3e-3
 
 
@@ -305,7 +309,8 @@ import sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 from n4flow import N4Parameters
-from n4flow.derivatives import CorrectionFiles, correct_scan
+from n4flow.steps.derivatives import CorrectionFiles
+from n4flow.steps.correct import correct_scan
 image, mask, folder = map(Path, sys.argv[2:5])
 files = CorrectionFiles(*(folder / name for name in ("c.nii.gz", "c.json", "f.json", "f.nii.gz")))
 parameters = N4Parameters(shrink_factor=int(sys.argv[5]) or None)
@@ -524,7 +529,7 @@ def test_an_array_without_voxels_or_voxel_sizes_is_named(shape, size, said):
 @pytest.mark.parametrize("air", [0, 1e-41, 1e-39, 3e-33])
 def test_a_slab_of_next_to_nothing_is_no_reason_to_refuse_an_image(head, mask_of_head, tmp_path, monkeypatch, air):
     """Float32 has few digits there, or none: 1e-41 over a field of 2 may be any whole number of its smallest steps."""
-    monkeypatch.setattr("n4flow.volume.SLAB_VOXELS", 1)
+    monkeypatch.setattr("n4flow.images.nifti.SLAB_VOXELS", 1)
     image = head.image.astype(np.float32)
     image[:, :, -3:] = air
     nib.save(nib.Nifti1Image(image, np.eye(4)), tmp_path / "image.nii")

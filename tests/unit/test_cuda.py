@@ -13,16 +13,16 @@ import pytest
 from numpy.testing import assert_allclose, assert_array_equal
 
 from n4flow import N4Parameters, correct
-from n4flow.correction import write_corrected
+from n4flow.core.field import BiasField, Mesh
+from n4flow.core.fit import LeeWolbergShin, PenalisedLeastSquares
+from n4flow.core.samples import box_of
+from n4flow.core.sharpening import expected_log_values, linear_histogram, sharpening_gain
 from n4flow.device import Device, to_host
 from n4flow.estimate import estimate_field
-from n4flow.field import BiasField, Mesh
-from n4flow.fit import LeeWolbergShin, PenalisedLeastSquares
+from n4flow.images.division import write_corrected
+from n4flow.images.nifti import Volume
 from n4flow.kernels import PlainKernels, cuda
 from n4flow.parameters import Stage
-from n4flow.samples import box_of
-from n4flow.sharpening import expected_log_values, linear_histogram, sharpening_gain
-from n4flow.volume import Volume
 from tests.conftest import REPOSITORY, samples_of
 from tests.unit import strict_device
 from tests.unit.strict_device import COMPILER, RawModule, StrictModule, running_in_order
@@ -287,7 +287,7 @@ def test_files_are_divided_slab_by_slab(device, field, tmp_path, slab_voxels, mo
     volume = Volume(tmp_path / "image.nii")
     written = {}
     for name, xp, voxels in (("host", np, 2000), ("all at once", device, 10**6), ("device", device, slab_voxels)):
-        monkeypatch.setattr("n4flow.volume.SLAB_VOXELS", voxels)
+        monkeypatch.setattr("n4flow.images.nifti.SLAB_VOXELS", voxels)
         paths = tmp_path / f"{name}.nii", tmp_path / f"{name}_bias.nii"
         assert write_corrected(volume, field, *paths, xp=xp) < 3e-7
         written[name] = [nib.load(path).get_fdata(dtype=np.float32) for path in paths]

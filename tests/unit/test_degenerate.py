@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 
 from n4flow import InputError, N4Parameters, correct
-from n4flow.correction import read_samples
-from n4flow.phantom import make_phantom
+from n4flow.core.phantom import make_phantom
+from n4flow.images.sampling import read_samples
 from tests.conftest import demeaned_error, lee_wolberg_shin, rms
 
 pytestmark = pytest.mark.usefixtures("kernel_set")

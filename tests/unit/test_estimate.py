@@ -8,14 +8,14 @@ import pytest
 from numpy.testing import assert_allclose, assert_array_equal
 
 from n4flow import InputError, N4Parameters, correct, kernels
-from n4flow.correction import read_samples
+from n4flow.core.field import Mesh
+from n4flow.core.phantom import make_phantom
+from n4flow.core.quadrature import MaskIntensity
+from n4flow.core.samples import sample_positions
 from n4flow.estimate import estimate_field, repeatability
-from n4flow.field import Mesh
+from n4flow.images.sampling import read_samples
 from n4flow.kernels import plain
-from n4flow.mask import otsu_threshold
-from n4flow.phantom import make_phantom
-from n4flow.quadrature import MaskIntensity
-from n4flow.samples import sample_positions
+from n4flow.steps.mask import otsu_threshold
 from tests.anatomies import REAL_SCANS, real_scan
 from tests.conftest import demeaned_error, lee_wolberg_shin, rms, samples_of
 from tests.phantoms import light_sheet

@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from numpy.testing import assert_allclose, assert_array_equal
 
 from n4flow import BiasField, InputError
-from n4flow.bspline import expand
-from n4flow.field import Mesh
+from n4flow.core.bspline import expand
+from n4flow.core.field import Mesh
+from n4flow.images.fields import load_field, save_field
 
 
 @pytest.fixture
@@ -24,9 +25,9 @@ def field():
 
 
 def test_saved_and_loaded_it_is_the_same_to_the_last_bit(field, tmp_path):
-    field.save(tmp_path / "field.json", Sources=["x"])
+    save_field(field, tmp_path / "field.json", Sources=["x"])
     assert json.loads((tmp_path / "field.json").read_text())["Sources"] == ["x"]
-    again = BiasField.load(tmp_path / "field.json")
+    again = load_field(tmp_path / "field.json")
     assert_array_equal(again.lattice, field.lattice)
     assert again.mesh == field.mesh
     assert again.image_shape == field.image_shape
@@ -75,7 +76,7 @@ def test_a_file_that_holds_no_field_is_refused(field, tmp_path, mutate):
     path = tmp_path / "field.json"
     path.write_text(json.dumps(content))
     with pytest.raises(InputError, match=r"field\.json: is no n4flow bias field"):
-        BiasField.load(path)
+        load_field(path)
 
 
 @pytest.mark.parametrize(
@@ -85,12 +86,12 @@ def test_a_file_that_holds_no_object_is_refused(tmp_path, content):
     path = tmp_path / "field.json"
     path.write_bytes(content)
     with pytest.raises(InputError, match=r"field\.json: is no n4flow bias field"):
-        BiasField.load(path)
+        load_field(path)
 
 
 def test_a_missing_file_is_refused(tmp_path):
     with pytest.raises(InputError, match="is no n4flow bias field"):
-        BiasField.load(tmp_path / "nothing.json")
+        load_field(tmp_path / "nothing.json")
 
 
 def test_tiles_of_any_size_have_the_bits_of_the_whole(field):
@@ -262,7 +263,7 @@ def test_tiles_have_the_bits_of_the_whole_on_any_grid(affine):
 def test_many_points_are_evaluated_as_few_are(monkeypatch):
     field = random_field().on_grid((18, 22, 15), OBLIQUE)
     whole = field.log_tile((slice(None),) * 3)
-    monkeypatch.setattr("n4flow.field.BLOCK_POINTS", 50)
+    monkeypatch.setattr("n4flow.core.field.BLOCK_POINTS", 50)
     assert_array_equal(field.log_tile((slice(None),) * 3), whole)
 
 
@@ -372,8 +373,8 @@ def test_a_field_on_another_grid_is_saved_and_loaded_to_the_last_bit(seed, align
     to_grid[:3, 3] = rng.uniform(-3, 3, 3)
     field = random_field(affine=OBLIQUE, seed=seed).on_grid((9, 8, 7), OBLIQUE @ to_grid)
     with TemporaryDirectory() as folder:
-        field.save(Path(folder) / "field.json")
-        again = BiasField.load(Path(folder) / "field.json")
+        save_field(field, Path(folder) / "field.json")
+        again = load_field(Path(folder) / "field.json")
     assert_array_equal(again.voxel_to_mesh, field.voxel_to_mesh)
     assert_array_equal(again.affine, field.affine)
     tile = (slice(2, 9), slice(None), slice(0, 3))

@@ -8,8 +8,8 @@ import sys
 import pytest
 
 from n4flow.errors import InputError
-from n4flow.files import atomic_bytes, atomic_text, missing_file, remove_abandoned, why_not_writable
-from n4flow.provenance import PACKAGE
+from n4flow.images.files import atomic_bytes, atomic_text, missing_file, remove_abandoned, why_not_writable
+from n4flow.study.provenance import PACKAGE
 
 
 def test_file_is_there_when_it_is_complete(tmp_path):
@@ -52,7 +52,7 @@ def test_what_a_killed_process_had_begun_is_removed_and_what_is_being_written_is
     (tmp_path / "deep").mkdir()
     code = (
         "import os, sys; sys.path.insert(0, sys.argv[1])\n"
-        "from n4flow.files import atomic_text\n"
+        "from n4flow.images.files import atomic_text\n"
         "with atomic_text(sys.argv[2]) as file: file.write('begun'); file.flush(); os.kill(os.getpid(), 9)\n"
     )
     subprocess.run([sys.executable, "-c", code, PACKAGE.parent, tmp_path / "deep" / "killed.txt"], check=False)

@@ -6,9 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.testing import assert_allclose
 
-from n4flow.bspline import bspline_fit, contract, expand
-from n4flow.field import Mesh
-from n4flow.fit import LeeWolbergShin, PenalisedLeastSquares, normal_matrix, penalty_matrix
+from n4flow.core.bspline import bspline_fit, contract, expand
+from n4flow.core.field import Mesh
+from n4flow.core.fit import LeeWolbergShin, PenalisedLeastSquares, normal_matrix, penalty_matrix
 from tests.unit.references import dense_penalty, spline_basis
 
 SPANS = st.tuples(st.integers(0, 4), st.integers(0, 3), st.integers(1, 5))
@@ -109,5 +109,5 @@ def test_blocks_of_samples_of_any_size_change_nothing_but_rounding(kind, monkeyp
     bases, weights, _ = grid_of((4, 3, 5))
     weights = (weights > 0.3).astype(kind)
     whole = normal_matrix(weights, bases)
-    monkeypatch.setattr("n4flow.fit.BLOCK_SAMPLES", 1)
+    monkeypatch.setattr("n4flow.core.fit.BLOCK_SAMPLES", 1)
     assert_allclose(normal_matrix(weights, bases), whole, atol=1e-13)

@@ -12,10 +12,11 @@ import nibabel as nib
 import numpy as np
 import pytest
 
+from n4flow.core.field import BiasField, Mesh
 from n4flow.errors import InputError
-from n4flow.field import BiasField, Mesh
-from n4flow.inputs import config_problems, load_schema, read_sheet
-from n4flow.volume import HELD_VOXELS
+from n4flow.images.fields import load_field
+from n4flow.images.nifti import HELD_VOXELS
+from n4flow.study.inputs import config_problems, load_schema, read_sheet
 
 ROOT = Path(__file__).resolve().parents[2]
 SHEET_SCHEMA = load_schema(ROOT / "workflow/schemas/samples.schema.yaml")
@@ -96,7 +97,7 @@ HOSTILE = {
 JOB = """
 import resource, sys
 from n4flow.errors import InputError
-from n4flow.mask import make_mask
+from n4flow.steps.mask import make_mask
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
 before = peak()
 try:
@@ -154,7 +155,7 @@ def test_lattice_file_that_is_none_is_refused_with_one_line_and_nothing_runs(tmp
     monkeypatch.chdir(tmp_path)
     LATTICES[kind](tmp_path / "field.json")
     with pytest.raises(InputError, match=r"is no n4flow bias field \(.*; make it again with the n4 rule$") as error:
-        BiasField.load("field.json")
+        load_field("field.json")
     assert len(str(error.value).splitlines()) == 1
     assert [path.name for path in tmp_path.iterdir()] == ["field.json"]
 
@@ -227,5 +228,5 @@ def test_lattice_laid_beyond_any_image_is_refused_with_one_line(tmp_path, key, v
     path = tmp_path / "field.json"
     path.write_text(json.dumps({**field.to_mapping(), key: value}))
     with pytest.raises(InputError, match="is no n4flow bias field") as error:
-        BiasField.load(path)
+        load_field(path)
     assert len(str(error.value).splitlines()) == 1

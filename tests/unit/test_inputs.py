@@ -11,9 +11,12 @@ import numpy as np
 import pytest
 import yaml
 
-from n4flow.bids import Scan
 from n4flow.errors import InputError
-from n4flow.inputs import (
+from n4flow.parameters import PRESETS, N4Parameters
+from n4flow.qc.dataset import OUTLIER_Z
+from n4flow.qc.metrics import FLAG_LIMITS
+from n4flow.study.bids import Scan
+from n4flow.study.inputs import (
     config_problems,
     grid_combinations,
     load_schema,
@@ -24,9 +27,6 @@ from n4flow.inputs import (
     with_defaults,
     with_least_hash,
 )
-from n4flow.metrics import FLAG_LIMITS
-from n4flow.parameters import PRESETS, N4Parameters
-from n4flow.qc.dataset import OUTLIER_Z
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = yaml.safe_load((ROOT / "config/config.yaml").read_text(encoding="utf-8"))
@@ -175,13 +175,12 @@ def test_every_key_of_a_schema_has_a_description_and_a_type(key, part):
 
 
 def test_package_list_names_every_file_of_the_package():
-    rules = (ROOT / "workflow/rules/common.smk").read_text(encoding="utf-8")
-    listed = re.findall(r'"([^"]+)"', re.search(r"PACKAGE_FILES = \[(.*?)\]", rules, re.DOTALL)[1])
     package = ROOT / "workflow/scripts/n4flow"
+    listed = (package / "files.txt").read_text(encoding="utf-8").split()
     there = {
         p.relative_to(package).as_posix() for p in package.rglob("*") if p.is_file() and "__pycache__" not in p.parts
     }
-    assert sorted(listed) == sorted(there)
+    assert listed == sorted(there)
 
 
 # ---------------------------------------------------------------- the config

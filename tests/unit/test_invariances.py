@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 from numpy.testing import assert_allclose
 
 from n4flow import N4Parameters, correct
+from n4flow.core.field import Mesh
+from n4flow.core.phantom import make_phantom
 from n4flow.estimate import estimate_field
-from n4flow.field import Mesh
-from n4flow.mask import otsu_threshold
-from n4flow.phantom import make_phantom
+from n4flow.steps.mask import otsu_threshold
 from tests.conftest import lee_wolberg_shin, samples_of
 
 pytestmark = pytest.mark.usefixtures("kernel_set")

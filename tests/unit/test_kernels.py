@@ -16,18 +16,19 @@ from numpy.testing import assert_allclose, assert_array_equal
 from threadpoolctl import threadpool_info, threadpool_limits
 
 from n4flow import N4Parameters, correct, kernels
-from n4flow.bspline import bspline_fit, contract, expand
-from n4flow.correction import read_samples, write_corrected
+from n4flow.core.bspline import bspline_fit, contract, expand
+from n4flow.core.field import BiasField, Mesh
+from n4flow.core.fit import LeeWolbergShin, PenalisedLeastSquares
+from n4flow.core.quadrature import MaskIntensity, keep_mean_intensity
+from n4flow.core.sharpening import linear_histogram, look_up
 from n4flow.estimate import estimate_field, fit_on
-from n4flow.field import BiasField, Mesh
-from n4flow.fit import LeeWolbergShin, PenalisedLeastSquares
+from n4flow.images.division import write_corrected
+from n4flow.images.nifti import Volume
+from n4flow.images.sampling import read_samples
 from n4flow.kernels import PlainKernels, compiled, plain
 from n4flow.kernels.compiled import CompiledKernels
 from n4flow.kernels.protocol import Expected
 from n4flow.parameters import Stage
-from n4flow.quadrature import MaskIntensity, keep_mean_intensity
-from n4flow.sharpening import linear_histogram, look_up
-from n4flow.volume import Volume
 from tests.conftest import lee_wolberg_shin, samples_of
 
 SHAPE = (7, 6, 5)
@@ -287,8 +288,8 @@ import sys
 sys.path.insert(0, sys.argv[1])
 import numpy as np
 from n4flow import N4Parameters
-from n4flow.field import Mesh
-from n4flow.fit import LeeWolbergShin
+from n4flow.core.field import Mesh
+from n4flow.core.fit import LeeWolbergShin
 from n4flow.kernels.compiled import CompiledKernels
 image = np.random.default_rng(0).uniform(4, 5, (30, 30, 30))
 made = CompiledKernels(image, image > 0, N4Parameters(), 4)
@@ -437,8 +438,8 @@ def blas_threads(monkeypatch):
     for name, function in (
         ("n4flow.kernels.plain.expand", expand),
         ("n4flow.kernels.plain.contract", plain.contract),
-        ("n4flow.field.expand", expand),
-        ("n4flow.quadrature.MaskIntensity.add", MaskIntensity.add),
+        ("n4flow.core.field.expand", expand),
+        ("n4flow.core.quadrature.MaskIntensity.add", MaskIntensity.add),
     ):
         monkeypatch.setattr(name, noting(function))
     with threadpool_limits(2, user_api="blas"):
@@ -483,7 +484,7 @@ def test_a_corrected_file_is_written_with_one_blas_thread(blas_threads, field, t
 
 
 def test_intensities_are_gathered_with_one_blas_thread(blas_threads, field, tmp_path, monkeypatch):
-    monkeypatch.setattr("n4flow.samples.MINIMUM_SAMPLES", 1)
+    monkeypatch.setattr("n4flow.core.samples.MINIMUM_SAMPLES", 1)
     read_samples(*files_of(tmp_path, field), N4Parameters())
     assert blas_threads == {1}
 

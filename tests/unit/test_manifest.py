@@ -11,9 +11,10 @@ import nibabel as nib
 import numpy as np
 import pytest
 
+from n4flow.core.field import BiasField, Mesh
 from n4flow.errors import InputError
-from n4flow.field import BiasField, Mesh
-from n4flow.manifest import CLOSE, DIFFERENT, EQUAL, content_sha256, read_manifest, verify, write_manifest
+from n4flow.images.fields import save_field
+from n4flow.study.manifest import CLOSE, DIFFERENT, EQUAL, content_sha256, read_manifest, verify, write_manifest
 
 SHAPE, AFFINE = (20, 18, 16), np.diag([4.0, 4, 4, 1])
 IMAGE = np.random.default_rng(0).uniform(50, 150, SHAPE).astype(np.float32)
@@ -45,7 +46,7 @@ def make(folder, *, lattice=LATTICE, reference=LATTICE, image=IMAGE, mask=None, 
     write(folder / MASK_SIDECAR, {"Type": "ROI", "Sources": [raw], "Mask": {"Voxels": 5760}, "Provenance": {}})
     for values, field_path, path in ((lattice, FIELD, CORRECTED), (reference, REFERENCE_FIELD, REFERENCE)):
         field = BiasField(values, Mesh.of_distance(SHAPE, (4, 4, 4), distance), SHAPE, AFFINE)
-        field.save(folder / field_path, Sources=[raw])
+        save_field(field, folder / field_path, Sources=[raw])
         ratio = field.ratio_tile(np.s_[:, :, :])
         save(folder / path, image / ratio)
         if path == CORRECTED:

@@ -7,13 +7,13 @@ import pytest
 import SimpleITK as sitk
 from numpy.testing import assert_array_equal
 
-import n4flow.mask
-import n4flow.volume
+import n4flow.images.nifti
+import n4flow.steps.mask
 from n4flow import InputError, correct
-from n4flow.mask import adopt_mask, find_foreground, head_from_foreground, make_mask, mask_scan, otsu_threshold
-from n4flow.phantom import T1_LIKE, head_tissues, make_phantom
-from n4flow.samples import sample_positions
-from n4flow.volume import Volume
+from n4flow.core.phantom import T1_LIKE, head_tissues, make_phantom
+from n4flow.core.samples import sample_positions
+from n4flow.images.nifti import Volume
+from n4flow.steps.mask import adopt_mask, find_foreground, head_from_foreground, make_mask, mask_scan, otsu_threshold
 
 AFFINE = np.diag([2.0, 2, 2, 1])
 
@@ -74,19 +74,19 @@ def test_the_threshold_of_a_large_image_is_that_of_a_sub_grid(tmp_path, monkeypa
     image = np.random.default_rng(3).gamma(2, 100, shape)
     path = save(tmp_path / "a.nii", image)
     every = np.ix_(*sample_positions(shape, 2))
-    monkeypatch.setattr(n4flow.mask, "SUB_GRID_VOXELS", image[every].size)
-    monkeypatch.setattr(n4flow.mask, "MOST_TURNS", 0)
+    monkeypatch.setattr(n4flow.steps.mask, "SUB_GRID_VOXELS", image[every].size)
+    monkeypatch.setattr(n4flow.steps.mask, "MOST_TURNS", 0)
     for slab_voxels in (shape[0] * shape[1], 3 * shape[0] * shape[1], image.size):
-        monkeypatch.setattr(n4flow.volume, "SLAB_VOXELS", slab_voxels)
+        monkeypatch.setattr(n4flow.images.nifti, "SLAB_VOXELS", slab_voxels)
         assert find_foreground(Volume(path)).threshold == otsu_threshold(image[every].ravel())
 
 
 def test_the_threshold_of_a_large_image_keeps_none_of_its_slabs(tmp_path, monkeypatch):
     image = np.random.default_rng(3).gamma(2, 100, (64, 64, 256)).astype(np.float32)
     volume = Volume(save(tmp_path / "a.nii", image))
-    monkeypatch.setattr(n4flow.mask, "SUB_GRID_VOXELS", image.size // 4**3)
-    monkeypatch.setattr(n4flow.mask, "MOST_TURNS", 0)
-    monkeypatch.setattr(n4flow.volume, "SLAB_VOXELS", 64 * 64)  # a plane, most of which give no voxel
+    monkeypatch.setattr(n4flow.steps.mask, "SUB_GRID_VOXELS", image.size // 4**3)
+    monkeypatch.setattr(n4flow.steps.mask, "MOST_TURNS", 0)
+    monkeypatch.setattr(n4flow.images.nifti, "SLAB_VOXELS", 64 * 64)  # a plane, most of which give no voxel
     tracemalloc.start()
     find_foreground(volume)
     peak = tracemalloc.get_traced_memory()[1]
@@ -144,17 +144,17 @@ def test_the_dark_half_of_a_surface_coils_scan_is_found(tissues, tmp_path, direc
     assert (image > otsu_threshold(image.ravel()))[brain].mean() < 0.5, "a threshold alone leaves out more than half"
     assert mask[brain].mean() > covered
     assert mask[~inside].mean() < 0.002, "noise that a continued field amplifies is none of it"
-    assert 2 <= made["Turns"] <= n4flow.mask.MOST_TURNS
+    assert 2 <= made["Turns"] <= n4flow.steps.mask.MOST_TURNS
     left, by_hand = (shading_left(image, given, log_bias, wm) for given in (mask, inside))
     # what is as dark as noise is missing from the mask, and the histogram of the far side is cut off there
     assert left < 0.06
     assert by_hand < 0.04
 
 
-@pytest.mark.parametrize(("spreads", "few"), [(n4flow.mask.NOISE_SPREADS, True), (-np.inf, False)])
+@pytest.mark.parametrize(("spreads", "few"), [(n4flow.steps.mask.NOISE_SPREADS, True), (-np.inf, False)])
 def test_noise_in_a_weak_field_is_held_off_by_its_level(tissues, tmp_path, monkeypatch, spreads, few):
     image, _, inside, _, _ = coil_scan(tissues, COILS[0], 5)
-    monkeypatch.setattr(n4flow.mask, "NOISE_SPREADS", spreads)
+    monkeypatch.setattr(n4flow.steps.mask, "NOISE_SPREADS", spreads)
     make_mask(save(tmp_path / "a.nii", image), tmp_path / "mask.nii")
     air = (load(tmp_path / "mask.nii") > 0)[~inside].mean()
     assert air < 0.003 if few else air > 0.03
@@ -190,7 +190,7 @@ def test_the_field_is_taken_off_the_whole_image_whatever_its_slabs(tissues, tmp_
     found = find_foreground(volume)
     limit = found.limit(found.field.log_tile(np.s_[:, :, :]))
     for planes in (1, 7, 95):
-        monkeypatch.setattr(n4flow.volume, "SLAB_VOXELS", planes * image.shape[0] * image.shape[1])
+        monkeypatch.setattr(n4flow.images.nifti, "SLAB_VOXELS", planes * image.shape[0] * image.shape[1])
         make_mask(tmp_path / "a.nii", tmp_path / "mask.nii")
         assert_array_equal(load(tmp_path / "mask.nii") > 0, np.rint(image) > limit)
 

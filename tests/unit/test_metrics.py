@@ -4,7 +4,7 @@ import re
 import numpy as np
 import pytest
 
-from n4flow.metrics import (
+from n4flow.qc.metrics import (
     FLAG_LIMITS,
     coefficient_of_joint_variation,
     coefficient_of_variation,

@@ -26,9 +26,10 @@ import numpy as np
 from numba import njit
 from threadpoolctl import threadpool_info
 from n4flow import kernels
-from n4flow.derivatives import CorrectionFiles, correct_scan
-from n4flow.field import Mesh
-from n4flow.fit import LeeWolbergShin
+from n4flow.steps.derivatives import CorrectionFiles
+from n4flow.steps.correct import correct_scan
+from n4flow.core.field import Mesh
+from n4flow.core.fit import LeeWolbergShin
 from n4flow.kernels.compiled import CompiledKernels
 from n4flow.kernels.instructions import fused
 from n4flow.parameters import N4Parameters

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from numpy.testing import assert_allclose, assert_array_equal
 
-from n4flow.samples import sample_positions
+from n4flow.core.samples import sample_positions
 from tests import phantoms
 from tests.anatomies import DATA, REAL_SCANS, anatomy, largest_piece, real_scan
 from tests.benchmarks import accuracy

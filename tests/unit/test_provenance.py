@@ -3,29 +3,30 @@ import shutil
 
 import pytest
 
-from n4flow import provenance
-from n4flow.files import write_json
-from n4flow.provenance import modules_used_by, package_digest
+from n4flow.images.files import write_json
+from n4flow.study import provenance
+from n4flow.study.provenance import modules_used_by, package_digest
 
 
 def test_modules_are_followed_through_lazy_imports():
-    assert {"mask", "volume", "errors"} <= modules_used_by("mask")
+    assert {"steps.mask", "images.nifti", "errors"} <= modules_used_by("steps.mask")
 
 
 # the modules that the rules name, and what may not make their jobs run again
 NOT_USED = {
-    "mask": {"correction", "derivatives", "reference", "phantom", "metrics", "qc.pages"},
-    "derivatives": {"reference", "phantom", "mask", "metrics", "qc.pages"},
-    "reference": {"phantom", "mask", "metrics", "qc.pages"},
-    "phantom": {"estimate", "mask", "qc.pages"},
-    "bids": {"volume", "estimate", "mask", "qc.pages"},
-    "qc.pages": {"estimate", "reference", "phantom", "mask"},
-    "qc.dataset": {"qc.panels", "qc.guide", "qc.tune", "estimate", "volume"},
-    "qc.figures": {"qc.pages", "estimate", "mask"},
-    "qc.guide": {"qc.tune", "qc.dataset", "ratings", "inputs"},
-    "qc.tune": {"phantom", "reference", "qc.dataset", "qc.guide"},
-    "manifest": {"volume", "estimate", "mask", "qc"},
-    "ratings": {"qc.rendering", "volume", "estimate"},
+    "steps.mask": {"correction", "steps.correct", "steps.reference", "core.phantom", "qc.metrics", "qc.pages"},
+    "steps.correct": {"steps.apply", "steps.reference", "core.phantom", "steps.mask", "qc.metrics", "qc.pages"},
+    "steps.reference": {"core.phantom", "steps.mask", "qc.metrics", "qc.pages"},
+    "steps.apply": {"estimate", "steps.mask", "qc.pages"},
+    "steps.demo": {"estimate", "steps.mask", "qc.pages"},
+    "study.bids": {"images.nifti", "estimate", "steps.mask", "qc.pages"},
+    "qc.pages": {"estimate", "steps.reference", "core.phantom", "steps.mask"},
+    "qc.dataset": {"qc.panels", "qc.guide", "qc.tune", "estimate", "images.nifti"},
+    "qc.figures": {"qc.pages", "estimate", "steps.mask"},
+    "qc.guide": {"qc.tune", "qc.dataset", "study.ratings", "study.inputs"},
+    "qc.tune": {"core.phantom", "steps.reference", "qc.dataset", "qc.guide"},
+    "study.manifest": {"images.nifti", "estimate", "steps.mask", "qc"},
+    "study.ratings": {"qc.rendering", "images.nifti", "estimate"},
 }
 
 
@@ -52,18 +53,18 @@ def copy_of_package(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("changed", "affects"),
     [
-        ("mask.py", {"mask"}),
-        ("volume.py", {"mask", "derivatives", "qc.pages"}),
-        ("metrics.py", {"qc.pages"}),
+        ("steps/mask.py", {"steps.mask"}),
+        ("images/nifti.py", {"steps.mask", "steps.correct", "qc.pages"}),
+        ("qc/metrics.py", {"qc.pages"}),
         ("qc/templates/subject.html", {"qc.pages"}),
         ("qc/assets/style.css", {"qc.pages"}),
-        ("kernels/cuda.cu", {"mask", "derivatives"}),
-        ("kernels/compiled.py", {"mask", "derivatives"}),
-        ("phantom.py", set()),
+        ("kernels/cuda.cu", {"steps.mask", "steps.correct"}),
+        ("kernels/compiled.py", {"steps.mask", "steps.correct"}),
+        ("core/phantom.py", set()),
     ],
 )
 def test_a_change_touches_only_what_uses_it(copy_of_package, changed, affects):
-    before = {entry: package_digest(entry) for entry in ("mask", "derivatives", "qc.pages")}
+    before = {entry: package_digest(entry) for entry in ("steps.mask", "steps.correct", "qc.pages")}
     with open(copy_of_package / changed, "a") as file:
         file.write("\n")
     assert {entry for entry, digest in before.items() if package_digest(entry) != digest} == affects

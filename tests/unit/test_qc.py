@@ -18,13 +18,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from n4flow.core.field import BiasField, Mesh
 from n4flow.errors import InputError
-from n4flow.field import BiasField, Mesh
+from n4flow.images.fields import load_field
+from n4flow.images.nifti import Volume
 from n4flow.qc import figures, panels, viewer
 from n4flow.qc.dataset import make_index
 from n4flow.qc.definitions import COLUMNS, DEFINITIONS
 from n4flow.qc.pages import PAGE_BYTES, make_subject
-from n4flow.volume import Volume
 
 #: What a reference's sidecar says of the check of our arithmetic.
 AGREEMENT = {"r": 1.0, "rms": 2.4e-6, "max": 2.8e-5}
@@ -310,7 +311,7 @@ def test_metrics_are_plain_json_and_right(subject):
     assert all(not isinstance(v, dict) for v in metrics.values())
     assert (metrics["name"], metrics["page"], metrics["shape"]) == ("sub-01", "sub-01.html", [24, 28, 20])
     mask = nib.load(subject["mask"]).get_fdata() > 0
-    ratio = BiasField.load(subject["field"]).ratio_tile((slice(None),) * 3)[mask]
+    ratio = load_field(subject["field"]).ratio_tile((slice(None),) * 3)[mask]
     assert metrics["mask_volume_ml"] == pytest.approx(mask.sum() * 0.064)
     assert metrics["field_max"] == pytest.approx(ratio.max(), rel=1e-6)
     assert metrics["inu_med"] == pytest.approx(np.median(ratio), rel=1e-6)
@@ -356,7 +357,7 @@ def test_without_a_reference_its_panels_are_absent(tmp_path):
 
 def test_a_flat_field_beside_a_reference_has_a_slope_of_0_and_no_r(tmp_path, monkeypatch):
     files = make_files(tmp_path)
-    field = BiasField.load(files["field"])
+    field = load_field(files["field"])
     flat = BiasField(0 * field.lattice, field.mesh, field.image_shape, field.affine)
     files["field"].write_text(json.dumps(flat.to_mapping()))
     written, draw_plot = [], panels.agreement_plot
@@ -418,7 +419,7 @@ def test_field_of_another_scan_is_named_in_place_of_the_history(tmp_path):
 def page_with_reference(folder, log_offset):
     """Alt texts and pixels (without the title) of the field panels, where the reference is ours plus a constant."""
     files = make_files(folder)
-    field = BiasField.load(files["field"]).shifted(0.1)  # so that no mean is 0
+    field = load_field(files["field"]).shifted(0.1)  # so that no mean is 0
     files["field"].write_text(json.dumps(field.to_mapping()))
     files["reference_field"].write_text(json.dumps(field.shifted(log_offset).to_mapping()))
     make_subject(name="sub-01", **files)
@@ -653,7 +654,7 @@ def test_the_viewer_gets_the_volumes_in_the_order_of_the_file(tmp_path):
     mask = np.unpackbits(content["mask"])[: 24 * 28 * 20]
     assert (mask == (nib.load(files["mask"]).get_fdata().ravel(order="F") > 0)).all()
     assert [field["title"] for field in content["fields"]] == ["bias field", "reference field"]
-    assert content["fields"][0]["lattice"] == pytest.approx(BiasField.load(files["field"]).lattice.ravel())
+    assert content["fields"][0]["lattice"] == pytest.approx(load_field(files["field"]).lattice.ravel())
     assert "data-viewer" in files["page"].read_text()
 
 

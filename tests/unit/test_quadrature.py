@@ -9,13 +9,14 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from numpy.testing import assert_array_equal
 
-from n4flow.correction import read_samples
-from n4flow.derivatives import CorrectionFiles, correct_scan
+from n4flow.core.field import BiasField, Mesh
+from n4flow.core.quadrature import MaskIntensity, keep_mean_intensity
 from n4flow.errors import InputError
-from n4flow.field import BiasField, Mesh
+from n4flow.images.nifti import Volume
+from n4flow.images.sampling import read_samples
 from n4flow.parameters import N4Parameters
-from n4flow.quadrature import MaskIntensity, keep_mean_intensity
-from n4flow.volume import Volume
+from n4flow.steps.correct import correct_scan
+from n4flow.steps.derivatives import CorrectionFiles
 
 
 def gathered(values, usable, mesh, planes=3):
@@ -154,7 +155,7 @@ def test_a_large_compressed_image_is_decompressed_twice(head, tmp_path, monkeypa
         nib.save(nib.Nifti1Image(values, np.diag([2, 2, 2, 1])), tmp_path / name)
     image = tmp_path / "image.nii.gz"
     image.write_bytes(gzip.compress((tmp_path / "image.nii").read_bytes(), 1))
-    monkeypatch.setattr("n4flow.volume.KEPT_BYTES", 0)
+    monkeypatch.setattr("n4flow.images.nifti.KEPT_BYTES", 0)
     passes, slabs = [], Volume.slabs
 
     def counted(self, planes=None):

@@ -3,7 +3,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from n4flow.errors import InputError
-from n4flow.ratings import RATINGS, Rating, exclusions, read_ratings, write_exclusions
+from n4flow.study.ratings import RATINGS, Rating, exclusions, read_ratings, write_exclusions
 
 HEADER = "\t".join(Rating._fields)
 

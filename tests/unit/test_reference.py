@@ -9,15 +9,16 @@ import pytest
 import SimpleITK as sitk
 from numpy.testing import assert_allclose
 
-from n4flow.derivatives import CorrectionFiles
+from n4flow.core.field import BiasField, Mesh
+from n4flow.core.samples import Samples, log_where, sample_positions
 from n4flow.errors import InputError
 from n4flow.estimate import Iteration
-from n4flow.field import BiasField, Mesh
-from n4flow.mask import mask_scan, otsu_threshold
-from n4flow.metrics import FLAG_LIMITS
+from n4flow.images.fields import load_field
 from n4flow.parameters import N4Parameters
-from n4flow.reference import _recover_lattice, agreement, reference_field, reference_parameters, reference_scan
-from n4flow.samples import Samples, log_where, sample_positions
+from n4flow.qc.metrics import FLAG_LIMITS
+from n4flow.steps.derivatives import CorrectionFiles
+from n4flow.steps.mask import mask_scan, otsu_threshold
+from n4flow.steps.reference import _recover_lattice, agreement, reference_field, reference_parameters, reference_scan
 from tests.conftest import rms
 from tests.unit.references import itk_image, itk_positions
 
@@ -204,7 +205,7 @@ def test_ctrl_c_ends_simpleitk_as_it_ends_everything_else(head):
             signal.raise_signal(signal.SIGINT)
 
     samples = every_nth(head, 4)
-    logger, handler = logging.getLogger("n4flow.reference"), Stopping()
+    logger, handler = logging.getLogger("n4flow.steps.reference"), Stopping()
     before, level = signal.signal(signal.SIGINT, signal.default_int_handler), logger.level
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
@@ -234,7 +235,7 @@ def test_sidecar_says_what_simpleitk_did_and_how_near_ours_came(head, tmp_path):
     assert facts["Agreement"]["rms"] < 5e-5
     assert 4 < len(facts["History"]) <= 200
     truth = np.log(head.bias)
-    found = BiasField.load(files.lattice).log_at([np.arange(n) for n in head.image.shape])
+    found = load_field(files.lattice).log_at([np.arange(n) for n in head.image.shape])
     left = less_mean(found - truth, head.brain)
     assert rms(left) < 0.8 * rms(less_mean(truth, head.brain))
 

@@ -1,21 +1,33 @@
 """The package is a stack of rooms: each imports only those above it."""
 
 import ast
+import graphlib
 import re
 import subprocess
 import sys
 
 import pytest
 
-from n4flow import provenance
+from n4flow.study import provenance
 
-ROOMS = [
-    "__init__", "errors", "files", "console", "parameters", "device", "affine", "bspline", "fit", "sharpening", "field",
-    "samples", "kernels.protocol", "kernels.plain", "kernels.instructions", "kernels.compiled", "kernels.cuda",
-    "kernels", "quadrature", "estimate", "volume", "bids", "inputs", "ratings", "provenance", "manifest", "batches",
-    "mask", "correction", "derivatives", "reference", "phantom", "metrics", "qc", "qc.rendering", "qc.definitions",
-    "qc.multiqc", "qc.panels", "qc.viewer", "qc.pages", "qc.dataset", "qc.figures", "qc.guide", "qc.tune",
-]  # fmt: skip
+#: From top to bottom: modules of the package itself, and folders.
+ROOMS = ["__init__", "errors", "console", "parameters", "device"]
+ROOMS += ["core", "kernels", "estimate", "images", "correction", "study", "steps", "qc"]
+
+
+def room_of(module):
+    return module.partition(".")[0]
+
+
+def imports_of(path):
+    """Modules of the package that one of them imports, wherever in it."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == "n4flow":
+            base = (node.module or "").partition(".")[2]
+            inner = {f"{base}.{alias.name}".lstrip(".") for alias in node.names} & set(MODULES)
+            yield from inner or {base or "__init__"}
+        elif isinstance(node, ast.Import):
+            yield from (n.name.partition(".")[2] for n in node.names if n.name.startswith("n4flow."))
 
 
 def name_of(path):
@@ -23,24 +35,36 @@ def name_of(path):
     return ".".join(parts[:-1] if len(parts) > 1 and parts[-1] == "__init__" else parts)
 
 
-def imports_of(path):
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == "n4flow":
-            base = (node.module or "").partition(".")[2]
-            inner = {f"{base}.{alias.name}".lstrip(".") for alias in node.names} & set(ROOMS)
-            yield from inner or {base or "__init__"}
-
-
 MODULES = {name_of(path): path for path in provenance.PACKAGE.rglob("*.py")}
 
 
-def test_every_module_is_a_room():
-    assert set(MODULES) == set(ROOMS)
+def test_every_module_lies_in_a_room():
+    assert {room_of(module) for module in MODULES} == set(ROOMS)
 
 
-@pytest.mark.parametrize("room", ROOMS)
-def test_a_room_imports_only_rooms_above_it(room):
-    assert {used for used in imports_of(MODULES[room]) if ROOMS.index(used) >= ROOMS.index(room)} == set()
+@pytest.mark.parametrize("module", sorted(MODULES))
+def test_a_room_imports_only_rooms_above_it(module):
+    below = ROOMS[ROOMS.index(room_of(module)) + 1 :]
+    assert [used for used in imports_of(MODULES[module]) if room_of(used) in below] == []
+
+
+def test_modules_import_each_other_in_one_direction():
+    """Within a room, too: a module that another one stands on does not import it in turn."""
+    sorter = graphlib.TopologicalSorter(
+        {module: set(imports_of(path)) & set(MODULES) for module, path in MODULES.items()}
+    )
+    sorter.prepare()
+
+
+@pytest.mark.parametrize("module", sorted(module for module in MODULES if room_of(module) in ("core", "kernels")))
+def test_the_core_touches_no_files(module):
+    text = MODULES[module].read_text(encoding="utf-8")
+    assert not re.search(r"^\s*(import|from) (nibabel|json|gzip|csv)\b", text, re.MULTILINE)
+
+
+#: What `common.smk` may import.
+FOR_THE_WORKFLOW = ["console", "errors", "parameters", "images.files"]
+FOR_THE_WORKFLOW += [f"study.{name}" for name in ("batches", "bids", "inputs", "provenance", "ratings")]
 
 
 def test_the_workflow_itself_needs_no_numeric_library(pytestconfig):
@@ -48,8 +72,7 @@ def test_the_workflow_itself_needs_no_numeric_library(pytestconfig):
     code = (
         "import sys; sys.path.insert(0, sys.argv[1])\n"
         "for name in ('numpy', 'nibabel', 'isal', 'SimpleITK', 'threadpoolctl'): sys.modules[name] = None\n"
-        "import n4flow.bids, n4flow.console, n4flow.errors, n4flow.inputs, n4flow.provenance, n4flow.files\n"
-        "import n4flow.ratings, n4flow.batches, n4flow.parameters\n"
+        f"import {', '.join(f'n4flow.{name}' for name in FOR_THE_WORKFLOW)}\n"
     )
     subprocess.run([sys.executable, "-c", code, pytestconfig.rootpath / "workflow" / "scripts"], check=True)
 
@@ -57,10 +80,7 @@ def test_the_workflow_itself_needs_no_numeric_library(pytestconfig):
 def test_common_smk_imports_only_what_was_tried_above(pytestconfig):
     text = (pytestconfig.rootpath / "workflow" / "rules" / "common.smk").read_text(encoding="utf-8")
     top_level = {line.split()[1] for line in text.splitlines() if line.startswith("from n4flow")}
-    assert top_level <= {
-        f"n4flow.{name}"
-        for name in ("batches", "bids", "console", "errors", "inputs", "parameters", "provenance", "files", "ratings")
-    }
+    assert top_level <= {f"n4flow.{name}" for name in FOR_THE_WORKFLOW}
 
 
 def test_every_file_that_the_documents_link_to_is_in_the_repository(pytestconfig):

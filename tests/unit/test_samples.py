@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 from numpy.testing import assert_array_equal
 
 from n4flow import InputError, N4Parameters
+from n4flow.core.samples import check_dropped, sample_positions, shrink_per_axis, usable_voxels
 from n4flow.estimate import positions_in
 from n4flow.parameters import MOST_SAMPLES
-from n4flow.samples import check_dropped, sample_positions, shrink_per_axis, usable_voxels
 
 
 def itk_positions(shape, factors):

@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from numpy.testing import assert_allclose, assert_array_equal
 
-from n4flow.sharpening import expected_log_values, linear_histogram, look_up, sharpen_residual, sharpening_gain
+from n4flow.core.sharpening import expected_log_values, linear_histogram, look_up, sharpen_residual, sharpening_gain
 from tests.unit.references import direct_expected
 
 VALUES = arrays(np.float64, st.integers(2, 200), elements=st.floats(-5, 5)).filter(lambda v: np.ptp(v) > 1e-3)

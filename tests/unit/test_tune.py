@@ -9,8 +9,9 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from n4flow.derivatives import CorrectionFiles, correct_scan
 from n4flow.qc.tune import TunedScan, make_comparison
+from n4flow.steps.correct import correct_scan
+from n4flow.steps.derivatives import CorrectionFiles
 from tests.conftest import lee_wolberg_shin
 
 GRID = [{"spline_distance_mm": 80.0}, {"spline_distance_mm": 12.0}]

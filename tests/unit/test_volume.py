@@ -10,7 +10,7 @@ import pytest
 from numpy.testing import assert_array_equal
 
 from n4flow import InputError
-from n4flow.volume import Volume, VolumeWriter, _decompressed
+from n4flow.images.nifti import Volume, VolumeWriter, _decompressed
 
 OBLIQUE = nib.affines.from_matvec(
     nib.eulerangles.euler2mat(0.3, -0.2, 0.1) @ np.diag([1.0, 2.0, 3.5]) @ np.eye(3)[[2, 0, 1]], [-10, 20, 30]

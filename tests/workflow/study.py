@@ -12,7 +12,7 @@ import nibabel as nib
 import numpy as np
 import yaml
 
-from n4flow.bids import Scan
+from n4flow.study.bids import Scan
 
 ROOT = Path(__file__).resolve().parents[2]
 

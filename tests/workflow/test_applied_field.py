@@ -29,7 +29,7 @@ from study import (
     write_sheet,
 )
 
-from n4flow.field import BiasField
+from n4flow.images.fields import load_field
 
 #: From voxels of 2 x 4 x 4 mm whose axes run to posterior, right and inferior, over the same head.
 TO_TURNED = np.array([[0, 1.0, 0, 0], [-0.5, 0, 0, SHAPE[1] - 0.75], [0, 0, -1, SHAPE[2] - 1], [0, 0, 0, 1]])
@@ -93,7 +93,7 @@ def test_outputs_are_those_of_n4_but_for_the_reference(folder, name):
 @each_applied
 def test_field_is_that_of_the_source_at_the_same_place_in_the_world(folder, name):
     scan, _, affine, _ = APPLIED[name]
-    source = BiasField.load(folder / lattice_of_source(name))
+    source = load_field(folder / lattice_of_source(name))
     bias = load(folder / results_of(scan)["bias"])
     voxels = np.random.default_rng(0).integers(0, bias.shape, (200, 3))
     points = np.linalg.inv(source.affine) @ affine @ np.c_[voxels, np.ones(len(voxels))].T
@@ -101,7 +101,7 @@ def test_field_is_that_of_the_source_at_the_same_place_in_the_world(folder, name
     np.testing.assert_allclose(np.log(bias[tuple(voxels.T)]), expected, atol=1e-6)
     assert np.ptp(expected) > 0.2
     # and so says the lattice that lies beside the image
-    own = BiasField.load(folder / results_of(scan)["lattice"])
+    own = load_field(folder / results_of(scan)["lattice"])
     assert np.array_equal(own.ratio_tile((slice(None),) * 3), bias.astype(np.float32))
 
 

@@ -32,8 +32,8 @@ from study import (
     write_sheet,
 )
 
-from n4flow.inputs import with_least_hash
 from n4flow.parameters import N4Parameters
+from n4flow.study.inputs import with_least_hash
 
 WITH_REFERENCE = 9
 

@@ -23,7 +23,7 @@ from study import (
     write_sheet,
 )
 
-from n4flow.field import BiasField
+from n4flow.images.fields import load_field
 
 needs_no_gpu = pytest.mark.skipif(shutil.which("nvidia-smi") is not None, reason="this machine has a GPU")
 
@@ -168,7 +168,7 @@ def test_integers_stay_integers_with_a_sound_slope(lean, name):
     assert image.get_data_dtype() == INTEGERS[name]["dtype"]
     slope, inter = image.dataobj.slope, image.dataobj.inter
     assert inter == 0
-    field = BiasField.load(lean / files(name)["lattice"])
+    field = load_field(lean / files(name)["lattice"])
     wanted = load(lean / SCANS[name].image) / np.exp(field.log_tile((slice(None),) * 3))
     got = load(lean / files(name)["corrected"])
     # rounding to the slope, and float32 on the way

@@ -24,6 +24,6 @@ rule apply:
         mem_mb=memory_mb(baseline=400, per_voxel=4),
     params:
         keep_dtype=config["output"]["keep_dtype"],
-        package=package_digest("derivatives"),
+        package=package_digest("steps.apply"),
     script:
         "../scripts/apply.py"

@@ -12,74 +12,17 @@ from pathlib import Path
 from snakemake.cli import parse_size_in_bytes
 from snakemake.exceptions import WorkflowError
 
-# Every file of the package is named, so that it is also there when the workflow is a module that
-# comes from a remote repository: Snakemake fetches what is named.
-PACKAGE_FILES = [
-    "__init__.py",
-    "affine.py",
-    "batches.py",
-    "bids.py",
-    "bspline.py",
-    "console.py",
-    "correction.py",
-    "derivatives.py",
-    "device.py",
-    "errors.py",
-    "estimate.py",
-    "field.py",
-    "files.py",
-    "fit.py",
-    "inputs.py",
-    "kernels/__init__.py",
-    "kernels/compiled.py",
-    "kernels/cuda.cu",
-    "kernels/cuda.py",
-    "kernels/instructions.py",
-    "kernels/plain.py",
-    "kernels/protocol.py",
-    "manifest.py",
-    "mask.py",
-    "metrics.py",
-    "parameters.py",
-    "phantom.py",
-    "provenance.py",
-    "qc/__init__.py",
-    "qc/assets/index.js",
-    "qc/assets/plots.js",
-    "qc/assets/ratings.js",
-    "qc/assets/style.css",
-    "qc/assets/subject.js",
-    "qc/assets/viewer.js",
-    "qc/dataset.py",
-    "qc/definitions.py",
-    "qc/figures.py",
-    "qc/guide.py",
-    "qc/multiqc.py",
-    "qc/pages.py",
-    "qc/panels.py",
-    "qc/rendering.py",
-    "qc/templates/guide.html",
-    "qc/templates/index.html",
-    "qc/templates/subject.html",
-    "qc/templates/tune.html",
-    "qc/tune.py",
-    "qc/viewer.py",
-    "quadrature.py",
-    "ratings.py",
-    "reference.py",
-    "samples.py",
-    "sharpening.py",
-    "volume.py",
-]
+# Every file of the package, by name: Snakemake fetches what is named where the workflow is a module from elsewhere.
+PACKAGE_FILES = Path(workflow.source_path("../scripts/n4flow/files.txt")).read_text(encoding="utf-8").split()
 PACKAGE = [Path(workflow.source_path(f"../scripts/n4flow/{name}")) for name in PACKAGE_FILES]
 sys.path.insert(0, str(PACKAGE[0].parent.parent))
 
-from n4flow.batches import is_current
-from n4flow.bids import DATATYPE_OF
+from n4flow.study.batches import is_current
+from n4flow.study.bids import DATATYPE_OF
 from n4flow.errors import InputError
-from n4flow.files import remove_abandoned, why_not_writable
+from n4flow.images.files import remove_abandoned, why_not_writable
 from n4flow.console import last_error
-from n4flow.inputs import (
+from n4flow.study.inputs import (
     config_problems,
     grid_combinations,
     load_schema,
@@ -91,8 +34,8 @@ from n4flow.inputs import (
     with_least_hash,
 )
 from n4flow.parameters import MOST_SAMPLES, N4Parameters
-from n4flow.provenance import package_digest
-from n4flow.ratings import read_ratings
+from n4flow.study.provenance import package_digest
+from n4flow.study.ratings import read_ratings
 
 CONFIG_SCHEMA = load_schema(workflow.source_path("../schemas/config.schema.yaml"))
 SHEET_SCHEMA = load_schema(workflow.source_path("../schemas/samples.schema.yaml"))
@@ -197,11 +140,11 @@ def page_settings():
 
 # What the outcome of a step hangs on: the parameters of its rule.
 SETTINGS = {
-    "mask": {"settings": config["mask"], "package": package_digest("mask")},
+    "mask": {"settings": config["mask"], "package": package_digest("steps.mask")},
     "n4": {
         "settings": config["n4"],
         "keep_dtype": config["output"]["keep_dtype"],
-        "package": package_digest("derivatives"),
+        "package": package_digest("steps.correct"),
     },
     "qc": {"settings": page_settings(), "package": package_digest("qc.pages")},
 }

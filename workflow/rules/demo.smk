@@ -20,6 +20,6 @@ rule demo:
     resources:
         mem_mb=500,
     params:
-        package=package_digest("phantom"),
+        package=package_digest("steps.demo"),
     script:
         "../scripts/demo.py"

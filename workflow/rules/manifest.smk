@@ -27,6 +27,6 @@ rule manifest:
         mem_mb=500,
     params:
         scans=[(scan.name, len(products(scan))) for scan in SCANS],
-        package=package_digest("manifest"),
+        package=package_digest("study.manifest"),
     script:
         "../scripts/manifest.py"

@@ -122,7 +122,7 @@ if RATINGS_FILE:
         resources:
             mem_mb=300,
         params:
-            package=package_digest("ratings"),
+            package=package_digest("study.ratings"),
         script:
             "../scripts/exclude.py"
 
@@ -144,6 +144,6 @@ rule dataset:
     resources:
         mem_mb=300,
     params:
-        package=package_digest("bids"),
+        package=package_digest("study.bids"),
     script:
         "../scripts/dataset.py"

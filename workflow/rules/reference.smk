@@ -23,6 +23,6 @@ rule reference:
         mem_mb=memory_mb(baseline=500, per_voxel=8),
     params:
         keep_dtype=config["output"]["keep_dtype"],
-        package=package_digest("reference"),
+        package=package_digest("steps.reference"),
     script:
         "../scripts/reference.py"

@@ -29,7 +29,7 @@ rule tune_n4:
     params:
         settings=tune_settings,
         keep_dtype=False,
-        package=package_digest("derivatives"),
+        package=package_digest("steps.correct"),
     script:
         "../scripts/n4.py"
 

@@ -3,7 +3,8 @@
 from pathlib import Path
 
 from n4flow.console import reporting
-from n4flow.derivatives import CorrectionFiles, apply_scan
+from n4flow.steps.apply import apply_scan
+from n4flow.steps.derivatives import CorrectionFiles
 
 
 def main(snakemake):

@@ -10,9 +10,9 @@ import logging
 import sys
 from pathlib import Path
 
-from n4flow.bids import DATATYPE_OF, index_dataset
 from n4flow.errors import InputError
-from n4flow.files import atomic_text
+from n4flow.images.files import atomic_text
+from n4flow.study.bids import DATATYPE_OF, index_dataset
 
 COLUMNS = ["subject", "session", "image", "mask", "modality"]
 

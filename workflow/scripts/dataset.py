@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from n4flow.bids import describe_dataset
 from n4flow.console import reporting
+from n4flow.study.bids import describe_dataset
 
 
 def main(snakemake):

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from n4flow.console import reporting
-from n4flow.phantom import demo_dataset
+from n4flow.steps.demo import demo_dataset
 
 
 def main(snakemake):

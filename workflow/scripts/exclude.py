@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 from n4flow.console import reporting
-from n4flow.ratings import write_exclusions
+from n4flow.study.ratings import write_exclusions
 
 
 def main(snakemake):

@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from n4flow.batches import BatchScan, place, run_batch
 from n4flow.console import reporting
+from n4flow.study.batches import BatchScan, place, run_batch
 
 
 def batch_scan(entry, folder, snakemake):
@@ -12,7 +12,7 @@ def batch_scan(entry, folder, snakemake):
     made = {role: place(folder, path) for role, path in entry["outputs"].items()}
 
     def make_mask():
-        from n4flow.mask import mask_scan
+        from n4flow.steps.mask import mask_scan
 
         for path in made.values():
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -20,8 +20,9 @@ def batch_scan(entry, folder, snakemake):
         mask_scan(Path(entry["image"]), own, made["mask"], made["mask_sidecar"], **params.settings["mask"]["settings"])
 
     def correct():
-        from n4flow.derivatives import CorrectionFiles, correct_scan
         from n4flow.parameters import N4Parameters
+        from n4flow.steps.correct import correct_scan
+        from n4flow.steps.derivatives import CorrectionFiles
 
         settings = params.settings["n4"]
         correct_scan(

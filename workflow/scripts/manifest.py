@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from n4flow.console import reporting
-from n4flow.manifest import write_manifest
+from n4flow.study.manifest import write_manifest
 
 
 def main(snakemake):

@@ -2,12 +2,12 @@
 
 from pathlib import Path
 
-from n4flow.batches import take
 from n4flow.console import reporting
+from n4flow.study.batches import take
 
 
 def main(snakemake):
-    from n4flow.mask import mask_scan
+    from n4flow.steps.mask import mask_scan
 
     own = snakemake.input.get("own")
     mask_scan(

@@ -2,13 +2,14 @@
 
 from pathlib import Path
 
-from n4flow.batches import take
 from n4flow.console import reporting
+from n4flow.study.batches import take
 
 
 def main(snakemake):
-    from n4flow.derivatives import CorrectionFiles, correct_scan
     from n4flow.parameters import N4Parameters
+    from n4flow.steps.correct import correct_scan
+    from n4flow.steps.derivatives import CorrectionFiles
 
     correct_scan(
         Path(snakemake.input.image),

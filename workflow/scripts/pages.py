@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from n4flow.batches import BatchScan, place, run_batch
 from n4flow.console import reporting
+from n4flow.study.batches import BatchScan, place, run_batch
 
 
 def batch_scan(entry, folder, snakemake):

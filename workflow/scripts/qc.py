@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from n4flow.batches import clear, take
 from n4flow.console import reporting
+from n4flow.study.batches import clear, take
 
 
 def main(snakemake):

@@ -3,8 +3,8 @@
 from pathlib import Path
 
 from n4flow.console import reporting
-from n4flow.derivatives import CorrectionFiles
-from n4flow.reference import reference_scan
+from n4flow.steps.derivatives import CorrectionFiles
+from n4flow.steps.reference import reference_scan
 
 
 def main(snakemake):

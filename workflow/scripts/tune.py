@@ -3,8 +3,8 @@
 from pathlib import Path
 
 from n4flow.console import reporting
-from n4flow.derivatives import CorrectionFiles
 from n4flow.qc.tune import TunedScan, make_comparison
+from n4flow.steps.derivatives import CorrectionFiles
 
 
 def main(snakemake):

@@ -11,7 +11,7 @@ from collections import Counter
 from pathlib import Path
 
 from n4flow.errors import InputError
-from n4flow.manifest import CLOSE, DIFFERENT, EQUAL, verify
+from n4flow.study.manifest import CLOSE, DIFFERENT, EQUAL, verify
 
 
 def main(arguments=None):

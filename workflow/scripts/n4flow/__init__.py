@@ -7,15 +7,17 @@ __version__ = "0.1.0"
 
 # loaded when asked for: the workflow itself needs none of the numeric libraries
 _ROOMS = {
-    "BiasField": "field",
+    "BiasField": "core.field",
     "Correction": "correction",
     "InputError": "errors",
     "N4Parameters": "parameters",
-    "basis_matrix": "bspline",
-    "bspline_evaluate": "bspline",
-    "bspline_fit": "bspline",
+    "basis_matrix": "core.bspline",
+    "bspline_evaluate": "core.bspline",
+    "bspline_fit": "core.bspline",
     "correct": "correction",
-    "sharpen_residual": "sharpening",
+    "load_field": "images.fields",
+    "save_field": "images.fields",
+    "sharpen_residual": "core.sharpening",
 }
 
 __all__ = sorted(_ROOMS)

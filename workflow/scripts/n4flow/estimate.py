@@ -10,14 +10,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from n4flow.affine import LARGEST_LENGTH
-from n4flow.bspline import evaluate_at, one_blas_thread, refine
+from n4flow.core.affine import LARGEST_LENGTH
+from n4flow.core.bspline import evaluate_at, one_blas_thread, refine
+from n4flow.core.field import BiasField, Mesh
+from n4flow.core.fit import LeeWolbergShin, PenalisedLeastSquares, SplineFit
+from n4flow.core.samples import Samples, sample_positions
 from n4flow.errors import InputError
-from n4flow.field import BiasField, Mesh
-from n4flow.fit import LeeWolbergShin, PenalisedLeastSquares, SplineFit
 from n4flow.kernels import choose_kernels
 from n4flow.parameters import N4Parameters
-from n4flow.samples import Samples, sample_positions
 
 log = logging.getLogger(__name__)
 

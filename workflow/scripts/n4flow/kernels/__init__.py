@@ -6,10 +6,10 @@ from typing import Any
 
 import numpy as np
 
+from n4flow.core.samples import Samples
 from n4flow.kernels.plain import PlainKernels
 from n4flow.kernels.protocol import Kernels
 from n4flow.parameters import N4Parameters
-from n4flow.samples import Samples
 
 __all__ = ["Kernels", "PlainKernels", "choose_kernels"]
 

@@ -13,11 +13,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from n4flow.field import BiasField
-from n4flow.fit import BENT, FULLY_DAMPED_GAIN, LEAST_DAMPING, PenalisedLeastSquares, SplineFit
+from n4flow.core.field import BiasField
+from n4flow.core.fit import BENT, FULLY_DAMPED_GAIN, LEAST_DAMPING, PenalisedLeastSquares, SplineFit
+from n4flow.core.sharpening import NARROWEST_BINS, NEXT_TO_NOTHING, SMALLEST_GAIN, TWICINGS
 from n4flow.kernels.protocol import Oriented
 from n4flow.parameters import N4Parameters, Stage
-from n4flow.sharpening import NARROWEST_BINS, NEXT_TO_NOTHING, SMALLEST_GAIN, TWICINGS
 
 #: Threads in a block.
 THREADS = 256

@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from n4flow.bspline import contract, expand
+from n4flow.core.bspline import contract, expand
+from n4flow.core.sharpening import linear_histogram, look_up
 from n4flow.kernels.protocol import HostKernels, Statistics
 from n4flow.parameters import N4Parameters
-from n4flow.sharpening import linear_histogram, look_up
 
 #: Voxels worked on at a time. Blocks bound the temporary arrays, and since they do not depend on
 #: the machine, neither does the order in which their sums are added.

@@ -13,9 +13,9 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from n4flow.fit import SplineFit
+from n4flow.core.fit import SplineFit
+from n4flow.core.sharpening import expected_log_values, sharpening_gain
 from n4flow.parameters import N4Parameters, Stage
-from n4flow.sharpening import expected_log_values, sharpening_gain
 
 
 class Kernels(Protocol):

@@ -14,12 +14,12 @@ from urllib.parse import quote
 import numpy as np
 from markupsafe import Markup
 
-from n4flow.files import atomic_text
-from n4flow.metrics import robust_z
+from n4flow.images.files import atomic_text
 from n4flow.qc.definitions import COLUMNS, SHOWN
+from n4flow.qc.metrics import robust_z
 from n4flow.qc.multiqc import multiqc_path, write_multiqc
 from n4flow.qc.rendering import number, plain, read_json, render
-from n4flow.ratings import read_ratings
+from n4flow.study.ratings import read_ratings
 
 #: Robust z beyond which a scan is called an outlier among those of its suffix, and from how many of them on.
 OUTLIER_Z, OUTLIER_SCANS = 3.5, 5

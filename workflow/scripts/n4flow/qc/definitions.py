@@ -15,7 +15,7 @@ class Definition(NamedTuple):
     source: str = ""
 
 
-#: v: intensities in the mask, b: the multiplicative field there, P: percentile. In full: n4flow/metrics.py.
+#: v: intensities in the mask, b: the multiplicative field there, P: percentile. In full: n4flow/qc/metrics.py.
 DEFINITIONS: tuple[Definition, ...] = (
     Definition(
         ("cjv_before", "cjv_after"),

@@ -12,7 +12,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
 
-from n4flow.files import atomic_bytes
+from n4flow.images.files import atomic_bytes
 from n4flow.qc.dataset import OUTLIER_Z, load_ranked
 from n4flow.qc.definitions import COLUMNS
 from n4flow.qc.panels import AFTER, BEFORE, FAINT, INK, THUMBNAIL_PIXELS

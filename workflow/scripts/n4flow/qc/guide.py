@@ -12,21 +12,24 @@ from typing import Any, NamedTuple
 import nibabel as nib
 import numpy as np
 
-from n4flow.correction import read_samples
-from n4flow.derivatives import CorrectionFiles, correct_scan, write_derivatives
-from n4flow.field import BiasField
-from n4flow.files import atomic_text
-from n4flow.mask import mask_scan
-from n4flow.metrics import FLAG_LIMITS, FLAGS
+from n4flow.core.field import BiasField
+from n4flow.core.phantom import make_phantom
+from n4flow.core.quadrature import keep_mean_intensity
+from n4flow.images.fields import load_field
+from n4flow.images.files import atomic_text
+from n4flow.images.nifti import Volume
+from n4flow.images.sampling import read_samples
 from n4flow.parameters import N4Parameters
-from n4flow.phantom import load_tissues, make_phantom
 from n4flow.qc import panels
 from n4flow.qc.definitions import COLUMNS, DEFINITIONS
+from n4flow.qc.metrics import FLAG_LIMITS, FLAGS
 from n4flow.qc.pages import Subject, data_uri, measure_subject
 from n4flow.qc.rendering import number, render
-from n4flow.quadrature import keep_mean_intensity
-from n4flow.reference import reference_scan
-from n4flow.volume import Volume
+from n4flow.steps.correct import correct_scan
+from n4flow.steps.demo import load_tissues
+from n4flow.steps.derivatives import CorrectionFiles, write_derivatives
+from n4flow.steps.mask import mask_scan
+from n4flow.steps.reference import reference_scan
 
 #: The simulated head.
 INU_PERCENT, NOISE_PERCENT, SEED = 60, 3, 7
@@ -82,7 +85,7 @@ class _Bench:
         return _Made(self.image, self.mask, files)
 
     def good_field(self) -> BiasField:
-        return BiasField.load(self.files("good").lattice)
+        return load_field(self.files("good").lattice)
 
 
 def _too_fine(bench: _Bench) -> _Made:

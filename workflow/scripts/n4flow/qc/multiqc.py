@@ -9,7 +9,7 @@ from typing import Any
 
 from markupsafe import escape
 
-from n4flow.files import atomic_text
+from n4flow.images.files import atomic_text
 from n4flow.qc.definitions import DEFINITIONS
 
 #: What is on show at first; the other columns wait behind MultiQC's button.

@@ -16,11 +16,14 @@ import nibabel as nib
 import numpy as np
 from PIL import Image
 
-from n4flow.bids import DATATYPE_OF
+from n4flow.core.field import BiasField
+from n4flow.core.samples import inside_mask
 from n4flow.errors import InputError
-from n4flow.field import BiasField
-from n4flow.files import atomic_bytes, atomic_text
-from n4flow.metrics import (
+from n4flow.images.fields import load_field
+from n4flow.images.files import atomic_bytes, atomic_text
+from n4flow.images.nifti import Volume
+from n4flow.qc import panels
+from n4flow.qc.metrics import (
     FLAG_LIMITS,
     PLANE_VOXELS,
     correction_metrics,
@@ -31,12 +34,10 @@ from n4flow.metrics import (
     section_profile,
     steepness,
 )
-from n4flow.qc import panels
 from n4flow.qc.panels import Profile
 from n4flow.qc.rendering import number, plain, read_json, render
 from n4flow.qc.viewer import shrink, steps_within, viewer_script
-from n4flow.samples import inside_mask
-from n4flow.volume import Volume
+from n4flow.study.bids import DATATYPE_OF
 
 #: A page may have so many bytes; the two mosaics of the image take what the rest leaves.
 PAGE_BYTES = 440_000
@@ -204,7 +205,7 @@ def measure_subject(
     image, mask, corrected : path-like
         NIfTI, on one grid; of 4-D images the mean over the frames is looked at.
     field, reference_field : path-like
-        Lattice JSON, see `BiasField.load`; without a reference its panels are absent.
+        Lattice JSON, see `images.fields.load_field`; without a reference its panels are absent.
     sidecar, reference_sidecar : path-like
         JSON of the images corrected with these fields.
     field_window_log : float
@@ -227,9 +228,9 @@ def measure_subject(
         raise InputError("qc.field_window_log", f"{field_window_log!r} is not valid", "give a number above 0")
     facts = read_json(sidecar)
     reference_facts = read_json(reference_sidecar) if reference_sidecar else {}
-    fields = {"bias field": BiasField.load(field)}
+    fields = {"bias field": load_field(field)}
     if reference_field:
-        fields["reference field"] = BiasField.load(reference_field)
+        fields["reference field"] = load_field(reference_field)
     view = _View(Volume(mask), 1e6 * viewer_mb, sum(each.lattice.size for each in fields.values()))
     before, before_pictures, before_small = view.image(image, "image")
     after, after_pictures, after_small = view.image(corrected, "corrected image")

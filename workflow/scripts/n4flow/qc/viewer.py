@@ -16,9 +16,9 @@ import numpy as np
 from matplotlib import colormaps
 from matplotlib.colors import to_hex
 
-from n4flow.field import BiasField
+from n4flow.core.field import BiasField
+from n4flow.images.nifti import Volume
 from n4flow.qc.panels import upright_planes
-from n4flow.volume import Volume
 
 #: Characters of base64 per byte.
 BASE64 = 4 / 3

@@ -12,16 +12,17 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from n4flow.bspline import basis_matrix
-from n4flow.correction import read_samples
-from n4flow.derivatives import CorrectionFiles, estimate_facts, write_derivatives
+from n4flow.core.bspline import basis_matrix
+from n4flow.core.field import BiasField, Mesh
+from n4flow.core.quadrature import keep_mean_intensity
+from n4flow.core.samples import Samples, inside_mask, sample_positions, shrink_per_axis
 from n4flow.errors import InputError
 from n4flow.estimate import Estimate, Iteration, estimate_field
-from n4flow.field import BiasField, Mesh
+from n4flow.images.nifti import Volume
+from n4flow.images.sampling import read_samples
 from n4flow.parameters import N4Parameters
-from n4flow.quadrature import keep_mean_intensity
-from n4flow.samples import Samples, inside_mask, sample_positions, shrink_per_axis
-from n4flow.volume import Volume
+from n4flow.steps.correct import estimate_facts
+from n4flow.steps.derivatives import CorrectionFiles, write_derivatives
 
 log = logging.getLogger(__name__)
 
@@ -188,7 +189,7 @@ def reference_scan(image: Path, mask: Path, files: CorrectionFiles, *, keep_dtyp
     image, mask : Path
     files : CorrectionFiles
     keep_dtype : bool
-        See `correction.write_corrected`.
+        See `images.division.write_corrected`.
 
     Raises
     ------

@@ -10,16 +10,16 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from n4flow.bids import raw_uri
-from n4flow.bspline import one_blas_thread
+from n4flow.core.bspline import one_blas_thread
+from n4flow.core.field import BiasField
+from n4flow.core.samples import Samples, check_range, inside_mask, log_where, sample_positions
 from n4flow.errors import InputError
 from n4flow.estimate import estimate_field
-from n4flow.field import BiasField
-from n4flow.files import write_json
+from n4flow.images.files import write_json
+from n4flow.images.nifti import Volume, VolumeWriter
 from n4flow.parameters import N4Parameters
-from n4flow.provenance import provenance
-from n4flow.samples import Samples, check_range, inside_mask, log_where, sample_positions
-from n4flow.volume import Volume, VolumeWriter
+from n4flow.study.bids import raw_uri
+from n4flow.study.provenance import provenance
 
 log = logging.getLogger(__name__)
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from n4flow import __version__
 
-PACKAGE = Path(__file__).parent
+PACKAGE = Path(__file__).parents[1]
 
 
 def modules_used_by(*entries: str) -> set[str]:

@@ -24,9 +24,9 @@ from nibabel.filebasedimages import ImageFileError
 from nibabel.spatialimages import HeaderDataError
 from nibabel.wrapstruct import WrapStructError
 
-from n4flow.affine import affine_problem
+from n4flow.core.affine import affine_problem
 from n4flow.errors import InputError
-from n4flow.files import atomic_bytes, missing_file
+from n4flow.images.files import atomic_bytes, missing_file
 
 #: Voxels in a slab: what reading, evaluating and writing hold in memory at a time, per array. So few lie in a core's
 #: cache, which takes a fifth off the time of a correction (2**20 to 2**18).

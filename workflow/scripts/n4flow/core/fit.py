@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from n4flow.bspline import contract, divisors, fit_matrices, gram_matrices
+from n4flow.core.bspline import contract, divisors, fit_matrices, gram_matrices
 
 #: Samples worked on at a time: memory is bounded, and the order of sums does not depend on the machine.
 BLOCK_SAMPLES = 2**18

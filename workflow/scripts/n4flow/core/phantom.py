@@ -1,20 +1,12 @@
-"""A head with a known bias field: for the built-in dataset and for tests against the truth."""
+"""A head with a known bias field."""
 
 from __future__ import annotations
 
-import base64
-import gzip
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import nibabel as nib
 import numpy as np
 import SimpleITK as sitk
-from nibabel.orientations import axcodes2ornt, io_orientation, ornt_transform
 from numpy.polynomial import legendre
-
-from n4flow.bids import BIDS_VERSION
-from n4flow.files import atomic_bytes, write_json
 
 #: T1-like intensities of grey matter, white matter, fluid, skull and scalp (fat, as bright as white matter).
 T1_LIKE = {"gm": 720.0, "wm": 1000.0, "csf": 280.0, "skull": 120.0, "scalp": 1000.0}
@@ -29,22 +21,6 @@ class Phantom(NamedTuple):
     brain: np.ndarray  # bool
     gm: np.ndarray  # bool: grey matter, probability above 0.9
     wm: np.ndarray  # bool: white matter, likewise
-
-
-def load_tissues(path: str | Path) -> Any:
-    """The tissue maps that ship with the workflow.
-
-    Parameters
-    ----------
-    path : path-like
-        A .nii.gz as base64: Snakemake fetches the files of a module from a remote repository as text.
-
-    Returns
-    -------
-    nibabel image
-        4-D, of grey matter, white matter and fluid, 0 to 255.
-    """
-    return nib.Nifti1Image.from_bytes(gzip.decompress(base64.b64decode(Path(path).read_bytes())))
 
 
 def head_tissues(tissues: np.ndarray, voxel_size_mm: float) -> dict[str, np.ndarray]:
@@ -153,46 +129,3 @@ def make_phantom(
         shares["gm"] > 0.9,
         shares["wm"] > 0.9,
     )
-
-
-def demo_dataset(tissues: Path, folder: Path) -> None:
-    """Write the built-in dataset: four simulated heads with known fields, in BIDS.
-
-    The fields have 0, 20, 40 and 100 % INU. Subject 03 comes with a brain mask, subject 04 as int16
-    with a scl_slope, its axes pointing to posterior, superior and right. The truth lies beside the
-    images, as ``desc-truth_biasfield`` and ``desc-truth_T1w``.
-
-    Parameters
-    ----------
-    tissues : Path
-        See `load_tissues`.
-    folder : Path
-    """
-    template = load_tissues(tissues)
-    shares = np.asarray(template.dataobj)
-    size = float(template.header.get_zooms()[0])
-
-    def save(array: np.ndarray, path: Path, axes: str) -> None:
-        image = nib.Nifti1Image(array, template.affine)
-        image = image.as_reoriented(ornt_transform(io_orientation(image.affine), axcodes2ornt(axes)))
-        image.header.set_xyzt_units("mm", "sec")
-        image.set_qform(image.affine, 1)
-        image.set_sform(image.affine, 1)
-        if array.dtype == np.int16:
-            image.header.set_slope_inter(0.25, 0)
-        with atomic_bytes(path) as file:
-            file.write(gzip.compress(image.to_bytes(), compresslevel=1, mtime=0))
-
-    for number, inu_percent in enumerate((0, 20, 40, 100), start=1):
-        subject = f"sub-{number:02d}"
-        anat = folder / subject / "anat"
-        anat.mkdir(parents=True, exist_ok=True)
-        phantom = make_phantom(shares, size, inu_percent=inu_percent, noise_percent=3, seed=number)
-        axes = "PSR" if number == 4 else "RAS"
-        stored = np.rint(phantom.image / 0.25).astype(np.int16) if number == 4 else phantom.image
-        save(stored, anat / f"{subject}_T1w.nii.gz", axes)
-        save(phantom.truth, anat / f"{subject}_desc-truth_T1w.nii.gz", axes)
-        save(phantom.bias.astype(np.float32), anat / f"{subject}_desc-truth_biasfield.nii.gz", axes)
-        if number == 3:
-            save(phantom.brain.astype(np.uint8), anat / f"{subject}_desc-brain_mask.nii.gz", axes)
-    write_json(folder / "dataset_description.json", {"Name": "n4flow's built-in dataset", "BIDSVersion": BIDS_VERSION})

@@ -14,10 +14,10 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from n4flow.bids import Scan
 from n4flow.errors import InputError
-from n4flow.files import missing_file, shortened
+from n4flow.images.files import missing_file, shortened
 from n4flow.parameters import N4Parameters
+from n4flow.study.bids import Scan
 
 #: One page shows so many corrections: more, nobody compares by eye.
 TUNE_CORRECTIONS = 100

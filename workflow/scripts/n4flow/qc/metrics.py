@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from n4flow.sharpening import linear_histogram
+from n4flow.core.sharpening import linear_histogram
 
 #: An entropy needs no more voxels than about this.
 ENTROPY_VOXELS = 2**20

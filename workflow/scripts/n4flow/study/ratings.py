@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from n4flow.errors import InputError
-from n4flow.files import atomic_text
-from n4flow.inputs import RAGGED, ragged, read_table
+from n4flow.images.files import atomic_text
+from n4flow.study.inputs import RAGGED, ragged, read_table
 
 RATINGS = ("pass", "warn", "fail")
 

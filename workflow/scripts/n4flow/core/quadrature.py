@@ -7,11 +7,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from n4flow.bspline import one_blas_thread
+from n4flow.core.bspline import one_blas_thread
+from n4flow.core.field import BiasField, Mesh
+from n4flow.core.samples import beyond_float32
 from n4flow.device import array_module, to_host
 from n4flow.errors import InputError
-from n4flow.field import BiasField, Mesh
-from n4flow.samples import beyond_float32
 
 #: Nodes in a span of the mesh, per axis: they give the mean to 2e-8, even of a single voxel, where a field changes by
 #: a factor of 7 in a span.

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from n4flow import __version__
 from n4flow.errors import InputError
-from n4flow.files import atomic_text, missing_file, write_json
+from n4flow.images.files import atomic_text, missing_file, write_json
 
 log = logging.getLogger(__name__)
 

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from n4flow.affine import LARGEST_LENGTH, affine_problem
-from n4flow.bspline import basis_matrix, control_points, evaluate_at, expand
+from n4flow.core.affine import LARGEST_LENGTH, affine_problem
+from n4flow.core.bspline import basis_matrix, control_points, evaluate_at, expand
 from n4flow.errors import InputError
-from n4flow.files import write_json
 
 log = logging.getLogger(__name__)
 
@@ -27,9 +24,6 @@ STRAY_SPANS = 1e-5
 
 #: Points evaluated at a time on a grid that is oblique to the mesh.
 BLOCK_POINTS = 2**14
-
-#: Bytes of a lattice of some million control points.
-LARGEST_FILE = 2**26
 
 FORMAT = "n4flow log bias field, version 1"
 
@@ -386,7 +380,7 @@ class BiasField:
         Returns
         -------
         dict
-            What `load` reads. Floats keep all their digits: the field comes back to the last bit. ``Spans``,
+            What `from_mapping` reads. Floats keep all their digits: the field comes back to the last bit. ``Spans``,
             ``MeshStartVoxel`` and ``SpanVoxels`` are those of the `Mesh`, in voxels; ``Affine`` is in mm; ``Lattice``
             is nested as its axes are, in natural log.
         """
@@ -402,60 +396,42 @@ class BiasField:
             "Lattice": self.lattice.tolist(),
         }
 
-    def save(self, path: str | Path, **notes: Any) -> None:
-        """Write the field as a JSON file, which appears when it is complete; `load` reads it.
-
-        Parameters
-        ----------
-        path : path-like
-        **notes
-            Further keys of the file, ready for JSON, which `load` passes over.
-        """
-        write_json(path, {**notes, **self.to_mapping()})
-
     @classmethod
-    def load(cls, path: str | Path) -> BiasField:
-        """Read a field from a file that `save` wrote.
+    def from_mapping(cls, content: Mapping[str, Any]) -> BiasField:
+        """The field that `to_mapping` described, to the last bit.
 
         Parameters
         ----------
-        path : path-like
-            JSON, see `to_mapping`; other keys than those of the field are passed over.
+        content : mapping
+            Other keys than those of the field are passed over.
 
         Returns
         -------
         BiasField
-            The one that was saved, to the last bit.
 
         Raises
         ------
-        InputError
-            The file is missing, or does not hold a field of this format.
+        ValueError, KeyError, TypeError
+            It does not hold a field of this format.
         """
-        try:
-            if (size := Path(path).stat().st_size) > LARGEST_FILE:
-                raise ValueError(f"it has {size} bytes")
-            content = json.loads(Path(path).read_text(encoding="utf-8"))
-            if content["Format"] != FORMAT:
-                raise ValueError(f"format {content['Format']!r}")
-            if not isinstance(content["HasWorld"], bool):
-                raise ValueError("HasWorld is neither true nor false")
-            start, span_voxels = (_numbers(content, name, (3,)) for name in ("MeshStartVoxel", "SpanVoxels"))
-            if (span_voxels < 1 / LARGEST_LENGTH).any():
-                raise ValueError("SpanVoxels are not all above 0")
-            if max(np.abs(start).max(), span_voxels.max()) > LARGEST_LENGTH:
-                raise ValueError("MeshStartVoxel or SpanVoxels are beyond any image")
-            mesh = Mesh(_counts(content, "Spans", 0), tuple(start.tolist()), tuple(span_voxels.tolist()))
-            return cls(
-                _numbers(content, "Lattice", mesh.lattice_shape),
-                mesh,
-                _counts(content, "ImageShape", 1),
-                _matrix(content, "Affine"),
-                _matrix(content, "VoxelToMesh"),
-                content["HasWorld"],
-            )
-        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-            raise InputError(path, f"is no n4flow bias field ({error})", "make it again with the n4 rule") from None
+        if content["Format"] != FORMAT:
+            raise ValueError(f"format {content['Format']!r}")
+        if not isinstance(content["HasWorld"], bool):
+            raise ValueError("HasWorld is neither true nor false")
+        start, span_voxels = (_numbers(content, name, (3,)) for name in ("MeshStartVoxel", "SpanVoxels"))
+        if (span_voxels < 1 / LARGEST_LENGTH).any():
+            raise ValueError("SpanVoxels are not all above 0")
+        if max(np.abs(start).max(), span_voxels.max()) > LARGEST_LENGTH:
+            raise ValueError("MeshStartVoxel or SpanVoxels are beyond any image")
+        mesh = Mesh(_counts(content, "Spans", 0), tuple(start.tolist()), tuple(span_voxels.tolist()))
+        return cls(
+            _numbers(content, "Lattice", mesh.lattice_shape),
+            mesh,
+            _counts(content, "ImageShape", 1),
+            _matrix(content, "Affine"),
+            _matrix(content, "VoxelToMesh"),
+            content["HasWorld"],
+        )
 
 
 def _numbers(content: Mapping[str, Any], name: str, shape: tuple[int, ...]) -> np.ndarray:

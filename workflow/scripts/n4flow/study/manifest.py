@@ -13,9 +13,10 @@ import numpy as np
 from isal import igzip
 
 from n4flow import __version__
+from n4flow.core.field import BiasField
 from n4flow.errors import InputError
-from n4flow.field import BiasField
-from n4flow.files import atomic_text
+from n4flow.images.fields import load_field
+from n4flow.images.files import atomic_text
 
 FORMAT = "n4flow manifest, version 1"
 
@@ -122,7 +123,7 @@ def _made_with(folder: Path, files: Sequence[str]) -> dict[str, Any]:
         if file.endswith(".json") and not file.startswith("qc/"):
             content = json.loads((folder / file).read_text(encoding="utf-8"))
             if "Lattice" in content:
-                made.setdefault("Fields", {})[file] = _field(BiasField.load(folder / file))
+                made.setdefault("Fields", {})[file] = _field(load_field(folder / file))
             elif "N4" in content:
                 known = ("Parameters", "FieldFrom", "Device")
                 made.setdefault("Made", {})[file] = {
@@ -283,7 +284,7 @@ def _verdict(
 def _largest_difference(path: Path, wanted: Mapping[str, Any]) -> float | None:
     """How far control points are from those of the manifest; None if they are no two fields of one mesh and image."""
     try:
-        here = _field(BiasField.load(path))
+        here = _field(load_field(path))
     except InputError:
         return None
     for key, value in here.items():

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from n4flow.console import PREFIX, last_error, reporting, say
-from n4flow.files import write_json
+from n4flow.images.files import write_json
 
 # loaded where a batch is worked on: three jobs of every scan take from one, and each would wait for it
 if TYPE_CHECKING:

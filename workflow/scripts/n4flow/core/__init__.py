@@ -1,0 +1,1 @@
+"""Arrays in, arrays out: the pieces of the estimate and of its evaluation."""

@@ -1,0 +1,1 @@
+"""One function per rule: files in, files out."""

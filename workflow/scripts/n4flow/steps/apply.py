@@ -1,0 +1,58 @@
+"""Rule apply: a scan divided by the field of another one."""
+
+from __future__ import annotations
+
+import logging
+import time
+from pathlib import Path
+
+import numpy as np
+
+from n4flow.images.fields import load_field
+from n4flow.images.nifti import Volume
+from n4flow.steps.derivatives import CorrectionFiles, write_derivatives
+from n4flow.study.bids import own_uri
+
+log = logging.getLogger(__name__)
+
+
+def apply_scan(image: Path, lattice: Path, files: CorrectionFiles, *, keep_dtype: bool = False) -> None:
+    """Divide a scan by the field of another one of the same space, and write what came about.
+
+    The field is taken as it is. Its mean over this scan is not set to anything: so the ratios between scans that are
+    divided by one field, such as the echoes of a sequence, are what they were. What SimpleITK made of this scan in an
+    earlier run, when it had a field of its own, is removed.
+
+    Parameters
+    ----------
+    image : Path
+    lattice : Path
+        Field of the other scan: one of the outputs, see `images.fields.load_field`.
+    files : CorrectionFiles
+    keep_dtype : bool
+        See `images.division.write_corrected`.
+
+    Raises
+    ------
+    InputError
+        The scan or the field is unusable, or they do not meet.
+    """
+    start = time.perf_counter()
+    volume = Volume(image)
+    source = load_field(lattice)
+    same_grid = volume.shape == source.image_shape and np.array_equal(volume.affine_mm, source.affine)
+    if not (same_grid or (volume.has_world and source.has_world)):
+        log.warning(
+            "%s: %s names no space (qform_code and sform_code are 0), so that where the field lies in this image is a "
+            "guess; set its qform or sform",
+            lattice if volume.has_world else image,
+            "the header of the image that it was estimated on" if volume.has_world else "its header",
+        )
+    field = source.on_grid(volume.shape, volume.affine_mm, image)
+    outside = round(source.share_outside(volume.shape, volume.affine_mm), 4)
+    facts = {"FieldFrom": own_uri(lattice), "ShareOutside": outside}
+    write_derivatives(volume, {"lattice": lattice}, files, field, facts, (), start, keep_dtype=keep_dtype, xp=np)
+    for path in (files.corrected, files.sidecar, files.lattice):
+        # no rule makes it for this scan any longer, or would notice that it is of another field
+        if "_desc-N4" in path.name:
+            path.with_name(path.name.replace("_desc-N4", "_desc-N4sitk")).unlink(missing_ok=True)

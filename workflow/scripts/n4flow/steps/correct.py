@@ -1,0 +1,102 @@
+"""Rule n4: a scan corrected with a field of its own."""
+
+from __future__ import annotations
+
+import logging
+import time
+from pathlib import Path
+from typing import Any
+
+from n4flow.core.quadrature import keep_mean_intensity
+from n4flow.core.samples import Samples
+from n4flow.device import DeviceChoice, select_device
+from n4flow.estimate import Estimate, estimate_field, repeatability
+from n4flow.images.nifti import Volume
+from n4flow.images.sampling import read_samples
+from n4flow.parameters import N4Parameters
+from n4flow.steps.derivatives import CorrectionFiles, write_derivatives
+
+log = logging.getLogger(__name__)
+
+
+def correct_scan(
+    image: Path,
+    mask: Path,
+    files: CorrectionFiles,
+    *,
+    parameters: N4Parameters,
+    device: DeviceChoice = "auto",
+    threads: int = 1,
+    keep_dtype: bool = False,
+) -> None:
+    """Estimate the field of a scan, divide the scan by it and write what came about.
+
+    Parameters
+    ----------
+    image, mask : Path
+    files : CorrectionFiles
+    parameters : N4Parameters
+    device : {"auto", "gpu", "cpu"}
+    threads : int
+        On the CPU; the result does not depend on it.
+    keep_dtype : bool
+        See `images.division.write_corrected`.
+
+    Raises
+    ------
+    InputError
+        The scan or its mask is unusable, or the device is not there.
+    """
+    start = time.perf_counter()
+    chosen = select_device(device)
+    log.info("%s: computing on %s (%s)", image, chosen.name, chosen.reason)
+    volume, inside = Volume(image), Volume(mask)
+    samples, intensity = read_samples(volume, inside, parameters)
+    estimate = estimate_field(samples, parameters, xp=chosen.xp, threads=threads)
+    field = keep_mean_intensity(estimate.field, intensity, image)
+    facts = {
+        **estimate_facts(estimate, samples, parameters),
+        "Repeatability": repeatability(samples, parameters, xp=chosen.xp, threads=threads),
+        "Device": chosen.name,
+        "DeviceReason": chosen.reason,
+    }
+    packages = ("cupy",) if chosen.kind == "gpu" else ("numba",)
+    write_derivatives(volume, {"mask": mask}, files, field, facts, packages, start, keep_dtype=keep_dtype, xp=chosen.xp)
+
+
+def estimate_facts(estimate: Estimate, samples: Samples, parameters: N4Parameters) -> dict[str, Any]:
+    """Parameters, and what the estimate did with them, for the sidecar.
+
+    Parameters
+    ----------
+    estimate : Estimate
+    samples : Samples
+        What the estimate was made from.
+    parameters : N4Parameters
+
+    Returns
+    -------
+    dict
+        Plain values, ready for JSON: ``Parameters``, as set; ``Shrink``, per axis; ``Spans``, per axis at the last
+        stage, and their ``SpanLengthMm``; ``Samples``, how many there were; ``Dropped``, voxels of the mask that had
+        no logarithm, by reason; ``History``, the CV of the update (without unit) at every iteration of each
+        stage; ``Converged``, whether each stage came to the threshold.
+    """
+    converged = []
+    for stage in range(1, len(parameters.stages) + 1):
+        cvs = [line.cv for line in estimate.history if line.stage == stage]
+        # a stage without an iteration found all values the same
+        converged.append(not cvs or cvs[-1] <= parameters.convergence_threshold)
+    return {
+        "Parameters": parameters.to_mapping(),
+        "Shrink": [int(p[1] - p[0]) if len(p) > 1 else 1 for p in samples.positions],
+        "Spans": list(estimate.field.mesh.spans),
+        "SpanLengthMm": [
+            round(float(length * size), 3)
+            for length, size in zip(estimate.field.mesh.span_voxels, samples.voxel_size_mm, strict=True)
+        ],
+        "Samples": int(samples.mask.sum()),
+        "Dropped": samples.dropped,
+        "History": [{"Stage": n.stage, "Iteration": n.iteration, "CV": float(n.cv)} for n in estimate.history],
+        "Converged": converged,
+    }

@@ -1,0 +1,1 @@
+"""A dataset as a whole: config, sheet, BIDS names, ratings, manifest, provenance."""
