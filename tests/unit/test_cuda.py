@@ -310,7 +310,8 @@ def test_arrays_are_corrected_where_they_are(device, head, dtype, order, alias, 
     expected = correct(image, image > 300, device="cpu", **settings)
     monkeypatch.setattr("n4flow.correction.select_device", lambda _: Device("gpu", device, "stand-in", "test"))
     fetched = []
-    monkeypatch.setattr("n4flow.correction.to_host", lambda array: fetched.append(array.size) or to_host(array))
+    for module in ("n4flow.correction", "n4flow.images.sampling"):
+        monkeypatch.setattr(f"{module}.to_host", lambda array: fetched.append(array.size) or to_host(array))
     for home in (np, device):
         mine = home.asarray(image.copy(order="K"))
         result = correct(mine, mine > 300, **settings, **({alias: mine} if alias else {}))
