@@ -325,6 +325,14 @@ class CompiledKernels(HostKernels):
         _lead(first, last, self.work)
 
 
+def preload() -> None:
+    """Load (or compile) what is called first: all the rest comes with it."""
+    kernels = CompiledKernels(np.zeros((4, 4, 4)), np.ones((4, 4, 4), dtype=bool), N4Parameters(), threads=1)
+    kernels.set_mesh([np.eye(4)] * 3, [np.eye(4)] * 3)
+    _lead(LEAVE, LEAVE, kernels.work)
+    _follow(1, kernels.work)  # which finds that all has ended
+
+
 def _rows(samples: Oriented) -> Rows:
     n0, n1, n2 = samples.inside.shape
     pieces = -(-n2 // LANES)

@@ -30,6 +30,13 @@ class CorrectionFiles(NamedTuple):
     lattice: Path  # JSON of the field, see `load_field`
     bias: Path | None = None  # the multiplicative field as an image, if it is wanted
 
+    @classmethod
+    def of(cls, files: CorrectionFiles | Mapping[str, str | Path]) -> CorrectionFiles:
+        """These files, also if they are given as a mapping, as a job has them."""
+        if isinstance(files, CorrectionFiles):
+            return files
+        return cls(**{role: Path(path) for role, path in files.items()})
+
 
 def write_derivatives(
     volume: Volume,

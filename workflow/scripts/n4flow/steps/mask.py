@@ -10,6 +10,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
+from n4flow import kernels
 from n4flow.core.bspline import one_blas_thread
 from n4flow.core.field import BiasField
 from n4flow.core.samples import Samples, check_range, inside_mask, log_where, sample_positions
@@ -19,7 +20,7 @@ from n4flow.images.files import write_json
 from n4flow.images.nifti import Volume, VolumeWriter
 from n4flow.parameters import N4Parameters
 from n4flow.study.bids import raw_uri
-from n4flow.study.provenance import provenance
+from n4flow.study.provenance import provenance, remember_package
 
 log = logging.getLogger(__name__)
 
@@ -353,15 +354,21 @@ def _write(output: str | Path, like: Volume, slabs: Iterable[np.ndarray], source
 
 
 def mask_scan(
-    image: Path, own_mask: Path | None, output: Path, sidecar: Path, *, method: MaskMethod, percentile: float
+    image: str | Path,
+    own_mask: str | Path | None,
+    output: str | Path,
+    sidecar: str | Path,
+    *,
+    method: MaskMethod,
+    percentile: float,
 ) -> None:
     """Write the mask of a scan and its sidecar; the user's own mask wins over `method`.
 
     Parameters
     ----------
-    image : Path
-    own_mask : Path, optional
-    output, sidecar : Path
+    image : path-like
+    own_mask : path-like, optional
+    output, sidecar : path-like
     method, percentile
         As `make_mask`.
 
@@ -370,6 +377,8 @@ def mask_scan(
     InputError
         As `make_mask` and `adopt_mask`.
     """
+    image, output = Path(image), Path(output)
+    own_mask = Path(own_mask) if own_mask else None
     if own_mask:
         made = adopt_mask(image, own_mask, output)
     else:
@@ -385,3 +394,9 @@ def mask_scan(
         },
     )
     log.info("%s: %s", image, made)
+
+
+def preload() -> None:
+    """What makes the first step slow, for a process that is to do many."""
+    kernels.preload()
+    remember_package()
