@@ -104,8 +104,8 @@ def test_a_changed_key_makes_again_what_it_changes_and_what_follows(lean, code, 
 @pytest.mark.parametrize(
     ("file", "rules"),
     [
-        ("estimate.py", ["guide", *["fields", "mask", "n4", "pages", "qc"] * 3, *OVER_ALL]),
-        ("manifest.py", ["manifest"]),
+        ("estimate.py", ["guide", *["mask", "n4", "qc"] * 3, *OVER_ALL]),
+        ("study/manifest.py", ["manifest"]),
     ],
 )
 def test_a_changed_file_of_the_package_makes_again_what_uses_it_and_what_follows(lean, code, file, rules):
@@ -135,7 +135,7 @@ def test_a_touched_image_is_known_by_its_content(touched, code):
 def test_a_touched_image_that_is_too_large_to_be_compared_costs_its_own_jobs_alone(touched, code):
     limit = (touched / SCANS["int16"].image).stat().st_size - 1
     done = snakemake(touched, "-n", "--max-checksum-file-size", limit, workflow=code)
-    assert jobs_of(done) == sorted(["fields", "mask", "n4", "pages", "qc", *OVER_ALL])
+    assert jobs_of(done) == sorted(["mask", "n4", "qc", *OVER_ALL])
 
 
 each_integer = pytest.mark.parametrize("name", INTEGERS)
