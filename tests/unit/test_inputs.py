@@ -14,7 +14,7 @@ import yaml
 from n4flow.errors import InputError
 from n4flow.parameters import PRESETS, N4Parameters
 from n4flow.qc.dataset import OUTLIER_Z
-from n4flow.qc.metrics import FLAG_LIMITS
+from n4flow.qc.flags import FLAG_LIMITS
 from n4flow.study.bids import Scan
 from n4flow.study.inputs import (
     config_problems,

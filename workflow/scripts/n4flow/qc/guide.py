@@ -22,7 +22,7 @@ from n4flow.images.sampling import read_samples
 from n4flow.parameters import N4Parameters
 from n4flow.qc import panels
 from n4flow.qc.definitions import COLUMNS, DEFINITIONS
-from n4flow.qc.metrics import FLAG_LIMITS, FLAGS
+from n4flow.qc.flags import FLAG_LIMITS, FLAGS
 from n4flow.qc.pages import Subject, data_uri, measure_subject
 from n4flow.qc.rendering import number, render
 from n4flow.steps.correct import correct_scan

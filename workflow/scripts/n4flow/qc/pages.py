@@ -23,11 +23,10 @@ from n4flow.images.fields import load_field
 from n4flow.images.files import atomic_bytes, atomic_text
 from n4flow.images.nifti import Volume
 from n4flow.qc import panels
+from n4flow.qc.flags import FLAG_LIMITS, find_flags
 from n4flow.qc.metrics import (
-    FLAG_LIMITS,
     PLANE_VOXELS,
     correction_metrics,
-    find_flags,
     mask_volume_ml,
     microscopy_metrics,
     saturated_fraction,
@@ -211,7 +210,7 @@ def measure_subject(
     field_window_log : float
         Field maps run from ``-field_window_log`` to this, natural log; one for a dataset, so that subjects compare.
     flags : mapping
-        Limits of the automatic flags, see `metrics.FLAG_LIMITS`.
+        Limits of the automatic flags, see `flags.FLAG_LIMITS`.
     viewer_mb : float
         The most that the viewer's data may take, in MB; 0 keeps none.
 

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from n4flow.images.files import atomic_text
 from n4flow.qc import panels
-from n4flow.qc.metrics import FLAG_LIMITS
+from n4flow.qc.flags import FLAG_LIMITS
 from n4flow.qc.pages import Subject, data_uri, measure_subject
 from n4flow.qc.rendering import number, render
 from n4flow.steps.derivatives import CorrectionFiles
