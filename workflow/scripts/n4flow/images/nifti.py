@@ -91,6 +91,8 @@ class Volume:
     header : nibabel header
     dtype : numpy dtype
         As stored, before scl_slope and scl_inter are applied.
+    slope, inter : float
+        Values are ``slope * stored + inter``.
 
     Raises
     ------
@@ -109,6 +111,7 @@ class Volume:
             self.affine = header.get_best_affine()
             self.dtype = header.get_data_dtype()
             self._check(data)
+            self.slope, self.inter = float(data.slope), float(data.inter)
             shape = data.shape
         n0, n1, n2, self.frames = (*shape, 1, 1)[:4]
         self.shape = (n0, n1, n2)

@@ -10,8 +10,10 @@ from typing import Any, NamedTuple
 from n4flow.images.files import atomic_text
 from n4flow.qc import panels
 from n4flow.qc.flags import FLAG_LIMITS
-from n4flow.qc.pages import Subject, data_uri, measure_subject
+from n4flow.qc.measuring import Subject, measure_subject
+from n4flow.qc.pictures import data_uri, webp
 from n4flow.qc.rendering import number, render
+from n4flow.qc.subject_panels import field_panels
 from n4flow.steps.derivatives import CorrectionFiles
 
 #: Quality of the image panels.
@@ -68,12 +70,12 @@ def make_comparison(
     settings : mapping
         The n4 keys that all combinations share.
     field_window_log, flags
-        As in `pages.measure_subject`.
+        As in `measuring.measure_subject`.
 
     Raises
     ------
     InputError
-        As `pages.measure_subject`.
+        As `measuring.measure_subject`.
     """
     names = [_worded(combination) for combination in combinations]
     sections = []
@@ -92,7 +94,7 @@ def make_comparison(
                 field_window_log=field_window_log,
                 flags=flags,
             )
-            field, *others = subject.field_panels()[0]
+            field, *others = field_panels(subject)[0]
             if not given:
                 window = subject.values["display_max"]
                 original = _image_panel(subject, "before", "original", window)
@@ -143,7 +145,7 @@ def _image_panel(subject: Subject, which: str, title: str, window: float) -> dic
         width=panels.WIDTH // 2,
         title=title,
     )
-    return {"title": title, "source": data_uri(panels.webp(picture, QUALITY))}
+    return {"title": title, "source": data_uri(webp(picture, QUALITY))}
 
 
 def _card(name: str, subject: Subject, field: dict[str, Any], window: float) -> dict[str, Any]:
