@@ -38,7 +38,7 @@ sys.path.insert(0, str(SCRIPTS))
 from n4flow.steps.demo import demo_dataset, load_tissues  # noqa: E402
 from n4flow.study.batches import BatchScan  # noqa: E402
 from n4flow.study.bids import Scan  # noqa: E402
-from n4flow.study.inputs import load_schema, with_defaults  # noqa: E402
+from n4flow.study.config import load_schema, with_defaults  # noqa: E402
 from n4flow.study.manifest import write_manifest  # noqa: E402
 from n4flow.study.provenance import package_digest  # noqa: E402
 

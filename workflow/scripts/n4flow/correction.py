@@ -82,8 +82,8 @@ def correct(
     parameters = parameters or N4Parameters()
     if not isinstance(parameters, N4Parameters):
         raise TypeError("parameters must be N4Parameters, which N4Parameters.from_mapping makes of a dict")
-    given = {"mask": mask, "weights": weights, "out": out, "bias_out": bias_out}
-    arrays = {"volume": volume} | {name: array for name, array in given.items() if array is not None}
+    optional = {"mask": mask, "weights": weights, "out": out, "bias_out": bias_out}
+    arrays = {"volume": volume} | {name: array for name, array in optional.items() if array is not None}
     for name, array in arrays.items():
         if not hasattr(array, "dtype") or isinstance(array, np.ma.MaskedArray):
             raise TypeError(f"{name}: need a NumPy or CuPy array, and what a masked one leaves out as 0 in `mask`")

@@ -268,7 +268,7 @@ def check_mesh(source: object, positions: Sequence[np.ndarray], mesh: Mesh, para
         has too many control points for the penalised fit.
     """
     for axis, (spans, count) in enumerate(zip(mesh.spans, map(len, positions), strict=True)):
-        if (last := spans * 2**parameters.doublings) > max(count, 1):
+        if (last := spans * 2**parameters.refinements) > max(count, 1):
             raise InputError(
                 source,
                 f"the mesh has {last} spans along axis {axis}, which has {count} samples",
@@ -302,7 +302,7 @@ def warn_of_long_spans(samples: Samples, mesh: Mesh, parameters: N4Parameters) -
     size = max(
         n / length for n, length, spans in zip(samples.image_shape, mesh.span_voxels, mesh.spans, strict=True) if spans
     )
-    if (share := size * 2**parameters.doublings) < 0.1:
+    if (share := size * 2**parameters.refinements) < 0.1:
         log.warning(
             "%s: a span of the mesh is %.0f times as long as the image, so that hardly any field can be found; "
             "lower n4.spline_distance_mm, or mend the voxel size",

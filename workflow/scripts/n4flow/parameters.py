@@ -167,7 +167,7 @@ class N4Parameters:
         return self.fit == "lee-wolberg-shin" and not any(stage.twicing for stage in self.stages)
 
     @property
-    def doublings(self) -> int:
+    def refinements(self) -> int:
         """How often the spans are doubled from the first stage to the last."""
         return len(self.iterations) - 1 if self.mesh == "refined" else 0
 
@@ -191,11 +191,11 @@ class N4Parameters:
         preset = own.pop("preset", "default")
         if not isinstance(preset, str) or preset not in PRESETS:
             raise InputError("n4.preset", f"{preset!r} is not known", f"choose from {', '.join(PRESETS)}")
-        given = {**PRESETS[preset], **own}
+        values = {**PRESETS[preset], **own}
         for distance, other in (("spline_distance_mm", "spans"), ("spans", "spline_distance_mm")):
             if own.get(distance) is not None and own.get(other) is None:
-                given.pop(other, None)
-        return cls(**given)
+                values.pop(other, None)
+        return cls(**values)
 
     def to_mapping(self) -> dict[str, Any]:
         """Plain values, ready for JSON."""

@@ -119,7 +119,7 @@ def take_samples(
         positions = positions_in(domain, image.shape, parameters)
         mesh = initial_mesh(image.shape, image.voxel_size_mm, domain, parameters)
         check_mesh(image.source, positions, mesh, parameters)
-        intensity = MaskIntensity(image.shape, mesh.refined(parameters.doublings))
+        intensity = MaskIntensity(image.shape, mesh.refined(parameters.refinements))
         log_image = np.zeros([len(p) for p in positions])
         kept = np.zeros(log_image.shape, dtype=bool)
         weights: np.ndarray | None = None

@@ -33,7 +33,7 @@ def make_figures(
     Parameters
     ----------
     metrics_files : paths
-        As `make_subject` wrote them.
+        As `pages.make_subject` wrote them.
     distributions, worst : path-like
     outlier_z : float
         Robust z beyond which a scan is flagged as an outlier.

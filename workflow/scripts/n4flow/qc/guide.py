@@ -90,8 +90,9 @@ class _Bench:
 
 
 def _too_fine(bench: _Bench) -> _Made:
-    given = {"fit": "lee-wolberg-shin", "iterations": (200,), "fwhm": 0.12, "twicing": 0, "spline_distance_mm": FINE_MM}
-    return _Made(bench.image, bench.mask, bench.correct("fine", bench.image, bench.mask, **given))
+    itk_fit = {"fit": "lee-wolberg-shin", "iterations": (200,), "fwhm": 0.12, "twicing": 0}
+    files = bench.correct("fine", bench.image, bench.mask, **itk_fit, spline_distance_mm=FINE_MM)
+    return _Made(bench.image, bench.mask, files)
 
 
 def _leaking(bench: _Bench) -> _Made:

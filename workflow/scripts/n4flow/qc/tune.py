@@ -44,7 +44,7 @@ class TunedScan(NamedTuple):
     image: Path
     mask: Path
     reference_field: Path | None
-    made: Sequence[CorrectionFiles]
+    corrections: Sequence[CorrectionFiles]  # one for each combination
 
 
 def make_comparison(
@@ -81,8 +81,8 @@ def make_comparison(
     sections = []
     for scan in scans:
         rows, cards, window = [], [], 0.0
-        given: list[dict[str, Any]] = []  # what is the same for all combinations
-        for name, files in zip(names, scan.made, strict=True):
+        shared: list[dict[str, Any]] = []  # what is the same for all combinations
+        for name, files in zip(names, scan.corrections, strict=True):
             subject = measure_subject(
                 name=scan.name,
                 image=scan.image,
@@ -95,17 +95,17 @@ def make_comparison(
                 flags=flags,
             )
             field, *others = field_panels(subject)[0]
-            if not given:
+            if not shared:
                 window = subject.values["display_max"]
                 original = _image_panel(subject, "before", "original", window)
-                given = [original | {"alt": f"Original; window 0 to {window:.4g}."}, *others[:1]]
+                shared = [original | {"alt": f"Original; window 0 to {window:.4g}."}, *others[:1]]
             rows.append((name, subject.values))
             cards.append(_card(name, subject, field, window))
         columns = [column for column in COLUMNS if any(values.get(column[0]) is not None for _, values in rows)]
         sections.append(
             {
                 "name": scan.name,
-                "given": given,
+                "shared": shared,
                 "window": window,
                 "headings": [heading for _, heading, _ in columns],
                 "rows": [

@@ -371,17 +371,17 @@ def mask_scan(
         As `make_mask` and `adopt_mask`.
     """
     if own_mask:
-        made = adopt_mask(image, own_mask, output)
+        facts = adopt_mask(image, own_mask, output)
     else:
-        made = make_mask(image, output, method=method, percentile=percentile)
+        facts = make_mask(image, output, method=method, percentile=percentile)
     sources = {"image": image} | ({"mask": own_mask} if own_mask else {})
     write_json(
         sidecar,
         {
             "Type": "ROI",
             "Sources": [raw_uri(path, output) for path in sources.values()],
-            "Mask": made,
+            "Mask": facts,
             "Provenance": provenance(sources, ("numpy", "nibabel")),
         },
     )
-    log.info("%s: %s", image, made)
+    log.info("%s: %s", image, facts)

@@ -180,7 +180,7 @@ def mesh_of_samples(samples: Samples) -> Mesh:
 
 
 def reference_scan(image: Path, mask: Path, files: CorrectionFiles, *, keep_dtype: bool = False) -> None:
-    """As `derivatives.correct_scan`, with the field that SimpleITK estimates at its defaults.
+    """As `correct.correct_scan`, with the field that SimpleITK estimates at its defaults.
 
     The sidecar also says how near our own arithmetic comes to it: ``Agreement``.
 
