@@ -207,6 +207,50 @@ def test_wrong_key_or_value_is_one_line_with_what_to_do(key, value, line):
     assert len(problem.partition("; ")[2]) > 8
 
 
+@pytest.mark.parametrize(
+    ("n4", "line"),
+    [
+        (
+            {"iterations": [5]},
+            "n4.iterations: is for 1 stage, n4.fwhm and n4.twicing are for 6; give n4.iterations for 6, such as "
+            "[5, 5, 5, 5, 5, 5], or n4.fwhm and n4.twicing for 1: a number, or a list of 1",
+        ),
+        (
+            {"iterations": [5, 7], "fwhm": 0.15},
+            "n4.iterations: is for 2 stages, n4.twicing is for 6; give n4.iterations for 6, such as "
+            "[5, 7, 7, 7, 7, 7], or n4.twicing for 2: a number, or a list of 2",
+        ),
+        (
+            {"preset": "itk", "fwhm": [0.2, 0.1]},
+            "n4.iterations: is for 4 stages, n4.fwhm is for 2; give n4.iterations for 2, such as [50, 50], or n4.fwhm "
+            "for 4: a number, or a list of 4",
+        ),
+    ],
+)
+def test_stages_that_do_not_go_together_are_told_with_what_to_write(n4, line):
+    assert config_problems({"n4": n4}, CONFIG_SCHEMA) == [f"config: {line}"]
+
+
+def test_every_default_of_the_manual_is_what_yaml_reads_as_that_value():
+    """2e-6 is text in YAML."""
+    manual = (ROOT / "config/README.md").read_text(encoding="utf-8")
+    shown = dict(re.findall(r"^\| `n4\.(\w+)` \| ([^|]*\d[^|]*) \| ", manual, re.MULTILINE))
+    del shown["iterations"]  # 6 x 40
+    for name, text in shown.items():
+        bare = text.strip("`[]")
+        value = yaml.safe_load(f"[{bare}]" if "," in bare else bare)
+        default = getattr(N4Parameters(), name)
+        assert value == (list(default) if isinstance(default, tuple) else default), name
+    assert {"stiffness", "spans", "fwhm", "twicing", "convergence_threshold"} <= set(shown)
+
+
+def test_text_that_looks_like_a_number_is_told_as_yaml_takes_it():
+    (problem,) = config_problems(yaml.safe_load("n4: {stiffness: 2e-6}"), CONFIG_SCHEMA)
+    assert "(YAML takes 2e-6 for text: write 2.0e-06 instead; " in problem
+    (problem,) = config_problems(yaml.safe_load("n4: {stiffness: '0.1'}"), CONFIG_SCHEMA)
+    assert "(it is text here: write 0.1 without quotes; " in problem
+
+
 def test_every_problem_is_told_at_once():
     assert len(config_problems({"devices": "cpu", "n4": {"fwhm": 0, "iterations": [0]}}, CONFIG_SCHEMA)) == 3
 

@@ -49,6 +49,7 @@ def with_defaults(config: Mapping[str, Any], schema: Mapping[str, Any]) -> dict[
 
 def schema_problems(content: Any, schema: Mapping[str, Any]) -> Iterator[str]:
     """What in a config or a row breaks its schema, in words."""
+    import yaml
     from jsonschema import Draft202012Validator
 
     for error in sorted(Draft202012Validator(schema).iter_errors(content), key=lambda e: str(e.path)):
@@ -65,7 +66,12 @@ def schema_problems(content: Any, schema: Mapping[str, Any]) -> Iterator[str]:
             message = told.replace("\n", " ")
             remedy = error.schema.get("description", "see config/README.md")
             if isinstance(error.instance, str) and _is_number(error.instance):
-                remedy += f" (it is text here: write {_yaml_number(error.instance)} without quotes; "
+                text, number = error.instance, _yaml_number(error.instance)
+                # without quotes too: YAML 1.1 wants a point and a sign
+                if isinstance(yaml.safe_load(text), str):
+                    remedy += f" (YAML takes {text} for text: write {number} instead; "
+                else:
+                    remedy += f" (it is text here: write {number} without quotes; "
                 remedy += "what --config has in braces is always text, so put it into a config file)"
             yield f"{place + ': ' if place else ''}{message}; {remedy}"
 
