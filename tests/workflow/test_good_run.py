@@ -33,7 +33,7 @@ from study import (
 )
 
 from n4flow.parameters import N4Parameters
-from n4flow.study.inputs import with_least_hash
+from n4flow.study.sheet import with_least_hash
 
 WITH_REFERENCE = 9
 

@@ -16,19 +16,10 @@ sys.path.insert(0, str(PACKAGE[0].parent.parent))
 
 from n4flow.study.bids import DATATYPE_OF
 from n4flow.errors import InputError
-from n4flow.images.files import remove_abandoned, why_not_writable
+from n4flow.images.files import remove_abandoned, voxels_of_frame, why_not_writable
 from n4flow.console import last_error
-from n4flow.study.inputs import (
-    config_problems,
-    grid_combinations,
-    load_schema,
-    read_sheet,
-    results_problem,
-    tune_problems,
-    voxels_of_frame,
-    with_defaults,
-    with_least_hash,
-)
+from n4flow.study.config import config_problems, grid_combinations, load_schema, tune_problems, with_defaults
+from n4flow.study.sheet import read_sheet, results_problem, with_least_hash
 from n4flow.parameters import MOST_SAMPLES, N4Parameters
 from n4flow.study.provenance import package_digest
 from n4flow.study.ratings import read_ratings
@@ -61,7 +52,7 @@ config.update(with_defaults(config, CONFIG_SCHEMA))
 
 try:
     # a workflow that imports this one for its rules alone has no sheet
-    SCANS = read_sheet(config["samples"], SHEET_SCHEMA, made=[*DEMO_IMAGES, DEMO_MASK]) if config["samples"] else []
+    SCANS = read_sheet(config["samples"], SHEET_SCHEMA, [*DEMO_IMAGES, DEMO_MASK]) if config["samples"] else []
 except InputError as error:
     raise WorkflowError(str(error)) from None
 

@@ -224,7 +224,7 @@ class Work(NamedTuple):
 
 
 class CompiledKernels(HostKernels):
-    """`Kernels` in compiled float32 code with exact histograms and float64 sums.
+    """`protocol.Kernels` in compiled float32 code with exact histograms and float64 sums.
 
     Parameters
     ----------

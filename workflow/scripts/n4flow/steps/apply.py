@@ -50,12 +50,12 @@ def apply_scan(
     volume = Volume(image)
     source = load_field(lattice)
     same_grid = volume.shape == source.image_shape and np.array_equal(volume.affine_mm, source.affine)
-    if not (same_grid or (volume.has_world and source.has_world)):
+    if not (same_grid or (volume.has_spatial_reference and source.has_spatial_reference)):
         log.warning(
             "%s: %s names no space (qform_code and sform_code are 0), so that where the field lies in this image is a "
             "guess; set its qform or sform",
-            lattice if volume.has_world else image,
-            "the header of the image that it was estimated on" if volume.has_world else "its header",
+            lattice if volume.has_spatial_reference else image,
+            "the header of the image that it was estimated on" if volume.has_spatial_reference else "its header",
         )
     field = source.on_grid(volume.shape, volume.affine_mm, image)
     outside = round(source.share_outside(volume.shape, volume.affine_mm), 4)
