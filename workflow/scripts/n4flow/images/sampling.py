@@ -133,7 +133,7 @@ def take_samples(
             if not box_is_final:
                 box.add(usable, start)
             intensity.add(slab.values, usable_voxels(slab.values, slab.inside)[0] if weighted else usable, start)
-            mask_voxels += int(module.count_nonzero(slab.inside))
+            mask_voxels += int(module.count_nonzero(slab.inside)) if weighted else 0
             voxels += int(module.count_nonzero(taking_part))
             dropped = {reason: dropped.get(reason, 0) + n for reason, n in lost.items()}
             hit = (positions[2] >= start) & (positions[2] < slab.planes.stop)
