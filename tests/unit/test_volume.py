@@ -59,6 +59,25 @@ def test_a_series_is_read_frame_by_frame_and_averaged(tmp_path):
     np.testing.assert_allclose(volume.mean(), series.mean(axis=3), rtol=1e-6)
 
 
+@pytest.mark.parametrize(("unit", "scale"), [("micron", 1e-3), ("meter", 1e3), ("mm", 1.0), ("unknown", 1.0)])
+@pytest.mark.parametrize(("forms", "sizes"), [("sform", (3.2, 2.4, 4)), ("qform", (1, 2, 3)), ("none", (1, 2, 3))])
+def test_lengths_are_those_of_the_affine_that_is_used(tmp_path, forms, sizes, unit, scale):
+    header = nib.Nifti1Header()
+    header.set_data_shape(ARRAY.shape)
+    header.set_xyzt_units(unit)
+    turned = nib.affines.from_matvec(nib.eulerangles.euler2mat(0.3, -0.2, 0.1))
+    header.set_qform(turned @ np.diag([1.0, 2, 3, 1]), int(forms == "qform"))
+    header.set_sform(turned @ np.diag([3.2, 2.4, 4, 1]), int(forms == "sform"))
+    (tmp_path / "a.nii").write_bytes(nib.Nifti1Image(ARRAY.astype(np.uint8), None, header).to_bytes())
+    assert Volume(tmp_path / "a.nii").voxel_size_mm == pytest.approx([size * scale for size in sizes])
+
+
+@pytest.mark.parametrize("shape", [(30, 40), (30, 40, 1), (30, 40, 5), (30, 40, 5, 2)])
+def test_a_plane_is_a_millimetre_thick_unless_its_header_has_a_third_axis(tmp_path, shape):
+    volume = Volume(save(tmp_path / "a.nii", np.zeros(shape, np.uint8), np.diag([2.0, 3, 4, 1])))
+    assert volume.voxel_size_mm == pytest.approx((2, 3, 1 if len(shape) == 2 else 4))
+
+
 def test_units_of_micrometres_become_millimetres(tmp_path):
     path = tmp_path / "a.nii"
     image = nib.Nifti1Image(ARRAY.astype(np.uint8), np.diag([25.0, 25, 50, 1]))

@@ -85,7 +85,7 @@ class Volume:
         Whether the header names a space (qform_code or sform_code is not 0); where it does not, the affine is made up,
         with its origin in the middle of the image.
     voxel_size_mm : tuple of three floats
-        From the header's zooms and units.
+        From the affine: pixdim may say otherwise beside an sform. A plane is 1 mm thick.
     frame_time_s : float
         Time between frames; 0 for one frame.
     header : nibabel header
@@ -113,12 +113,12 @@ class Volume:
         n0, n1, n2, self.frames = (*shape, 1, 1)[:4]
         self.shape = (n0, n1, n2)
         scale = MM_PER_UNIT.get(self._unit(), 1.0)
-        zooms = [float(z) * scale for z in self.header.get_zooms()[:3]]
         self.affine_mm = self.affine * [[scale], [scale], [scale], [1.0]]
         if problem := affine_problem(self.affine_mm):
             raise InputError(self.path, f"its affine {problem}", "mend qform or sform in its header")
         self.has_world = bool(self.header["qform_code"] > 0 or self.header["sform_code"] > 0)
-        self.voxel_size_mm = tuple((*zooms, 1.0)[:3])
+        sizes = np.linalg.norm(self.affine_mm[:3, :3], axis=0).tolist()
+        self.voxel_size_mm = tuple((*sizes[: len(shape)], 1.0)[:3])
         scale = SECONDS_PER_UNIT.get(self._unit(1), 1.0)
         self.frame_time_s = float(self.header.get_zooms()[3]) * scale if self.frames > 1 else 0.0
 
