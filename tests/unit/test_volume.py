@@ -59,6 +59,34 @@ def test_a_series_is_read_frame_by_frame_and_averaged(tmp_path):
     np.testing.assert_allclose(volume.mean(), series.mean(axis=3), rtol=1e-6)
 
 
+@pytest.mark.parametrize("lost", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("frames", [[0], [3], [0, 1, 3]])
+def test_the_mean_is_that_of_the_frames_that_are_whole(tmp_path, caplog, frames, lost):
+    series = np.random.default_rng(6).uniform(1, 2, (5, 6, 7, 4)).astype(np.float32)
+    series[..., frames] = lost
+    series[0, 0, 0] = lost
+    series[1, 1, 1, 2], series[1, 1, 1, frames[0]] = lost, 1.5
+    volume = Volume(save(tmp_path / "a.nii.gz", series))
+    expected = np.nanmean(np.where(np.isfinite(series), series, np.nan).astype(float)[1:], axis=3)
+    for _ in range(2):
+        mean = volume.mean()
+        np.testing.assert_allclose(mean[1:], expected, rtol=1e-6)
+        assert np.isnan(mean[0, 0, 0])
+        assert np.isfinite(mean).sum() == mean.size - 1
+    (record,) = caplog.records
+    named = record.getMessage().rpartition(" left out of the mean: ")[2].split()
+    assert {str(n + 1) for n in frames} <= set(named) <= {str(n + 1) for n in (*frames, 2)}
+
+
+def test_of_a_background_of_nan_nothing_is_said(tmp_path, caplog):
+    series = np.ones((5, 6, 7, 4), np.float32)
+    series[:2] = np.nan
+    mean = Volume(save(tmp_path / "a.nii.gz", series)).mean()
+    assert np.isnan(mean[:2]).all()
+    assert (mean[2:] == 1).all()
+    assert not caplog.records
+
+
 @pytest.mark.parametrize(("unit", "scale"), [("micron", 1e-3), ("meter", 1e3), ("mm", 1.0), ("unknown", 1.0)])
 @pytest.mark.parametrize(("forms", "sizes"), [("sform", (3.2, 2.4, 4)), ("qform", (1, 2, 3)), ("none", (1, 2, 3))])
 def test_lengths_are_those_of_the_affine_that_is_used(tmp_path, forms, sizes, unit, scale):

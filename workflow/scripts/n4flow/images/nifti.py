@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import logging
 import math
 import os
 import sys
@@ -28,6 +29,8 @@ from n4flow.core.affine import affine_problem
 from n4flow.errors import InputError
 from n4flow.images.files import atomic_bytes, missing_file
 
+log = logging.getLogger(__name__)
+
 #: Voxels in a slab: what reading, evaluating and writing hold in memory at a time, per array. So few lie in a core's
 #: cache, which takes a fifth off the time of a correction (2**20 to 2**18).
 SLAB_VOXELS = 2**18
@@ -51,6 +54,9 @@ DEFLATE_RATIO = 1032
 HELD_VOXELS = 2**28
 
 GZIP_MAGIC = b"\x1f\x8b"
+
+#: So many frames are named in a warning.
+NAMED_FRAMES = 10
 
 #: How files begin that stand for another one, which is to be fetched: the name of the tool, and its command.
 POINTERS = {b"version https://git-lfs": ("Git LFS", "git lfs pull"), b"/annex/objects/": ("git-annex", "git annex get")}
@@ -104,6 +110,7 @@ class Volume:
         if missing := missing_file(path):
             raise InputError(path, *missing)
         self._kept = b""
+        self._told = False
         with self._opened() as (header, data):
             self.header = header
             self.affine = header.get_best_affine()
@@ -257,7 +264,8 @@ class Volume:
     def mean_slabs(self, planes: int | None = None) -> Iterator[tuple[slice, np.ndarray]]:
         """Slabs of the mean over the frames: of the image itself if it has one frame.
 
-        The mean of several frames is held as a whole, in float64.
+        The mean of several frames is held as a whole, in float64. At each voxel it is that of the finite values: a frame
+        that was lost costs no other.
 
         Parameters
         ----------
@@ -280,9 +288,28 @@ class Volume:
                 yield slab, values
             return
         total = np.zeros(self.shape)
-        for slab, _, values in self.slabs():
+        used: Any = self.frames
+        lost = np.zeros(self.frames, np.int64)
+        for slab, frame, values in self.slabs():
+            if values.dtype.kind == "f" and not (finite := np.isfinite(values)).all():
+                if not lost.any():
+                    used = np.full(self.shape, self.frames, np.int32)
+                lost[frame] += np.count_nonzero(~finite)
+                used[:, :, slab] -= ~finite
+                values = np.where(finite, values, 0)
             total[:, :, slab] += values
-        total /= self.frames
+        spoilt = [str(frame + 1) for frame in np.flatnonzero(lost > lost.min())]  # what all lack is background
+        if spoilt and not self._told:
+            self._told = True
+            log.warning(
+                "%s: %d of %d frames hold values that are not finite, which are left out of the mean: %s",
+                self.path,
+                len(spoilt),
+                self.frames,
+                " ".join(spoilt[:NAMED_FRAMES]) + (" …" if len(spoilt) > NAMED_FRAMES else ""),
+            )
+        with np.errstate(invalid="ignore"):  # where all are lost
+            total /= used
         for slab in self._slab_slices(planes):
             yield slab, total[:, :, slab]
 
