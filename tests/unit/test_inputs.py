@@ -412,6 +412,10 @@ def test_files_that_the_workflow_makes_need_not_be_there():
         ("subject image\n0_1 a.nii", "sheet.tsv, line 2: subject '0_1' is no BIDS label, use letters and digits only"),
         ("subject image session\n01 a.nii s-1", "sheet.tsv, line 2: session 's-1' is no BIDS label, use letters"),
         ("subject image modality\n01 a.nii T1", "sheet.tsv, line 2: modality 'T1' does not end in a known suffix, "),
+        (
+            "subject image modality\n01 a.nii part-phase_MEGRE",
+            "sheet.tsv, line 2: image a.nii is a part of a complex image (part-phase), give its magnitude",
+        ),
         ("subject image\n01 a.nii 1", "sheet.tsv, line 2: has another number of columns than the header; "),
         ("subject image session\n01 a.nii", "sheet.tsv, line 2: has another number of columns than the header; "),
     ],

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import logging
 import re
 import time
 from collections.abc import Mapping
@@ -16,10 +14,8 @@ from n4flow.images.division import write_corrected
 from n4flow.images.fields import save_field
 from n4flow.images.files import write_json
 from n4flow.images.nifti import Volume
-from n4flow.study.bids import own_uri, raw_uri, sidecars_of
+from n4flow.study.bids import metadata_of, own_uri, raw_uri
 from n4flow.study.provenance import provenance
-
-log = logging.getLogger(__name__)
 
 
 class CorrectionFiles(NamedTuple):
@@ -83,15 +79,7 @@ def write_derivatives(
 
 def _image_metadata(volume: Volume) -> dict[str, Any]:
     """What the raw image's sidecars say, and what BIDS asks of a derivative beside it."""
-    metadata: dict[str, Any] = {}
-    for path in sidecars_of(volume.path):
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse)
-            if not isinstance(content, dict):
-                raise ValueError("it holds no object")
-            metadata |= content
-        except (OSError, ValueError, RecursionError) as error:
-            log.warning("%s: left out of the sidecar, cannot be read (%s)", path, error)
+    metadata = metadata_of(volume.path)
     task = re.search(r"_task-([A-Za-z0-9]+)_", volume.path.name)
     if task:
         metadata.setdefault("TaskName", task[1])
@@ -99,7 +87,3 @@ def _image_metadata(volume: Volume) -> dict[str, Any]:
         metadata.setdefault("RepetitionTime", volume.frame_time_s)
     metadata.setdefault("SkullStripped", False)
     return metadata
-
-
-def _refuse(constant: str) -> None:
-    raise ValueError(f"{constant} is no JSON")

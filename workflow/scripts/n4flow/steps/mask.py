@@ -18,7 +18,7 @@ from n4flow.estimate import estimate_field
 from n4flow.images.files import write_json
 from n4flow.images.nifti import Volume, VolumeWriter
 from n4flow.parameters import N4Parameters
-from n4flow.study.bids import raw_uri
+from n4flow.study.bids import check_magnitude, raw_uri
 from n4flow.study.provenance import provenance
 
 log = logging.getLogger(__name__)
@@ -368,8 +368,9 @@ def mask_scan(
     Raises
     ------
     InputError
-        As `make_mask` and `adopt_mask`.
+        As `make_mask` and `adopt_mask`; or the scan is no magnitude.
     """
+    check_magnitude(image)
     if own_mask:
         made = adopt_mask(image, own_mask, output)
     else:

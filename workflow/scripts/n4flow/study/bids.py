@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import re
@@ -9,10 +10,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from n4flow import __version__
 from n4flow.errors import InputError
-from n4flow.images.files import atomic_text, missing_file, write_json
+from n4flow.images.files import atomic_text, missing_file, shortened, write_json
 
 log = logging.getLogger(__name__)
 
@@ -41,6 +43,13 @@ NAMED = 10
 LABEL = re.compile(r"[A-Za-z0-9]+")
 IMAGE = re.compile(r"\.nii(\.gz)?$", re.IGNORECASE)
 ENTITY = re.compile(r"[a-z0-9]+-[A-Za-z0-9+]+")
+
+#: How names say that a file holds a part of a complex image other than its magnitude: BIDS, and dcm2niix at their end.
+COMPLEX_PARTS = {"part-phase", "part-real", "part-imag"}
+COMPLEX_ENDINGS = {"ph", "imaginary"}
+
+#: What ImageType says of one in DICOM and its sidecar.
+COMPLEX_TYPES = {"P", "PHASE", "PHASE MAP", "REAL", "IMAGINARY"}
 
 
 @dataclass(frozen=True)
@@ -116,12 +125,21 @@ class Scan:
             found.append(
                 f"modality {self.modality!r} does not end in a known suffix, use one of {' '.join(DATATYPE_OF)}"
             )
+        if part := complex_part(self.modality) or complex_part(IMAGE.sub("", os.path.basename(self.image))):
+            found.append(f"image {shortened(self.image)} is a part of a complex image ({part}), give its magnitude")
         found += [
             f"modality {self.modality!r} holds {entity!r}, which is no entity such as run-1"
             for entity in entities
             if not ENTITY.fullmatch(entity) or entity.partition("-")[0] in ("sub", "ses", "desc")
         ]
         return found
+
+
+def complex_part(name: str) -> str:
+    """What in a name, without its extension, says that it is of a part of a complex image; empty if nothing does."""
+    entities = name.split("_")
+    found = [entity for entity in entities if entity in COMPLEX_PARTS]
+    return next(iter([*found, *({entities[-1]} & COMPLEX_ENDINGS)]), "")
 
 
 def index_dataset(
@@ -211,7 +229,7 @@ def _left_out(image: Path, entities: list[str], subject: str) -> bool:
     reason = ""
     if subject not in entities:
         reason = f"its name is not of {subject}, whose folder it lies in"
-    elif {"part-phase", "part-real", "part-imag"} & set(entities):
+    elif complex_part("_".join(entities)):
         reason = "a part of a complex image; only its magnitude can be corrected"
     elif any(entity.startswith("desc-") for entity in entities):
         reason = "a derivative, since its name has desc-"
@@ -281,6 +299,42 @@ def sidecars_of(image: Path) -> list[Path]:
         fitting = [name for name, (*own, last) in parts.items() if last == suffix and set(own) <= set(entities)]
         found += [folder / name for name in sorted(fitting, key=lambda name: (len(parts[name]), name))]
     return [path for path in found if path.is_file()]
+
+
+def metadata_of(image: Path) -> dict[str, Any]:
+    """What the JSON files of an image say of it, its own before those that it inherits; a warning names a bad one."""
+    metadata: dict[str, Any] = {}
+    for path in sidecars_of(image):
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse)
+            if not isinstance(content, dict):
+                raise ValueError("it holds no object")
+            metadata |= content
+        except (OSError, ValueError, RecursionError) as error:
+            log.warning("%s: left out of the sidecar, cannot be read (%s)", path, error)
+    return metadata
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(f"{constant} is no JSON")
+
+
+def check_magnitude(image: Path) -> None:
+    """Refuse a part of a complex image other than its magnitude, as its sidecar has it.
+
+    Raises
+    ------
+    InputError
+        It is phase, real or imaginary part.
+    """
+    given = metadata_of(image).get("ImageType")
+    types = {str(word).upper() for word in given} if isinstance(given, list) else set()
+    if (part := types & COMPLEX_TYPES) and not types & {"M", "MAGNITUDE"}:
+        raise InputError(
+            image,
+            f"is a part of a complex image (ImageType {' '.join(sorted(part))} in its sidecar)",
+            "give its magnitude",
+        )
 
 
 def raw_uri(path: Path, output: Path) -> str:
