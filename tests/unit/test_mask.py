@@ -268,6 +268,60 @@ def test_an_image_without_foreground_is_refused_and_leaves_no_file(tmp_path, arr
     assert not (tmp_path / "mask.nii").exists()
 
 
+def phase_of(head):
+    return np.random.default_rng(1).uniform(-np.pi, np.pi, head.image.shape).astype(np.float32)
+
+
+SIGNED = {
+    "uint16 as int16": lambda head: (head.image * 65000 / head.image.max()).astype(np.uint16).view(np.int16),
+    "uint8 as int8": lambda head: (head.image * 250 / head.image.max()).astype(np.uint8).view(np.int8),
+    "phase in radians": phase_of,
+    "phase from -4096": lambda head: np.rint(phase_of(head) * 4096 / np.pi).astype(np.int16),
+    "real part": lambda head: head.image * np.cos(phase_of(head)),
+    "imaginary part": lambda head: (
+        head.image * np.sin(np.linspace(0, 9, head.image.shape[0], dtype="f4"))[:, None, None]
+    ),
+    "z-scores": lambda head: (head.image - head.image[head.truth > 0].mean()) * (head.truth > 0) / head.image.std(),
+}
+
+
+@pytest.mark.parametrize("kind", SIGNED)
+@pytest.mark.parametrize("method", ["otsu", "head", "percentile"])
+def test_an_image_whose_object_lies_on_both_sides_of_0_is_refused(head, tmp_path, kind, method):
+    image = save(tmp_path / "a.nii", SIGNED[kind](head))
+    with pytest.raises(
+        InputError, match=r"a\.nii: has intensities as far below 0 as .*; give magnitudes: .* give a mask$"
+    ):
+        make_mask(image, tmp_path / "mask.nii", method=method)
+    assert not (tmp_path / "mask.nii").exists()
+
+
+NOT_SIGNED = {
+    "noise around 0": lambda head: head.image + np.random.default_rng(1).normal(0, 60, head.image.shape),
+    "ringing": lambda head: np.gradient(np.gradient(head.truth, axis=0), axis=0) * -0.3 + head.truth,
+    "a background of -1024": lambda head: np.where(head.truth > 0, head.image, -1024),
+    "two voxels": lambda head: np.where(np.arange(head.image.size).reshape(head.image.shape) < 2, -9e3, head.image),
+}
+
+
+@pytest.mark.parametrize("kind", NOT_SIGNED)
+def test_negative_values_that_are_none_of_the_object_do_no_harm(head, tmp_path, kind):
+    image = NOT_SIGNED[kind](head).astype(np.float32)
+    assert (image < 0).sum() > 1
+    masks = []
+    for name, array in (("a", image), ("zero", np.maximum(image, 0))):
+        make_mask(save(tmp_path / f"{name}.nii", array), tmp_path / "mask.nii")
+        masks.append(load(tmp_path / "mask.nii"))
+    assert_array_equal(*masks)
+
+
+def test_phase_by_its_sidecar_is_refused_even_with_a_mask(head, tmp_path):
+    paths = save(tmp_path / "a.nii", head.image), save(tmp_path / "own.nii", (head.truth > 0).astype(np.uint8))
+    (tmp_path / "a.json").write_text('{"ImageType": ["ORIGINAL", "PRIMARY", "P", "ND"]}')
+    with pytest.raises(InputError, match="is a part of a complex image"):
+        mask_scan(*paths, tmp_path / "mask.nii", tmp_path / "mask.json", method="otsu", percentile=50)
+
+
 @pytest.mark.parametrize(
     ("mask", "affine", "problem"),
     [

@@ -264,8 +264,8 @@ class Volume:
     def mean_slabs(self, planes: int | None = None) -> Iterator[tuple[slice, np.ndarray]]:
         """Slabs of the mean over the frames: of the image itself if it has one frame.
 
-        The mean of several frames is held as a whole, in float64. At each voxel it is that of the finite values, so that
-        a lost frame costs no other.
+        The mean of several frames is held as a whole, in float64. At each voxel it is that of the finite values: a lost
+        frame costs no other.
 
         Parameters
         ----------

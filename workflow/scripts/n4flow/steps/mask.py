@@ -41,6 +41,10 @@ SAME_MASK, MOST_TURNS = 0.02, 5
 #: of the magnitude of Gaussian noise, up to three of its standard deviations.
 NOISE_SPREADS = 4.0
 
+#: For so many voxels that are as far below 0 as the foreground lies above it, per voxel of that, an image is refused.
+#: Ringing and noise around 0 give none; a single value, such as -1024, is a background.
+MOST_NEGATIVE = 0.05
+
 OTSU_BINS = 256
 
 
@@ -160,9 +164,11 @@ def find_foreground(volume: Volume, method: MaskMethod = "otsu", percentile: flo
     InputError
         No voxel is finite and above 0, or all have the same intensity.
     """
-    positions, values = _sub_grid(volume)
+    positions, signed = _sub_grid(volume)
+    values = np.where(signed > 0, signed, 0)
     if values.min() == values.max():
         raise InputError(volume.path, "all voxels have the same intensity", "check that this is the right image")
+    _check_sign(volume, signed, otsu_threshold(values.ravel()))
     positive = values[values > 0]
     check_range(volume.path, np.log([positive.min(), np.median(positive), positive.max()]))
 
@@ -204,7 +210,7 @@ def find_foreground(volume: Volume, method: MaskMethod = "otsu", percentile: flo
 
 
 def _sub_grid(volume: Volume) -> tuple[tuple[np.ndarray, ...], np.ndarray]:
-    """Positions along each axis, and intensities there in float64: 0 where they are not finite, or negative."""
+    """Positions along each axis, and intensities there in float64: 0 where they are not finite."""
     step = 1
     positions = sample_positions(volume.shape, step)
     while math.prod(map(len, positions)) > SUB_GRID_VOXELS:  # ends, as no axis is thinned below 32
@@ -218,7 +224,23 @@ def _sub_grid(volume: Volume) -> tuple[tuple[np.ndarray, ...], np.ndarray]:
         values[:, :, hit] = part[np.ix_(positions[0], positions[1], positions[2][hit] - slab.start)]
     if empty:
         raise InputError(volume.path, "no voxel is above 0", "check that this is the right image")
-    return positions, np.where(np.isfinite(values) & (values > 0), values, 0)
+    return positions, np.where(np.isfinite(values), values, 0)
+
+
+def _check_sign(volume: Volume, values: np.ndarray, threshold: float) -> None:
+    """Refuse an image whose negative intensities are no noise: what is above 0 is not all of the object."""
+    negative = values[values < -threshold]
+    if negative.size <= MOST_NEGATIVE * (bright := np.count_nonzero(values > threshold)):
+        return
+    several = negative.size - np.unique(negative, return_counts=True)[1].max()
+    if several > MOST_NEGATIVE * bright:
+        raise InputError(
+            volume.path,
+            f"has intensities as far below 0 as its foreground lies above it, {several} beyond {-threshold:.3g} for "
+            f"{bright} beyond {threshold:.3g}",
+            "give magnitudes: no phase, real or imaginary part, no z-scores, no unsigned integers that are stored as "
+            "signed ones; or give a mask",
+        )
 
 
 def _thinned_samples(
