@@ -268,6 +268,46 @@ def test_an_image_without_foreground_is_refused_and_leaves_no_file(tmp_path, arr
     assert not (tmp_path / "mask.nii").exists()
 
 
+def uniform_image(head, noise_percent, air_is_dark=False):
+    """MP2RAGE's (Marques et al. 2010): of two inversions, in whose ratio air is noise from end to end."""
+    rng = np.random.default_rng(3)
+    inversions = (head.truth / 1000 - 0.55) * (head.truth > 0), 0.8 * (head.truth > 0)
+    first, second = (image + noise_percent / 100 * rng.standard_normal(image.shape) for image in inversions)
+    ratio = first * second / (first**2 + second**2)
+    return np.rint(4095 * (ratio + 0.5) * np.where(air_is_dark, head.truth > 0, 1)).astype(np.uint16)
+
+
+@pytest.mark.parametrize("method", ["otsu", "head", "percentile"])
+@pytest.mark.parametrize(("noise_percent", "cut"), [(1, 0), (9, 0), (3, 4)])
+def test_of_mp2rages_uniform_image_a_mask_is_asked_for(head, tmp_path, method, noise_percent, cut):
+    image = uniform_image(head, noise_percent)[cut : image_end(cut), cut : image_end(cut), cut : image_end(cut)]
+    with pytest.raises(InputError, match=r"a\.nii: has air as bright as .*; give a mask, .* \(INV2\)$"):
+        make_mask(save(tmp_path / "a.nii", image), tmp_path / "mask.nii", method=method)
+
+
+def image_end(cut):
+    return -cut or None
+
+
+def test_one_whose_air_is_dark_needs_none(head, tmp_path):
+    make_mask(save(tmp_path / "a.nii", uniform_image(head, 3, air_is_dark=True)), tmp_path / "mask.nii")
+    assert not load(tmp_path / "mask.nii")[head.truth == 0].any()
+
+
+@pytest.mark.parametrize("grain", [0.1, 0.3, 0.4, 0.6])
+@pytest.mark.parametrize("around", [0, 24])
+def test_an_object_that_is_grainy_needs_none(tmp_path, grain, around):
+    """Whether it fills the image or not."""
+    rng = np.random.default_rng(0)
+    white = sitk.GetImageFromArray(rng.standard_normal((120, 120, 96)))
+    texture = sitk.GetArrayFromImage(sitk.SmoothingRecursiveGaussian(white, 2))
+    shown = 1 + 0.3 * texture / texture.std()
+    shown[:around] = shown[120 - around :] = 0
+    real, imaginary = rng.standard_normal((2, *shown.shape))
+    image = np.hypot(shown * (1 + grain * real) + 0.02 * real, 0.02 * imaginary)
+    make_mask(save(tmp_path / "a.nii", image.astype(np.float32)), tmp_path / "mask.nii")
+
+
 def phase_of(head):
     return np.random.default_rng(1).uniform(-np.pi, np.pi, head.image.shape).astype(np.float32)
 

@@ -45,6 +45,14 @@ NOISE_SPREADS = 4.0
 #: Ringing and noise around 0 give none; a single value, such as -1024, is a background.
 MOST_NEGATIVE = 0.05
 
+#: The mask is looked at in cubes of so many voxels of the sub-grid along an edge. One is noise where neighbours differ
+#: nearly as often (`DRAWN_BY_LOT`) as voxels drawn by lot, and at least this share is in the mask, or out of it.
+CUBE, DRAWN_BY_LOT, BOTH_SIDES = 8, 0.8, 0.1
+
+#: Air is bright where more of the cubes at the border of the image than this share are noise, and by so much more than
+#: of those within: what is grainy throughout is no air.
+MOST_NOISE, BEYOND_INNER = 0.5, 0.25
+
 OTSU_BINS = 256
 
 
@@ -179,6 +187,13 @@ def find_foreground(volume: Volume, method: MaskMethod = "otsu", percentile: flo
 
     found = at_once = Foreground(threshold_of(values))
     inside = values > at_once.threshold
+    at_border, within = _noisy_cubes(inside)
+    if at_border > MOST_NOISE and at_border > within + BEYOND_INNER:
+        raise InputError(
+            volume.path,
+            f"has air as bright as what it shows: noise in {100 * at_border:.0f} % of its border",
+            "give a mask, for MP2RAGE's uniform image (UNIT1) one of its second inversion image (INV2)",
+        )
     for turn in range(1, MOST_TURNS + 1):
         try:
             field = estimate_field(_thinned_samples(volume, positions, values, inside), N4Parameters()).field
@@ -241,6 +256,22 @@ def _check_sign(volume: Volume, values: np.ndarray, threshold: float) -> None:
             "give magnitudes: no phase, real or imaginary part, no z-scores, no unsigned integers that are stored as "
             "signed ones; or give a mask",
         )
+
+
+def _noisy_cubes(inside: np.ndarray) -> tuple[float, float]:
+    """Share of a mask's cubes that are noise: of those at the border of the image, and of those within."""
+    counts = [n // CUBE for n in inside.shape]
+    if min(counts) < 3:
+        return 0.0, 0.0
+    shape = [size for n in counts for size in (n, CUBE)]
+    cubes = inside[tuple(slice(n * CUBE) for n in counts)].reshape(shape).transpose(0, 2, 4, 1, 3, 5)
+    share = cubes.mean(axis=(3, 4, 5))
+    differ = sum(np.diff(cubes, axis=axis).mean(axis=(3, 4, 5)) for axis in (3, 4, 5)) / 3
+    by_lot = 2 * share * (1 - share)
+    noise = (np.minimum(share, 1 - share) >= BOTH_SIDES) & (differ > DRAWN_BY_LOT * by_lot)
+    within = np.zeros(counts, dtype=bool)
+    within[1:-1, 1:-1, 1:-1] = True
+    return float(noise[~within].mean()), float(noise[within].mean())
 
 
 def _thinned_samples(
