@@ -259,6 +259,53 @@ def test_a_shift_of_the_grid_is_noticed_and_rounding_is_not(tmp_path):
     volume.check_same_grid(Volume(save(tmp_path / "c.nii", ARRAY.astype(np.uint8), rounded)), "mask")
 
 
+ELSEWHERE = nib.affines.from_matvec(OBLIQUE[:3, :3], [50, 0, -9])
+
+
+def with_forms(path, sform, qform):
+    """An image with these affines, None for a code of 0."""
+    header = nib.Nifti1Header()
+    header.set_data_shape(ARRAY.shape)
+    header.set_qform(OBLIQUE if qform is None else qform, 0 if qform is None else 1)
+    header.set_sform(OBLIQUE if sform is None else sform, 0 if sform is None else 2)
+    path.write_bytes(nib.Nifti1Image(ARRAY.astype(np.uint8), None, header).to_bytes())
+    return Volume(path)
+
+
+@pytest.mark.parametrize(
+    ("image", "mask", "fits"),
+    [
+        ((ELSEWHERE, OBLIQUE), (None, OBLIQUE), True),
+        ((None, OBLIQUE), (ELSEWHERE, OBLIQUE), True),
+        ((ELSEWHERE, OBLIQUE), (OBLIQUE, None), True),
+        ((ELSEWHERE, OBLIQUE), (OBLIQUE, ELSEWHERE), True),
+        ((OBLIQUE, None), (ELSEWHERE, None), False),
+        ((OBLIQUE, OBLIQUE), (None, ELSEWHERE), False),
+        ((OBLIQUE, OBLIQUE), (np.eye(4), np.eye(4)), False),
+    ],
+)
+def test_a_mask_agrees_by_qform_or_sform(tmp_path, image, mask, fits):
+    grid, own = with_forms(tmp_path / "a.nii", *image), with_forms(tmp_path / "m.nii", *mask)
+    if fits:
+        grid.check_same_grid(own, "mask")
+    else:
+        with pytest.raises(
+            InputError, match=r"copy the image's header to it \(fslcpgeom a\.nii m\.nii\); else resample"
+        ):
+            grid.check_same_grid(own, "mask")
+
+
+@pytest.mark.parametrize("lacks", ["image", "mask"])
+def test_a_header_that_names_no_space_contradicts_none_but_by_its_voxel_size(tmp_path, caplog, lacks):
+    forms = {"image": (OBLIQUE, OBLIQUE), "mask": (OBLIQUE, OBLIQUE)} | {lacks: (None, None)}
+    volumes = {role: with_forms(tmp_path / f"{role}.nii", *given) for role, given in forms.items()}
+    volumes["image"].check_same_grid(volumes["mask"], "mask")
+    assert f"{lacks}.nii: names no space" in caplog.text
+    other = with_forms(tmp_path / "other.nii", np.eye(4), None)
+    with pytest.raises(InputError, match="affine of the mask differs"):
+        volumes[lacks].check_same_grid(other, "mask")
+
+
 @pytest.mark.parametrize(("unit", "scale"), [("micron", 1e3), ("meter", 1e-3), ("mm", 1.0)])
 def test_grids_are_compared_in_voxels_whatever_the_unit(tmp_path, unit, scale):
     def volume(name, shift):

@@ -332,7 +332,7 @@ class Volume:
         Raises
         ------
         InputError
-            Another shape, or a corner that lies a hundredth of a voxel or more away.
+            Another shape, or a corner that lies a hundredth of a voxel or more away, by whichever of qform and sform.
         """
         if other.shape != self.shape:
             raise InputError(
@@ -341,14 +341,44 @@ class Volume:
                 f"resample the {role} to the image",
             )
         corners = np.array([[*corner, 1] for corner in np.ndindex(2, 2, 2)]) * [*(n - 1 for n in self.shape), 1]
-        apart = corners @ (np.linalg.inv(self.affine) @ other.affine - np.eye(4)).T
-        # a hundredth of a voxel: rounding in a header passes, a shift does not
-        if not np.abs(apart).max() < 0.01:
+
+        def agree(own: np.ndarray, others: np.ndarray) -> bool:
+            apart = corners @ (np.linalg.inv(own) @ others - np.eye(4)).T
+            # a hundredth of a voxel: rounding in a header passes, a shift does not
+            return bool(np.abs(apart).max() < 0.01)
+
+        if agree(self.affine, other.affine):
+            return
+        if self.has_world and other.has_world:
+            fit = any(agree(own, others) for own in self._forms() for others in other._forms())
+        else:  # one of them says nothing of where it lies
+            fit = np.allclose(self.voxel_size_mm, other.voxel_size_mm, rtol=1e-3)
+            lacking = self if other.has_world else other
+            if fit:
+                log.warning(
+                    "%s: names no space (qform_code and sform_code are 0); the %s is taken voxel for voxel, look at "
+                    "its outline, or copy the header of %s to it",
+                    lacking.path,
+                    role,
+                    (other if lacking is self else self).path.name,
+                )
+        if not fit:
             raise InputError(
                 other.path,
                 f"the affine of the {role} differs from that of its image {self.path.name}",
-                f"resample the {role} to the image",
+                f"if its voxels are those of the image, copy the image's header to it (fslcpgeom {self.path.name} "
+                f"{other.path.name}); else resample the {role} to the image",
             )
+
+    def _forms(self) -> list[np.ndarray]:
+        """The affines that the header has a code for, those that cannot be used left out."""
+        found = []
+        for form in (self.header.get_sform, self.header.get_qform):
+            with contextlib.suppress(ValueError, HeaderDataError, np.linalg.LinAlgError):
+                affine = form(coded=True)[0]
+                if affine is not None and not affine_problem(affine):
+                    found.append(affine)
+        return found
 
 
 @lru_cache(maxsize=1)
