@@ -64,9 +64,9 @@ POINTERS = {b"version https://git-lfs": ("Git LFS", "git lfs pull"), b"/annex/ob
 #: A NIfTI header starts with its own size, in either byte order: 348 (NIfTI-1) or 540 (NIfTI-2).
 HEADER_SIZES = {n: {n.to_bytes(4, order) for order in ("little", "big")} for n in (348, 540)}
 
-#: An unknown unit is taken for mm, as every reader does.
+#: An unknown unit is taken for mm, and for seconds, as every reader does; what is no time, such as Hz, takes none.
 MM_PER_UNIT = {"meter": 1e3, "mm": 1.0, "micron": 1e-3}
-SECONDS_PER_UNIT = {"sec": 1.0, "msec": 1e-3, "usec": 1e-6}
+SECONDS_PER_UNIT = {"sec": 1.0, "msec": 1e-3, "usec": 1e-6, "hz": 0.0, "ppm": 0.0, "rads": 0.0}
 
 
 class Volume:
@@ -93,7 +93,7 @@ class Volume:
     voxel_size_mm : tuple of three floats
         From the affine: pixdim may say otherwise beside an sform. A plane is 1 mm thick.
     frame_time_s : float
-        Time between frames; 0 for one frame.
+        Time between frames; 0 for one frame, and where the header counts in Hz or ppm.
     header : nibabel header
     dtype : numpy dtype
         As stored, before scl_slope and scl_inter are applied.
@@ -373,7 +373,8 @@ class Volume:
     def _forms(self) -> list[np.ndarray]:
         """The affines that the header has a code for, those that cannot be used left out."""
         found = []
-        for form in (self.header.get_sform, self.header.get_qform):
+        forms: list[Any] = [self.header.get_sform, self.header.get_qform]
+        for form in forms:
             with contextlib.suppress(ValueError, HeaderDataError, np.linalg.LinAlgError):
                 affine = form(coded=True)[0]
                 if affine is not None and not affine_problem(affine):
@@ -401,7 +402,8 @@ class VolumeWriter:
     slope, intercept : float
         Stored value times slope plus intercept is the real value (integers only).
     frames : int, optional
-        Frames to write; those of `like` by default.
+        1 for what lies on the voxels of `like` and holds other values, such as its field, which then inherits nothing
+        that is said of these; by default an image like it, of all its frames.
     """
 
     def __init__(
@@ -420,6 +422,9 @@ class VolumeWriter:
         header = like.header.copy()
         header.set_data_dtype(self.dtype)
         header["cal_min"] = header["cal_max"] = 0
+        if frames == 1:
+            for name in ("intent_code", "intent_name", "intent_p1", "intent_p2", "intent_p3", "descrip", "aux_file"):
+                header[name] = nib.Nifti1Header()[name]
         if frames == 1 and like.frames > 1:
             zooms = header.get_zooms()[:3]
             header.set_data_shape(like.shape)
