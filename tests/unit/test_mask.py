@@ -340,6 +340,7 @@ NOT_SIGNED = {
     "noise around 0": lambda head: head.image + np.random.default_rng(1).normal(0, 60, head.image.shape),
     "ringing": lambda head: np.gradient(np.gradient(head.truth, axis=0), axis=0) * -0.3 + head.truth,
     "a background of -1024": lambda head: np.where(head.truth > 0, head.image, -1024),
+    "air of noise at -1024": lambda head: head.image * 2 - 1024,
     "two voxels": lambda head: np.where(np.arange(head.image.size).reshape(head.image.shape) < 2, -9e3, head.image),
 }
 

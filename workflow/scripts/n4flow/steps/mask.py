@@ -42,7 +42,7 @@ SAME_MASK, MOST_TURNS = 0.02, 5
 NOISE_SPREADS = 4.0
 
 #: For so many voxels that are as far below 0 as the foreground lies above it, per voxel of that, an image is refused.
-#: Ringing and noise around 0 give none; a single value, such as -1024, is a background.
+#: Ringing and noise around 0 give none.
 MOST_NEGATIVE = 0.05
 
 #: The mask is looked at in cubes of so many voxels of the sub-grid along an edge. One is noise where neighbours differ
@@ -243,16 +243,14 @@ def _sub_grid(volume: Volume) -> tuple[tuple[np.ndarray, ...], np.ndarray]:
 
 
 def _check_sign(volume: Volume, values: np.ndarray, threshold: float) -> None:
-    """Refuse an image whose negative intensities are no noise: what is above 0 is not all of the object."""
-    negative = values[values < -threshold]
-    if negative.size <= MOST_NEGATIVE * (bright := np.count_nonzero(values > threshold)):
-        return
-    several = negative.size - np.unique(negative, return_counts=True)[1].max()
-    if several > MOST_NEGATIVE * bright:
+    """Refuse an image whose object lies on both sides of 0; not one, such as a CT, whose background is far below."""
+    negative, positive = np.count_nonzero(values < -threshold), np.count_nonzero(values > threshold)
+    faces = [values.take([0, -1], axis=axis).ravel() for axis in range(3) if values.shape[axis] > 1]
+    if negative > MOST_NEGATIVE * positive and np.median(np.concatenate(faces)) > -threshold:
         raise InputError(
             volume.path,
-            f"has intensities as far below 0 as its foreground lies above it, {several} beyond {-threshold:.3g} for "
-            f"{bright} beyond {threshold:.3g}",
+            f"has intensities as far below 0 as its foreground lies above it, {negative} beyond {-threshold:.3g} for "
+            f"{positive} beyond {threshold:.3g}",
             "give magnitudes: no phase, real or imaginary part, no z-scores, no unsigned integers that are stored as "
             "signed ones; or give a mask",
         )
