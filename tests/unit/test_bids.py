@@ -184,6 +184,36 @@ def test_only_the_asked_suffixes_in_their_own_folders_are_found(tmp_path):
     ]
 
 
+@pytest.mark.parametrize(
+    ("suffix", "folders"), [("sbref", ["dwi", "func", "perf"]), ("m0scan", ["fmap", "perf"]), ("T1w", ["anat"])]
+)
+def test_what_lies_in_several_folders_is_found_alone_and_stays_there(tmp_path, suffix, folders):
+    touch(
+        tmp_path,
+        *(f"sub-1/{place}/sub-1_acq-{place}_{suffix}.nii" for place in ("anat", "dwi", "fmap", "func", "perf")),
+    )
+    scans = index_dataset(tmp_path, [suffix])
+    assert [scan.folder for scan in scans] == [f"sub-1/{place}" for place in folders]
+    assert [f"sub-1/{Path(scan.image).parent.name}" for scan in scans] == [scan.folder for scan in scans]
+    assert [replace(scan, image="else/where.nii").folder for scan in scans] == [f"sub-1/{DATATYPE_OF[suffix]}"] * len(
+        scans
+    )
+
+
+def test_scans_of_another_session_than_their_folders_are_left_out_and_named(tmp_path, caplog):
+    good = ["sub-1/anat/sub-1_T1w.nii", "sub-1/ses-a/anat/sub-1_ses-a_T1w.nii"]
+    bad = ["sub-1/anat/sub-1_ses-a_T1w.nii", "sub-1/ses-a/anat/sub-1_ses-b_T1w.nii", "sub-1/ses-a/anat/sub-1_T1w.nii"]
+    touch(tmp_path, *good, *bad)
+    assert [scan.image for scan in index_dataset(tmp_path, ["T1w"])] == [str(tmp_path / name) for name in good]
+    said = [record.getMessage() for record in caplog.records]
+    assert sorted(said) == sorted(
+        f"{tmp_path / name}: left out, its name is of {named}, and it lies in {place}"
+        for name, named, place in zip(
+            bad, ("ses-a", "ses-b", "no session"), ("the folder of no session", "ses-a", "ses-a"), strict=True
+        )
+    )
+
+
 def test_subjects_that_are_links_to_folders_are_found(tmp_path):
     touch(tmp_path, "store/anat/sub-01_T1w.nii.gz")
     (tmp_path / "raw").mkdir()

@@ -29,6 +29,9 @@ DATATYPE_OF = {
     **dict.fromkeys(("CARS", "NLO", "SEM", "TEM", "SR", "uCT"), "micr"),
 }
 
+#: Further folders of suffixes that lie in several.
+FURTHER_DATATYPES = {"sbref": ("dwi", "perf"), "m0scan": ("fmap",)}
+
 BIDS_VERSION = "1.10.0"
 
 #: Files that BIDS has no name for yet, and those of the workflow.
@@ -94,9 +97,11 @@ class Scan:
 
     @cached_property
     def folder(self) -> str:
-        """Where BIDS puts it: ``sub-01/ses-1/anat``."""
+        """Where BIDS puts it: ``sub-01/ses-1/anat``; of several folders of a suffix, the one that its image lies in."""
         session = f"ses-{self.session}/" if self.session else ""
-        return f"sub-{self.subject}/{session}{DATATYPE_OF[self.suffix]}"
+        there = os.path.basename(os.path.dirname(self.image))
+        datatype = there if there in datatypes_of(self.suffix) else DATATYPE_OF[self.suffix]
+        return f"sub-{self.subject}/{session}{datatype}"
 
     @property
     def name(self) -> str:
@@ -133,6 +138,11 @@ class Scan:
             if not ENTITY.fullmatch(entity) or entity.partition("-")[0] in ("sub", "ses", "desc")
         ]
         return found
+
+
+def datatypes_of(suffix: str) -> tuple[str, ...]:
+    """The BIDS folders that scans of a suffix lie in."""
+    return DATATYPE_OF[suffix], *FURTHER_DATATYPES.get(suffix, ())
 
 
 def complex_part(name: str) -> str:
@@ -182,23 +192,26 @@ def index_dataset(
     wanted: dict[str, set[str]] = {}
     for entity in entities:
         wanted.setdefault(entity.partition("-")[0], set()).add(entity)
+    datatypes = sorted({name for suffix in suffixes for name in datatypes_of(suffix)})
     subjects = _chosen(root, "sub-", participants)
     scans = []
     for subject in subjects:
         places = [] if sessions else [(subject, "")]
         places += [(path, path.name[4:]) for path in _chosen(subject, "ses-", sessions)]
         for place, session in places:
-            for datatype in sorted({DATATYPE_OF[suffix] for suffix in suffixes}):
+            for datatype in datatypes:
                 for image in sorted(_images(place / datatype)):
                     *parts, suffix = IMAGE.sub("", image.name).split("_")
                     if not all(found & set(parts) for found in wanted.values()):
+                        continue
+                    if suffix in suffixes and datatype not in datatypes_of(suffix):
                         continue
                     if suffix not in suffixes or not image.name.endswith((".nii", ".nii.gz")):
                         _name_near_miss(image, suffix, suffixes)
                         continue
                     if missing := missing_file(image):
                         log.warning("%s: left out, %s; %s", image, *missing)
-                    elif not _left_out(image, parts, subject.name):
+                    elif not _left_out(image, parts, subject.name, session and f"ses-{session}"):
                         kept = [part for part in parts if not part.startswith(("sub-", "ses-"))]
                         scan = Scan(subject.name[4:], session, "_".join([*kept, suffix]), str(image))
                         if problems := scan.problems():
@@ -224,11 +237,14 @@ def _chosen(place: Path, prefix: str, labels: Sequence[str]) -> list[Path]:
     return [path for path in sorted(_folders(place, prefix)) if not names or path.name in names]
 
 
-def _left_out(image: Path, entities: list[str], subject: str) -> bool:
+def _left_out(image: Path, entities: list[str], subject: str, session: str) -> bool:
     """Whether a file is no scan of its own to correct; says so."""
     reason = ""
+    named = next((entity for entity in entities if entity.startswith("ses-")), "")
     if subject not in entities:
         reason = f"its name is not of {subject}, whose folder it lies in"
+    elif named != session:
+        reason = f"its name is of {named or 'no session'}, and it lies in {session or 'the folder of no session'}"
     elif complex_part("_".join(entities)):
         reason = "a part of a complex image; only its magnitude can be corrected"
     elif any(entity.startswith("desc-") for entity in entities):
