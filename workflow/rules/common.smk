@@ -26,6 +26,7 @@ from n4flow.study.inputs import (
     config_problems,
     grid_combinations,
     load_schema,
+    place_problem,
     read_sheet,
     results_problem,
     tune_problems,
@@ -66,6 +67,9 @@ try:
 except InputError as error:
     raise WorkflowError(str(error)) from None
 
+for name in ("results", "logs", "benchmarks"):
+    if problem := place_problem(name, workflow.pathvars.apply(f"<{name}>")):
+        raise WorkflowError(problem)
 if problem := results_problem(workflow.pathvars.apply("<results>"), SCANS):
     raise WorkflowError(problem)
 if problems := tune_problems(config["tune"], SCANS):
