@@ -2,12 +2,21 @@
 
 import json
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from n4flow.errors import InputError
-from n4flow.study.bids import DATATYPE_OF, Scan, dataset_root, describe_dataset, index_dataset, sidecars_of
+from n4flow.study.bids import (
+    DATATYPE_OF,
+    Scan,
+    check_magnitude,
+    dataset_root,
+    describe_dataset,
+    index_dataset,
+    sidecars_of,
+)
 
 
 @pytest.mark.parametrize(
@@ -69,6 +78,60 @@ def test_every_problem_of_a_name_is_told():
     assert len(Scan("0_1", "a_b", "run1_T1", "image.nii").problems()) == 4
 
 
+@pytest.mark.parametrize("part", ["part-phase", "part-real", "part-imag"])
+@pytest.mark.parametrize(
+    ("modality", "image"),
+    [
+        ("{}_MEGRE", "a.nii"),
+        ("echo-1_{}_MEGRE", "a.nii"),
+        ("T1w", "sub-01_{}_T1w.nii.gz"),
+        ("T1w", "x/sub-01_{}_T1w.nii"),
+    ],
+)
+def test_phase_real_and_imaginary_part_are_no_scan(modality, image, part):
+    scan = Scan("01", "", modality.format(part), image.format(part))
+    assert scan.problems() == [f"image {scan.image} is a part of a complex image ({part}), give its magnitude"]
+    assert replace(scan, field_from="T2w").problems() == scan.problems()
+
+
+@pytest.mark.parametrize(
+    ("image", "fits"), [("mprage_e2_ph.nii.gz", False), ("x_imaginary.nii", False), ("p/ph/a.nii", True)]
+)
+def test_names_that_dcm2niix_gives_to_phases_are_known(image, fits):
+    assert (Scan("01", "", "T1w", image).problems() == []) == fits
+
+
+def test_magnitude_of_a_complex_image_is_a_scan():
+    assert Scan("01", "", "part-mag_MEGRE", "sub-01_part-mag_MEGRE.nii").problems() == []
+
+
+@pytest.mark.parametrize(
+    ("image_type", "fits"),
+    [
+        (["ORIGINAL", "PRIMARY", "M", "ND", "NORM"], True),
+        (["ORIGINAL", "PRIMARY", "M_FFE", "M", "FFE"], True),
+        (["DERIVED", "PRIMARY", "M", "ND", "MAGNITUDE"], True),
+        (["ORIGINAL", "PRIMARY", "OTHER"], True),
+        ("P", True),
+        (None, True),
+        (["ORIGINAL", "PRIMARY", "P", "ND", "PHASE"], False),
+        (["ORIGINAL", "PRIMARY", "PHASE MAP", "P", "FFE"], False),
+        (["ORIGINAL", "PRIMARY", "OTHER", "REAL"], False),
+        (["original", "primary", "other", "imaginary"], False),
+    ],
+)
+@pytest.mark.parametrize("sidecar", ["MEGRE.json", "sub-01/anat/sub-01_MEGRE.json"])
+def test_parts_of_a_complex_image_are_known_by_their_sidecar(tmp_path, sidecar, image_type, fits):
+    image = tmp_path / "sub-01/anat/sub-01_MEGRE.nii"
+    touch(tmp_path, "dataset_description.json", image)
+    (tmp_path / sidecar).write_text(json.dumps({"ImageType": image_type}))
+    if fits:
+        check_magnitude(image)
+    else:
+        with pytest.raises(InputError, match=r"is a part of a complex image .*; give its magnitude$"):
+            check_magnitude(image)
+
+
 def touch(folder, *paths):
     for path in paths:
         (folder / path).parent.mkdir(parents=True, exist_ok=True)
@@ -119,6 +182,36 @@ def test_only_the_asked_suffixes_in_their_own_folders_are_found(tmp_path):
     assert [Path(scan.image) for scan in index_dataset(tmp_path, ["T1w"])] == [
         tmp_path / "sub-01/anat/sub-01_T1w.nii.gz"
     ]
+
+
+@pytest.mark.parametrize(
+    ("suffix", "folders"), [("sbref", ["dwi", "func", "perf"]), ("m0scan", ["fmap", "perf"]), ("T1w", ["anat"])]
+)
+def test_what_lies_in_several_folders_is_found_alone_and_stays_there(tmp_path, suffix, folders):
+    touch(
+        tmp_path,
+        *(f"sub-1/{place}/sub-1_acq-{place}_{suffix}.nii" for place in ("anat", "dwi", "fmap", "func", "perf")),
+    )
+    scans = index_dataset(tmp_path, [suffix])
+    assert [scan.folder for scan in scans] == [f"sub-1/{place}" for place in folders]
+    assert [f"sub-1/{Path(scan.image).parent.name}" for scan in scans] == [scan.folder for scan in scans]
+    assert [replace(scan, image="else/where.nii").folder for scan in scans] == [f"sub-1/{DATATYPE_OF[suffix]}"] * len(
+        scans
+    )
+
+
+def test_scans_of_another_session_than_their_folders_are_left_out_and_named(tmp_path, caplog):
+    good = ["sub-1/anat/sub-1_T1w.nii", "sub-1/ses-a/anat/sub-1_ses-a_T1w.nii"]
+    bad = ["sub-1/anat/sub-1_ses-a_T1w.nii", "sub-1/ses-a/anat/sub-1_ses-b_T1w.nii", "sub-1/ses-a/anat/sub-1_T1w.nii"]
+    touch(tmp_path, *good, *bad)
+    assert [scan.image for scan in index_dataset(tmp_path, ["T1w"])] == [str(tmp_path / name) for name in good]
+    said = [record.getMessage() for record in caplog.records]
+    assert sorted(said) == sorted(
+        f"{tmp_path / name}: left out, its name is of {named}, and it lies in {place}"
+        for name, named, place in zip(
+            bad, ("ses-a", "ses-b", "no session"), ("the folder of no session", "ses-a", "ses-a"), strict=True
+        )
+    )
 
 
 def test_subjects_that_are_links_to_folders_are_found(tmp_path):

@@ -277,6 +277,101 @@ def test_an_image_without_foreground_is_refused_and_leaves_no_file(tmp_path, arr
     assert not (tmp_path / "mask.nii").exists()
 
 
+def uniform_image(head, noise_percent, air_is_dark=False):
+    """MP2RAGE's (Marques et al. 2010): of two inversions, in whose ratio air is noise from end to end."""
+    rng = np.random.default_rng(3)
+    inversions = (head.truth / 1000 - 0.55) * (head.truth > 0), 0.8 * (head.truth > 0)
+    first, second = (image + noise_percent / 100 * rng.standard_normal(image.shape) for image in inversions)
+    ratio = first * second / (first**2 + second**2)
+    return np.rint(4095 * (ratio + 0.5) * np.where(air_is_dark, head.truth > 0, 1)).astype(np.uint16)
+
+
+@pytest.mark.parametrize("method", ["otsu", "head", "percentile"])
+@pytest.mark.parametrize(("noise_percent", "cut"), [(1, 0), (9, 0), (3, 4)])
+def test_of_mp2rages_uniform_image_a_mask_is_asked_for(head, tmp_path, method, noise_percent, cut):
+    image = uniform_image(head, noise_percent)[cut : image_end(cut), cut : image_end(cut), cut : image_end(cut)]
+    with pytest.raises(InputError, match=r"a\.nii: has air as bright as .*; give a mask, .* \(INV2\)$"):
+        make_mask(save(tmp_path / "a.nii", image), tmp_path / "mask.nii", method=method)
+
+
+def image_end(cut):
+    return -cut or None
+
+
+def test_one_whose_air_is_dark_needs_none(head, tmp_path):
+    make_mask(save(tmp_path / "a.nii", uniform_image(head, 3, air_is_dark=True)), tmp_path / "mask.nii")
+    assert not load(tmp_path / "mask.nii")[head.truth == 0].any()
+
+
+@pytest.mark.parametrize("grain", [0.1, 0.3, 0.4, 0.6])
+@pytest.mark.parametrize("around", [0, 24])
+def test_an_object_that_is_grainy_needs_none(tmp_path, grain, around):
+    """Whether it fills the image or not."""
+    rng = np.random.default_rng(0)
+    white = sitk.GetImageFromArray(rng.standard_normal((120, 120, 96)))
+    texture = sitk.GetArrayFromImage(sitk.SmoothingRecursiveGaussian(white, 2))
+    shown = 1 + 0.3 * texture / texture.std()
+    shown[:around] = shown[120 - around :] = 0
+    real, imaginary = rng.standard_normal((2, *shown.shape))
+    image = np.hypot(shown * (1 + grain * real) + 0.02 * real, 0.02 * imaginary)
+    make_mask(save(tmp_path / "a.nii", image.astype(np.float32)), tmp_path / "mask.nii")
+
+
+def phase_of(head):
+    return np.random.default_rng(1).uniform(-np.pi, np.pi, head.image.shape).astype(np.float32)
+
+
+SIGNED = {
+    "uint16 as int16": lambda head: (head.image * 65000 / head.image.max()).astype(np.uint16).view(np.int16),
+    "uint8 as int8": lambda head: (head.image * 250 / head.image.max()).astype(np.uint8).view(np.int8),
+    "phase in radians": phase_of,
+    "phase from -4096": lambda head: np.rint(phase_of(head) * 4096 / np.pi).astype(np.int16),
+    "real part": lambda head: head.image * np.cos(phase_of(head)),
+    "imaginary part": lambda head: (
+        head.image * np.sin(np.linspace(0, 9, head.image.shape[0], dtype="f4"))[:, None, None]
+    ),
+    "z-scores": lambda head: (head.image - head.image[head.truth > 0].mean()) * (head.truth > 0) / head.image.std(),
+}
+
+
+@pytest.mark.parametrize("kind", SIGNED)
+@pytest.mark.parametrize("method", ["otsu", "head", "percentile"])
+def test_an_image_whose_object_lies_on_both_sides_of_0_is_refused(head, tmp_path, kind, method):
+    image = save(tmp_path / "a.nii", SIGNED[kind](head))
+    with pytest.raises(
+        InputError, match=r"a\.nii: has intensities as far below 0 as .*; give magnitudes: .* give a mask$"
+    ):
+        make_mask(image, tmp_path / "mask.nii", method=method)
+    assert not (tmp_path / "mask.nii").exists()
+
+
+NOT_SIGNED = {
+    "noise around 0": lambda head: head.image + np.random.default_rng(1).normal(0, 60, head.image.shape),
+    "ringing": lambda head: np.gradient(np.gradient(head.truth, axis=0), axis=0) * -0.3 + head.truth,
+    "a background of -1024": lambda head: np.where(head.truth > 0, head.image, -1024),
+    "air of noise at -1024": lambda head: head.image * 2 - 1024,
+    "two voxels": lambda head: np.where(np.arange(head.image.size).reshape(head.image.shape) < 2, -9e3, head.image),
+}
+
+
+@pytest.mark.parametrize("kind", NOT_SIGNED)
+def test_negative_values_that_are_none_of_the_object_do_no_harm(head, tmp_path, kind):
+    image = NOT_SIGNED[kind](head).astype(np.float32)
+    assert (image < 0).sum() > 1
+    masks = []
+    for name, array in (("a", image), ("zero", np.maximum(image, 0))):
+        make_mask(save(tmp_path / f"{name}.nii", array), tmp_path / "mask.nii")
+        masks.append(load(tmp_path / "mask.nii"))
+    assert_array_equal(*masks)
+
+
+def test_phase_by_its_sidecar_is_refused_even_with_a_mask(head, tmp_path):
+    paths = save(tmp_path / "a.nii", head.image), save(tmp_path / "own.nii", (head.truth > 0).astype(np.uint8))
+    (tmp_path / "a.json").write_text('{"ImageType": ["ORIGINAL", "PRIMARY", "P", "ND"]}')
+    with pytest.raises(InputError, match="is a part of a complex image"):
+        mask_scan(*paths, tmp_path / "mask.nii", tmp_path / "mask.json", method="otsu", percentile=50)
+
+
 @pytest.mark.parametrize(
     ("mask", "affine", "problem"),
     [

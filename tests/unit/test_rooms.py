@@ -63,7 +63,7 @@ def test_the_core_touches_no_files(module):
 
 
 #: What `common.smk` may import.
-FOR_THE_WORKFLOW = ["console", "errors", "parameters", "images.files"]
+FOR_THE_WORKFLOW = ["console", "worker", "errors", "parameters", "images.files"]
 FOR_THE_WORKFLOW += [f"study.{name}" for name in ("bids", "config", "provenance", "ratings", "sheet")]
 
 

@@ -7,7 +7,7 @@ import pytest
 from n4flow.errors import InputError
 from n4flow.study.bids import Scan
 from n4flow.study.config import load_schema
-from n4flow.study.sheet import read_sheet, results_problem, with_least_hash
+from n4flow.study.sheet import place_problem, read_sheet, results_problem, with_least_hash
 
 ROOT = Path(__file__).resolve().parents[2]
 SHEET_SCHEMA = load_schema(ROOT / "workflow/schemas/samples.schema.yaml")
@@ -110,6 +110,31 @@ def test_sheets_that_spreadsheets_write_are_read(content):
     assert read_sheet("sheet.tsv", SHEET_SCHEMA) == [Scan("01", "", "T1w", "a.nii")]
 
 
+@pytest.mark.parametrize("empty", ["\t\t\t", "", "  ", '""\t""\t\t', "\t\t\t\t\t", "\t"])
+def test_rows_of_nothing_but_tabs_are_no_rows(empty):
+    """Spreadsheets write them where something was deleted."""
+    lines = ["subject\timage\tmask\tmodality", "01\ta.nii\t\tT1w", empty, "02\tb.nii.gz\t\tT1w", empty, empty]
+    Path("sheet.tsv").write_text("\r\n".join(lines), encoding="utf-8")
+    assert [scan.subject for scan in read_sheet("sheet.tsv", SHEET_SCHEMA)] == ["01", "02"]
+    Path("sheet.tsv").write_text("\n".join([lines[0], empty, "03\tabsent.nii\t\t"]), encoding="utf-8")
+    with pytest.raises(InputError, match=r"sheet\.tsv, line 3: image absent\.nii is not there"):
+        read_sheet("sheet.tsv", SHEET_SCHEMA)
+
+
+def test_columns_of_nothing_but_tabs_are_no_columns():
+    Path("sheet.tsv").write_text("subject\timage\t\t\n01\ta.nii\n02\tb.nii.gz\t\t \n", encoding="utf-8")
+    assert [scan.subject for scan in read_sheet("sheet.tsv", SHEET_SCHEMA)] == ["01", "02"]
+    Path("sheet.tsv").write_text("subject\timage\t\n01\ta.nii\tT1w\n", encoding="utf-8")
+    with pytest.raises(InputError, match="line 2: has another number of columns than the header"):
+        read_sheet("sheet.tsv", SHEET_SCHEMA)
+
+
+def test_a_sheet_of_nothing_but_tabs_has_no_rows():
+    Path("sheet.tsv").write_text("subject\timage\n\t\n\t\n", encoding="utf-8")
+    with pytest.raises(InputError, match="the sheet has no rows; add a line per scan"):
+        read_sheet("sheet.tsv", SHEET_SCHEMA)
+
+
 def test_files_that_the_workflow_makes_need_not_be_there():
     assert sheet("subject image\n01 made.nii", to_be_made=["made.nii"]) == [Scan("01", "", "T1w", "made.nii")]
 
@@ -133,6 +158,10 @@ def test_files_that_the_workflow_makes_need_not_be_there():
         ("subject image\n0_1 a.nii", "sheet.tsv, line 2: subject '0_1' is no BIDS label, use letters and digits only"),
         ("subject image session\n01 a.nii s-1", "sheet.tsv, line 2: session 's-1' is no BIDS label, use letters"),
         ("subject image modality\n01 a.nii T1", "sheet.tsv, line 2: modality 'T1' does not end in a known suffix, "),
+        (
+            "subject image modality\n01 a.nii part-phase_MEGRE",
+            "sheet.tsv, line 2: image a.nii is a part of a complex image (part-phase), give its magnitude",
+        ),
         ("subject image\n01 a.nii 1", "sheet.tsv, line 2: has another number of columns than the header; "),
         ("subject image session\n01 a.nii", "sheet.tsv, line 2: has another number of columns than the header; "),
     ],
@@ -171,6 +200,31 @@ def test_link_to_a_file_that_was_not_fetched_is_told_as_such():
     Path("link.nii").symlink_to("absent.nii")
     (problem,) = problems_of("subject image\n01 link.nii")
     assert "link" in problem.replace("link.nii", "")
+
+
+@pytest.mark.parametrize(
+    ("place", "problem"),
+    [
+        ("results", ""),
+        ("../out/a b (1)", ""),
+        ("/data/~/it's $5", ""),
+        ("~/out", "~/out is taken as it stands; write it out: /home/me/out"),
+        ("$HOME/out", "$HOME/out is taken as it stands; write it out: /home/me/out"),
+        ("/data/${HOME}/out", "/data/${HOME}/out holds { }, which Snakemake takes for wildcards; rename it"),
+        ("a{b}", "a{b} holds { }, which Snakemake takes for wildcards; rename it"),
+        ("<results>/x", "<results>/x holds < >, which Snakemake takes for wildcards; rename it"),
+    ],
+)
+def test_folders_that_are_written_to_are_what_they_are_called(monkeypatch, place, problem):
+    monkeypatch.setenv("HOME", "/home/me")
+    assert place_problem("logs", place) == (f"config: pathvars.logs: {problem}" if problem else "")
+
+
+@pytest.mark.parametrize("path", ["~/x.nii", "$HOME/x.nii"])
+def test_a_path_for_the_shell_is_told_in_full(monkeypatch, path):
+    monkeypatch.setenv("HOME", "/home/me")
+    (problem,) = problems_of(f"subject image\n01 {path}")
+    assert problem == f"sheet.tsv, line 2: image {path} is not there; write it out: /home/me/x.nii"
 
 
 @pytest.mark.parametrize(

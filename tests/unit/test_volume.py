@@ -59,6 +59,53 @@ def test_a_series_is_read_frame_by_frame_and_averaged(tmp_path):
     np.testing.assert_allclose(volume.mean(), series.mean(axis=3), rtol=1e-6)
 
 
+@pytest.mark.parametrize("lost", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("frames", [[0], [3], [0, 1, 3]])
+def test_the_mean_is_that_of_the_frames_that_are_whole(tmp_path, caplog, frames, lost):
+    series = np.random.default_rng(6).uniform(1, 2, (5, 6, 7, 4)).astype(np.float32)
+    series[..., frames] = lost
+    series[0, 0, 0] = lost
+    series[1, 1, 1, 2], series[1, 1, 1, frames[0]] = lost, 1.5
+    volume = Volume(save(tmp_path / "a.nii.gz", series))
+    expected = np.nanmean(np.where(np.isfinite(series), series, np.nan).astype(float)[1:], axis=3)
+    for _ in range(2):
+        mean = volume.mean()
+        np.testing.assert_allclose(mean[1:], expected, rtol=1e-6)
+        assert np.isnan(mean[0, 0, 0])
+        assert np.isfinite(mean).sum() == mean.size - 1
+    (record,) = caplog.records
+    named = record.getMessage().rpartition(" left out of the mean: ")[2].split()
+    assert {str(n + 1) for n in frames} <= set(named) <= {str(n + 1) for n in (*frames, 2)}
+
+
+def test_of_a_background_of_nan_nothing_is_said(tmp_path, caplog):
+    series = np.ones((5, 6, 7, 4), np.float32)
+    series[:2] = np.nan
+    mean = Volume(save(tmp_path / "a.nii.gz", series)).mean()
+    assert np.isnan(mean[:2]).all()
+    assert (mean[2:] == 1).all()
+    assert not caplog.records
+
+
+@pytest.mark.parametrize(("unit", "scale"), [("micron", 1e-3), ("meter", 1e3), ("mm", 1.0), ("unknown", 1.0)])
+@pytest.mark.parametrize(("forms", "sizes"), [("sform", (3.2, 2.4, 4)), ("qform", (1, 2, 3)), ("none", (1, 2, 3))])
+def test_lengths_are_those_of_the_affine_that_is_used(tmp_path, forms, sizes, unit, scale):
+    header = nib.Nifti1Header()
+    header.set_data_shape(ARRAY.shape)
+    header.set_xyzt_units(unit)
+    turned = nib.affines.from_matvec(nib.eulerangles.euler2mat(0.3, -0.2, 0.1))
+    header.set_qform(turned @ np.diag([1.0, 2, 3, 1]), int(forms == "qform"))
+    header.set_sform(turned @ np.diag([3.2, 2.4, 4, 1]), int(forms == "sform"))
+    (tmp_path / "a.nii").write_bytes(nib.Nifti1Image(ARRAY.astype(np.uint8), None, header).to_bytes())
+    assert Volume(tmp_path / "a.nii").voxel_size_mm == pytest.approx([size * scale for size in sizes])
+
+
+@pytest.mark.parametrize("shape", [(30, 40), (30, 40, 1), (30, 40, 5), (30, 40, 5, 2)])
+def test_a_plane_is_a_millimetre_thick_unless_its_header_has_a_third_axis(tmp_path, shape):
+    volume = Volume(save(tmp_path / "a.nii", np.zeros(shape, np.uint8), np.diag([2.0, 3, 4, 1])))
+    assert volume.voxel_size_mm == pytest.approx((2, 3, 1 if len(shape) == 2 else 4))
+
+
 def test_units_of_micrometres_become_millimetres(tmp_path):
     path = tmp_path / "a.nii"
     image = nib.Nifti1Image(ARRAY.astype(np.uint8), np.diag([25.0, 25, 50, 1]))
@@ -210,6 +257,53 @@ def test_a_shift_of_the_grid_is_noticed_and_rounding_is_not(tmp_path):
     with pytest.raises(InputError, match="the affine of the mask differs"):
         volume.check_same_grid(Volume(save(tmp_path / "b.nii", ARRAY.astype(np.uint8), shifted)), "mask")
     volume.check_same_grid(Volume(save(tmp_path / "c.nii", ARRAY.astype(np.uint8), rounded)), "mask")
+
+
+ELSEWHERE = nib.affines.from_matvec(OBLIQUE[:3, :3], [50, 0, -9])
+
+
+def with_forms(path, sform, qform):
+    """An image with these affines, None for a code of 0."""
+    header = nib.Nifti1Header()
+    header.set_data_shape(ARRAY.shape)
+    header.set_qform(OBLIQUE if qform is None else qform, 0 if qform is None else 1)
+    header.set_sform(OBLIQUE if sform is None else sform, 0 if sform is None else 2)
+    path.write_bytes(nib.Nifti1Image(ARRAY.astype(np.uint8), None, header).to_bytes())
+    return Volume(path)
+
+
+@pytest.mark.parametrize(
+    ("image", "mask", "fits"),
+    [
+        ((ELSEWHERE, OBLIQUE), (None, OBLIQUE), True),
+        ((None, OBLIQUE), (ELSEWHERE, OBLIQUE), True),
+        ((ELSEWHERE, OBLIQUE), (OBLIQUE, None), True),
+        ((ELSEWHERE, OBLIQUE), (OBLIQUE, ELSEWHERE), True),
+        ((OBLIQUE, None), (ELSEWHERE, None), False),
+        ((OBLIQUE, OBLIQUE), (None, ELSEWHERE), False),
+        ((OBLIQUE, OBLIQUE), (np.eye(4), np.eye(4)), False),
+    ],
+)
+def test_a_mask_agrees_by_qform_or_sform(tmp_path, image, mask, fits):
+    grid, own = with_forms(tmp_path / "a.nii", *image), with_forms(tmp_path / "m.nii", *mask)
+    if fits:
+        grid.check_same_grid(own, "mask")
+    else:
+        with pytest.raises(
+            InputError, match=r"copy the image's header to it \(fslcpgeom a\.nii m\.nii\); else resample"
+        ):
+            grid.check_same_grid(own, "mask")
+
+
+@pytest.mark.parametrize("lacks", ["image", "mask"])
+def test_a_header_that_names_no_space_contradicts_none_but_by_its_voxel_size(tmp_path, caplog, lacks):
+    forms = {"image": (OBLIQUE, OBLIQUE), "mask": (OBLIQUE, OBLIQUE)} | {lacks: (None, None)}
+    volumes = {role: with_forms(tmp_path / f"{role}.nii", *given) for role, given in forms.items()}
+    volumes["image"].check_same_grid(volumes["mask"], "mask")
+    assert f"{lacks}.nii: names no space" in caplog.text
+    other = with_forms(tmp_path / "other.nii", np.eye(4), None)
+    with pytest.raises(InputError, match="affine of the mask differs"):
+        volumes[lacks].check_same_grid(other, "mask")
 
 
 @pytest.mark.parametrize(("unit", "scale"), [("micron", 1e3), ("meter", 1e-3), ("mm", 1.0)])

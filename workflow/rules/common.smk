@@ -15,11 +15,12 @@ PACKAGE = [Path(workflow.source_path(f"../scripts/n4flow/{name}")) for name in P
 sys.path.insert(0, str(PACKAGE[0].parent.parent))
 
 from n4flow.study.bids import DATATYPE_OF
+from n4flow.worker import begin_run
 from n4flow.errors import InputError
 from n4flow.images.files import remove_abandoned, voxels_of_frame, why_not_writable
 from n4flow.console import last_error
 from n4flow.study.config import config_problems, grid_combinations, load_schema, tune_problems, with_defaults
-from n4flow.study.sheet import read_sheet, results_problem, with_least_hash
+from n4flow.study.sheet import place_problem, read_sheet, results_problem, with_least_hash
 from n4flow.parameters import MOST_SAMPLES, N4Parameters
 from n4flow.study.provenance import package_digest
 from n4flow.study.ratings import read_ratings
@@ -33,7 +34,7 @@ BUNDLE = "<results>/qc/bundle"
 RUN_START = time.time()
 
 # The worker that does the steps of this run's jobs ends with this process.
-os.environ["N4FLOW_RUN"] = str(os.getpid())
+begin_run()
 
 # In a job of a cluster Snakemake runs twice beside the script, with 140 MB each.
 SNAKEMAKE_MB = 300
@@ -56,6 +57,9 @@ try:
 except InputError as error:
     raise WorkflowError(str(error)) from None
 
+for name in ("results", "logs", "benchmarks"):
+    if problem := place_problem(name, workflow.pathvars.apply(f"<{name}>")):
+        raise WorkflowError(problem)
 if problem := results_problem(workflow.pathvars.apply("<results>"), SCANS):
     raise WorkflowError(problem)
 if problems := tune_problems(config["tune"], SCANS):

@@ -42,6 +42,11 @@ PATIENCE_S = 2.0
 PR_SET_PDEATHSIG = 1
 
 
+def begin_run() -> None:
+    """Let the jobs that this process starts have a worker, which ends with it."""
+    os.environ[RUN] = str(os.getpid())
+
+
 def do_step(step: str, log_path: str | Path, *, on_gpu: bool = False, **arguments: Any) -> None:
     """Do a job's step, in the worker where there can be one; end with exit status 1 and a line if it fails.
 

@@ -51,6 +51,8 @@ def missing_file(path: str | Path) -> tuple[str, str] | None:
         if ".git/annex/" in target:
             return "is a link to a file that is not there", f"fetch it: datalad get {shlex.quote(str(path))}"
         return f"is a link to a file that is not there ({target})", "fetch it, or mend the link"
+    if (meant := os.path.expandvars(os.path.expanduser(path))) != str(path):
+        return "is not there", f"write it out: {shlex.quote(meant)}"
     return "is not there", "check the path (it is taken from the working directory)"
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import logging
 import math
 import os
 import sys
@@ -27,6 +28,8 @@ from nibabel.wrapstruct import WrapStructError
 from n4flow.core.affine import affine_problem
 from n4flow.errors import InputError
 from n4flow.images.files import atomic_bytes, missing_file
+
+log = logging.getLogger(__name__)
 
 #: Voxels in a slab: what reading, evaluating and writing hold in memory at a time, per array. So few lie in a core's
 #: cache, which takes a fifth off the time of a correction (2**20 to 2**18).
@@ -52,15 +55,18 @@ HELD_VOXELS = 2**28
 
 GZIP_MAGIC = b"\x1f\x8b"
 
+#: So many frames are named in a warning.
+NAMED_FRAMES = 10
+
 #: How files begin that stand for another one, which is to be fetched: the name of the tool, and its command.
 POINTERS = {b"version https://git-lfs": ("Git LFS", "git lfs pull"), b"/annex/objects/": ("git-annex", "git annex get")}
 
 #: A NIfTI header starts with its own size, in either byte order: 348 (NIfTI-1) or 540 (NIfTI-2).
 HEADER_SIZES = {n: {n.to_bytes(4, order) for order in ("little", "big")} for n in (348, 540)}
 
-#: An unknown unit is taken for mm, as every reader does.
+#: An unknown unit is taken for mm, and for seconds, as every reader does; what is no time, such as Hz, takes none.
 MM_PER_UNIT = {"meter": 1e3, "mm": 1.0, "micron": 1e-3}
-SECONDS_PER_UNIT = {"sec": 1.0, "msec": 1e-3, "usec": 1e-6}
+SECONDS_PER_UNIT = {"sec": 1.0, "msec": 1e-3, "usec": 1e-6, "hz": 0.0, "ppm": 0.0, "rads": 0.0}
 
 
 class Volume:
@@ -85,9 +91,9 @@ class Volume:
         Whether the header names a space (qform_code or sform_code is not 0); where it does not, the affine is made up,
         with its origin in the middle of the image.
     voxel_size_mm : tuple of three floats
-        From the header's zooms and units.
+        From the affine: pixdim may say otherwise beside an sform. A plane is 1 mm thick.
     frame_time_s : float
-        Time between frames; 0 for one frame.
+        Time between frames; 0 for one frame, and where the header counts in Hz or ppm.
     header : nibabel header
     dtype : numpy dtype
         As stored, before scl_slope and scl_inter are applied.
@@ -106,6 +112,7 @@ class Volume:
         if missing := missing_file(path):
             raise InputError(path, *missing)
         self._kept = b""
+        self._told = False
         with self._opened() as (header, data):
             self.header = header
             self.affine = header.get_best_affine()
@@ -116,12 +123,12 @@ class Volume:
         n0, n1, n2, self.frames = (*shape, 1, 1)[:4]
         self.shape = (n0, n1, n2)
         scale = MM_PER_UNIT.get(self._unit(), 1.0)
-        zooms = [float(z) * scale for z in self.header.get_zooms()[:3]]
         self.affine_mm = self.affine * [[scale], [scale], [scale], [1.0]]
         if problem := affine_problem(self.affine_mm):
             raise InputError(self.path, f"its affine {problem}", "mend qform or sform in its header")
         self.has_spatial_reference = bool(self.header["qform_code"] > 0 or self.header["sform_code"] > 0)
-        self.voxel_size_mm = tuple((*zooms, 1.0)[:3])
+        sizes = np.linalg.norm(self.affine_mm[:3, :3], axis=0).tolist()
+        self.voxel_size_mm = tuple((*sizes[: len(shape)], 1.0)[:3])
         scale = SECONDS_PER_UNIT.get(self._unit(1), 1.0)
         self.frame_time_s = float(self.header.get_zooms()[3]) * scale if self.frames > 1 else 0.0
 
@@ -260,7 +267,8 @@ class Volume:
     def mean_slabs(self, planes: int | None = None) -> Iterator[tuple[slice, np.ndarray]]:
         """Slabs of the mean over the frames: of the image itself if it has one frame.
 
-        The mean of several frames is held as a whole, in float64.
+        The mean of several frames is held as a whole, in float64. At each voxel it is that of the finite values: a lost
+        frame costs no other.
 
         Parameters
         ----------
@@ -283,9 +291,28 @@ class Volume:
                 yield slab, values
             return
         total = np.zeros(self.shape)
-        for slab, _, values in self.slabs():
+        used: Any = self.frames
+        lost = np.zeros(self.frames, np.int64)
+        for slab, frame, values in self.slabs():
+            if values.dtype.kind == "f" and not (finite := np.isfinite(values)).all():
+                if not lost.any():
+                    used = np.full(self.shape, self.frames, np.int32)
+                lost[frame] += np.count_nonzero(~finite)
+                used[:, :, slab] -= ~finite
+                values = np.where(finite, values, 0)
             total[:, :, slab] += values
-        total /= self.frames
+        spoilt = [str(frame + 1) for frame in np.flatnonzero(lost > lost.min())]  # what all lack is background
+        if spoilt and not self._told:
+            self._told = True
+            log.warning(
+                "%s: %d of %d frames hold values that are not finite, which are left out of the mean: %s",
+                self.path,
+                len(spoilt),
+                self.frames,
+                " ".join(spoilt[:NAMED_FRAMES]) + (" …" if len(spoilt) > NAMED_FRAMES else ""),
+            )
+        with np.errstate(invalid="ignore"):  # where all are lost
+            total /= used
         for slab in self._slab_slices(planes):
             yield slab, total[:, :, slab]
 
@@ -308,7 +335,7 @@ class Volume:
         Raises
         ------
         InputError
-            Another shape, or a corner that lies a hundredth of a voxel or more away.
+            Another shape, or a corner that lies a hundredth of a voxel or more away, by whichever of qform and sform.
         """
         if other.shape != self.shape:
             raise InputError(
@@ -317,14 +344,45 @@ class Volume:
                 f"resample the {role} to the image",
             )
         corners = np.array([[*corner, 1] for corner in np.ndindex(2, 2, 2)]) * [*(n - 1 for n in self.shape), 1]
-        apart = corners @ (np.linalg.inv(self.affine) @ other.affine - np.eye(4)).T
-        # a hundredth of a voxel: rounding in a header passes, a shift does not
-        if not np.abs(apart).max() < 0.01:
+
+        def agree(own: np.ndarray, others: np.ndarray) -> bool:
+            apart = corners @ (np.linalg.inv(own) @ others - np.eye(4)).T
+            # a hundredth of a voxel: rounding in a header passes, a shift does not
+            return bool(np.abs(apart).max() < 0.01)
+
+        if agree(self.affine, other.affine):
+            return
+        if self.has_spatial_reference and other.has_spatial_reference:
+            fit = any(agree(own, others) for own in self._forms() for others in other._forms())
+        else:  # one of them says nothing of where it lies
+            fit = np.allclose(self.voxel_size_mm, other.voxel_size_mm, rtol=1e-3)
+            lacking = self if other.has_spatial_reference else other
+            if fit:
+                log.warning(
+                    "%s: names no space (qform_code and sform_code are 0); the %s is taken voxel for voxel, look at "
+                    "its outline, or copy the header of %s to it",
+                    lacking.path,
+                    role,
+                    (other if lacking is self else self).path.name,
+                )
+        if not fit:
             raise InputError(
                 other.path,
                 f"the affine of the {role} differs from that of its image {self.path.name}",
-                f"resample the {role} to the image",
+                f"if its voxels are those of the image, copy the image's header to it (fslcpgeom {self.path.name} "
+                f"{other.path.name}); else resample the {role} to the image",
             )
+
+    def _forms(self) -> list[np.ndarray]:
+        """The affines that the header has a code for, those that cannot be used left out."""
+        found = []
+        forms: list[Any] = [self.header.get_sform, self.header.get_qform]
+        for form in forms:
+            with contextlib.suppress(ValueError, HeaderDataError, np.linalg.LinAlgError):
+                affine = form(coded=True)[0]
+                if affine is not None and not affine_problem(affine):
+                    found.append(affine)
+        return found
 
 
 @lru_cache(maxsize=1)
@@ -347,7 +405,8 @@ class VolumeWriter:
     slope, intercept : float
         Stored value times slope plus intercept is the real value (integers only).
     frames : int, optional
-        Frames to write; those of `like` by default.
+        1 for what lies on the voxels of `like` and holds other values, such as its field, which then inherits nothing
+        that is said of these; by default an image like it, of all its frames.
     """
 
     def __init__(
@@ -366,6 +425,9 @@ class VolumeWriter:
         header = like.header.copy()
         header.set_data_dtype(self.dtype)
         header["cal_min"] = header["cal_max"] = 0
+        if frames == 1:
+            for name in ("intent_code", "intent_name", "intent_p1", "intent_p2", "intent_p3", "descrip", "aux_file"):
+                header[name] = nib.Nifti1Header()[name]
         if frames == 1 and like.frames > 1:
             zooms = header.get_zooms()[:3]
             header.set_data_shape(like.shape)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import logging
+import math
 import re
 import time
 from collections.abc import Mapping
@@ -11,15 +10,21 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from n4flow.core.field import BiasField
 from n4flow.images.division import write_corrected
 from n4flow.images.fields import save_field
 from n4flow.images.files import write_json
 from n4flow.images.nifti import Volume
-from n4flow.study.bids import own_uri, raw_uri, sidecars_of
+from n4flow.study.bids import DATATYPE_OF, metadata_of, own_uri, raw_uri
 from n4flow.study.provenance import provenance
 
-log = logging.getLogger(__name__)
+#: Suffixes of series whose frames follow each other in time.
+TIME_SERIES = ("bold", "cbv", "asl", "dwi")
+
+#: Of an image without a skull, no more than this share of any of its faces is above 0.
+BORDER_SHARE = 0.05
 
 
 class CorrectionFiles(NamedTuple):
@@ -80,7 +85,7 @@ def write_derivatives(
     write_json(
         files.sidecar,
         {
-            **_image_metadata(volume),
+            **_image_metadata(volume, files.sidecar.stem.rpartition("_")[2]),
             "Sources": sources,
             "N4": {**facts, "SelfCheck": self_check, "WallTimeSeconds": seconds},
             "Provenance": provenance({"image": volume.path, **inputs}, ("numpy", "nibabel", "isal", *packages)),
@@ -88,25 +93,34 @@ def write_derivatives(
     )
 
 
-def _image_metadata(volume: Volume) -> dict[str, Any]:
-    """What the raw image's sidecars say, and what BIDS asks of a derivative beside it."""
-    metadata: dict[str, Any] = {}
-    for path in sidecars_of(volume.path):
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse)
-            if not isinstance(content, dict):
-                raise ValueError("it holds no object")
-            metadata |= content
-        except (OSError, ValueError, RecursionError) as error:
-            log.warning("%s: left out of the sidecar, cannot be read (%s)", path, error)
+def _image_metadata(volume: Volume, suffix: str) -> dict[str, Any]:
+    """What the raw image's sidecars say, and what BIDS asks of a derivative of this suffix beside it."""
+    metadata = metadata_of(volume.path)
     task = re.search(r"_task-([A-Za-z0-9]+)_", volume.path.name)
     if task:
         metadata.setdefault("TaskName", task[1])
-    if volume.frames > 1 and volume.frame_time_s > 0:
+    # of other series, such as echoes, the fourth axis is no time
+    if suffix in TIME_SERIES and volume.frame_time_s > 0 and "VolumeTiming" not in metadata:
         metadata.setdefault("RepetitionTime", volume.frame_time_s)
-    metadata.setdefault("SkullStripped", False)
+    if DATATYPE_OF.get(suffix) != "micr" and "SkullStripped" not in metadata:
+        metadata["SkullStripped"] = _has_empty_border(volume)
     return metadata
 
 
-def _refuse(constant: str) -> None:
-    raise ValueError(f"{constant} is no JSON")
+def _has_empty_border(volume: Volume) -> bool:
+    """Whether next to nothing of an image lies on its faces: noise of air would, and of a head the neck."""
+    counts = [np.zeros(2), np.zeros(2), np.zeros(2)]
+    for slab, frame, values in volume.slabs():
+        if frame:
+            break
+        shown = values > 0
+        ends = {0: 0, volume.shape[2] - 1: 1}
+        for plane, end in ends.items():
+            if slab.start <= plane < slab.stop:
+                counts[2][end] = np.count_nonzero(shown[:, :, plane - slab.start])
+        counts[0] += [np.count_nonzero(shown[end]) for end in (0, -1)]
+        counts[1] += [np.count_nonzero(shown[:, end]) for end in (0, -1)]
+        if slab.start == 0 and counts[2][0] > BORDER_SHARE * shown[:, :, 0].size and volume.shape[2] > 1:
+            return False  # as a rule
+    voxels = math.prod(volume.shape)
+    return all(count.max() <= BORDER_SHARE * voxels / n for count, n in zip(counts, volume.shape, strict=True) if n > 1)

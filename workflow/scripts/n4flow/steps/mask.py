@@ -19,7 +19,7 @@ from n4flow.estimate import estimate_field
 from n4flow.images.files import write_json
 from n4flow.images.nifti import Volume, VolumeWriter
 from n4flow.parameters import N4Parameters
-from n4flow.study.bids import raw_uri
+from n4flow.study.bids import check_magnitude, raw_uri
 from n4flow.study.provenance import provenance, remember_package
 
 log = logging.getLogger(__name__)
@@ -41,6 +41,18 @@ SAME_MASK, MOST_TURNS = 0.02, 5
 #: What lies outside of the mask is taken for noise up to its median and so many times the median distance from that:
 #: of the magnitude of Gaussian noise, up to three of its standard deviations.
 NOISE_SPREADS = 4.0
+
+#: For so many voxels that are as far below 0 as the foreground lies above it, per voxel of that, an image is refused.
+#: Ringing and noise around 0 give none.
+MOST_NEGATIVE = 0.05
+
+#: The mask is looked at in cubes of so many voxels of the sub-grid along an edge. One is noise where neighbours differ
+#: nearly as often (`DRAWN_BY_LOT`) as voxels drawn by lot, and at least this share is in the mask, or out of it.
+CUBE, DRAWN_BY_LOT, BOTH_SIDES = 8, 0.8, 0.1
+
+#: Air is bright where more of the cubes at the border of the image than this share are noise, and by so much more than
+#: of those within: what is grainy throughout is no air.
+MOST_NOISE, BEYOND_INNER = 0.5, 0.25
 
 OTSU_BINS = 256
 
@@ -161,7 +173,8 @@ def find_foreground(volume: Volume, method: MaskMethod = "otsu", percentile: flo
     InputError
         No voxel is finite and above 0, or all have the same intensity.
     """
-    positions, values = _sub_grid(volume)
+    positions, signed = _sub_grid(volume)
+    values = np.where(signed > 0, signed, 0)
     if not values.any():
         step = largest_step(positions)
         raise InputError(
@@ -171,6 +184,7 @@ def find_foreground(volume: Volume, method: MaskMethod = "otsu", percentile: flo
         )
     if values.min() == values.max():
         raise InputError(volume.path, "all voxels have the same intensity", "check that this is the right image")
+    _check_sign(volume, signed, otsu_threshold(values.ravel()))
     positive = values[values > 0]
     check_range(volume.path, np.log([positive.min(), np.median(positive), positive.max()]))
 
@@ -181,6 +195,13 @@ def find_foreground(volume: Volume, method: MaskMethod = "otsu", percentile: flo
 
     found = at_once = Foreground(threshold_of(values))
     inside = values > at_once.threshold
+    at_border, within = _noisy_cubes(inside)
+    if at_border > MOST_NOISE and at_border > within + BEYOND_INNER:
+        raise InputError(
+            volume.path,
+            f"has air as bright as what it shows: noise in {100 * at_border:.0f} % of its border",
+            "give a mask, for MP2RAGE's uniform image (UNIT1) one of its second inversion image (INV2)",
+        )
     for turn in range(1, MOST_TURNS + 1):
         try:
             field = estimate_field(_thinned_samples(volume, positions, values, inside), N4Parameters()).field
@@ -212,7 +233,7 @@ def find_foreground(volume: Volume, method: MaskMethod = "otsu", percentile: flo
 
 
 def _sub_grid(volume: Volume) -> tuple[tuple[np.ndarray, ...], np.ndarray]:
-    """Positions along each axis, and intensities there in float64: 0 where they are not finite, or negative."""
+    """Positions along each axis, and intensities there in float64: 0 where they are not finite."""
     step = 1
     positions = sample_positions(volume.shape, step)
     while math.prod(map(len, positions)) > SUB_GRID_VOXELS:  # ends, as no axis is thinned below 32
@@ -226,7 +247,37 @@ def _sub_grid(volume: Volume) -> tuple[tuple[np.ndarray, ...], np.ndarray]:
         values[:, :, hit] = part[np.ix_(positions[0], positions[1], positions[2][hit] - slab.start)]
     if empty:
         raise InputError(volume.path, "no voxel is above 0", "check that this is the right image")
-    return positions, np.where(np.isfinite(values) & (values > 0), values, 0)
+    return positions, np.where(np.isfinite(values), values, 0)
+
+
+def _check_sign(volume: Volume, values: np.ndarray, threshold: float) -> None:
+    """Refuse an image whose object lies on both sides of 0; not one, such as a CT, whose background is far below."""
+    negative, positive = np.count_nonzero(values < -threshold), np.count_nonzero(values > threshold)
+    faces = [values.take([0, -1], axis=axis).ravel() for axis in range(3) if values.shape[axis] > 1]
+    if negative > MOST_NEGATIVE * positive and np.median(np.concatenate(faces)) > -threshold:
+        raise InputError(
+            volume.path,
+            f"has intensities as far below 0 as its foreground lies above it, {negative} beyond {-threshold:.3g} for "
+            f"{positive} beyond {threshold:.3g}",
+            "give magnitudes: no phase, real or imaginary part, no z-scores, no unsigned integers that are stored as "
+            "signed ones; or give a mask",
+        )
+
+
+def _noisy_cubes(inside: np.ndarray) -> tuple[float, float]:
+    """Share of a mask's cubes that are noise: of those at the border of the image, and of those within."""
+    counts = [n // CUBE for n in inside.shape]
+    if min(counts) < 3:
+        return 0.0, 0.0
+    shape = [size for n in counts for size in (n, CUBE)]
+    cubes = inside[tuple(slice(n * CUBE) for n in counts)].reshape(shape).transpose(0, 2, 4, 1, 3, 5)
+    share = cubes.mean(axis=(3, 4, 5))
+    differ = sum(np.diff(cubes, axis=axis).mean(axis=(3, 4, 5)) for axis in (3, 4, 5)) / 3
+    by_lot = 2 * share * (1 - share)
+    noise = (np.minimum(share, 1 - share) >= BOTH_SIDES) & (differ > DRAWN_BY_LOT * by_lot)
+    within = np.zeros(counts, dtype=bool)
+    within[1:-1, 1:-1, 1:-1] = True
+    return float(noise[~within].mean()), float(noise[within].mean())
 
 
 def _thinned_samples(
@@ -382,10 +433,11 @@ def mask_scan(
     Raises
     ------
     InputError
-        As `make_mask` and `adopt_mask`.
+        As `make_mask` and `adopt_mask`; or the scan is no magnitude.
     """
     image, output = Path(image), Path(output)
     own_mask = Path(own_mask) if own_mask else None
+    check_magnitude(image)
     if own_mask:
         facts = adopt_mask(image, own_mask, output)
     else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import re
@@ -9,10 +10,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from n4flow import __version__
 from n4flow.errors import InputError
-from n4flow.images.files import atomic_text, missing_file, write_json
+from n4flow.images.files import atomic_text, missing_file, shortened, write_json
 
 log = logging.getLogger(__name__)
 
@@ -26,6 +28,9 @@ DATATYPE_OF = {
     **dict.fromkeys(("SPIM", "FLUO", "CONF", "2PE", "MPE", "BF", "DF", "PC", "DIC", "OCT", "PLI"), "micr"),
     **dict.fromkeys(("CARS", "NLO", "SEM", "TEM", "SR", "uCT"), "micr"),
 }
+
+#: Further folders of suffixes that lie in several.
+FURTHER_DATATYPES = {"sbref": ("dwi", "perf"), "m0scan": ("fmap",)}
 
 BIDS_VERSION = "1.10.0"
 
@@ -41,6 +46,13 @@ NAMED = 10
 LABEL = re.compile(r"[A-Za-z0-9]+")
 IMAGE = re.compile(r"\.nii(\.gz)?$", re.IGNORECASE)
 ENTITY = re.compile(r"[a-z0-9]+-[A-Za-z0-9+]+")
+
+#: How names say that a file holds a part of a complex image other than its magnitude: BIDS, and dcm2niix at their end.
+COMPLEX_PARTS = {"part-phase", "part-real", "part-imag"}
+COMPLEX_ENDINGS = {"ph", "imaginary"}
+
+#: What ImageType says of one in DICOM and its sidecar.
+COMPLEX_TYPES = {"P", "PHASE", "PHASE MAP", "REAL", "IMAGINARY"}
 
 
 @dataclass(frozen=True)
@@ -85,9 +97,11 @@ class Scan:
 
     @cached_property
     def folder(self) -> str:
-        """Where BIDS puts it: ``sub-01/ses-1/anat``."""
+        """Where BIDS puts it: ``sub-01/ses-1/anat``; of several folders of a suffix, the one that its image lies in."""
         session = f"ses-{self.session}/" if self.session else ""
-        return f"sub-{self.subject}/{session}{DATATYPE_OF[self.suffix]}"
+        there = os.path.basename(os.path.dirname(self.image))
+        datatype = there if there in datatypes_of(self.suffix) else DATATYPE_OF[self.suffix]
+        return f"sub-{self.subject}/{session}{datatype}"
 
     @property
     def name(self) -> str:
@@ -116,12 +130,26 @@ class Scan:
             found.append(
                 f"modality {self.modality!r} does not end in a known suffix, use one of {' '.join(DATATYPE_OF)}"
             )
+        if part := complex_part(self.modality) or complex_part(IMAGE.sub("", os.path.basename(self.image))):
+            found.append(f"image {shortened(self.image)} is a part of a complex image ({part}), give its magnitude")
         found += [
             f"modality {self.modality!r} holds {entity!r}, which is no entity such as run-1"
             for entity in entities
             if not ENTITY.fullmatch(entity) or entity.partition("-")[0] in ("sub", "ses", "desc")
         ]
         return found
+
+
+def datatypes_of(suffix: str) -> tuple[str, ...]:
+    """The BIDS folders that scans of a suffix lie in."""
+    return DATATYPE_OF[suffix], *FURTHER_DATATYPES.get(suffix, ())
+
+
+def complex_part(name: str) -> str:
+    """What in a name, without its extension, says that it is of a part of a complex image; empty if nothing does."""
+    entities = name.split("_")
+    found = [entity for entity in entities if entity in COMPLEX_PARTS]
+    return next(iter([*found, *({entities[-1]} & COMPLEX_ENDINGS)]), "")
 
 
 def index_dataset(
@@ -164,23 +192,26 @@ def index_dataset(
     wanted: dict[str, set[str]] = {}
     for entity in entities:
         wanted.setdefault(entity.partition("-")[0], set()).add(entity)
+    datatypes = sorted({name for suffix in suffixes for name in datatypes_of(suffix)})
     subjects = _chosen(root, "sub-", participants)
     scans = []
     for subject in subjects:
         places = [] if sessions else [(subject, "")]
         places += [(path, path.name[4:]) for path in _chosen(subject, "ses-", sessions)]
         for place, session in places:
-            for datatype in sorted({DATATYPE_OF[suffix] for suffix in suffixes}):
+            for datatype in datatypes:
                 for image in sorted(_images(place / datatype)):
                     *parts, suffix = IMAGE.sub("", image.name).split("_")
                     if not all(found & set(parts) for found in wanted.values()):
+                        continue
+                    if suffix in suffixes and datatype not in datatypes_of(suffix):
                         continue
                     if suffix not in suffixes or not image.name.endswith((".nii", ".nii.gz")):
                         _name_near_miss(image, suffix, suffixes)
                         continue
                     if missing := missing_file(image):
                         log.warning("%s: left out, %s; %s", image, *missing)
-                    elif not _left_out(image, parts, subject.name):
+                    elif not _left_out(image, parts, subject.name, session and f"ses-{session}"):
                         kept = [part for part in parts if not part.startswith(("sub-", "ses-"))]
                         scan = Scan(subject.name[4:], session, "_".join([*kept, suffix]), str(image))
                         if problems := scan.problems():
@@ -206,12 +237,15 @@ def _chosen(place: Path, prefix: str, labels: Sequence[str]) -> list[Path]:
     return [path for path in sorted(_folders(place, prefix)) if not names or path.name in names]
 
 
-def _left_out(image: Path, entities: list[str], subject: str) -> bool:
+def _left_out(image: Path, entities: list[str], subject: str, session: str) -> bool:
     """Whether a file is no scan of its own to correct; says so."""
     reason = ""
+    named = next((entity for entity in entities if entity.startswith("ses-")), "")
     if subject not in entities:
         reason = f"its name is not of {subject}, whose folder it lies in"
-    elif {"part-phase", "part-real", "part-imag"} & set(entities):
+    elif named != session:
+        reason = f"its name is of {named or 'no session'}, and it lies in {session or 'the folder of no session'}"
+    elif complex_part("_".join(entities)):
         reason = "a part of a complex image; only its magnitude can be corrected"
     elif any(entity.startswith("desc-") for entity in entities):
         reason = "a derivative, since its name has desc-"
@@ -281,6 +315,42 @@ def sidecars_of(image: Path) -> list[Path]:
         fitting = [name for name, (*own, last) in parts.items() if last == suffix and set(own) <= set(entities)]
         found += [folder / name for name in sorted(fitting, key=lambda name: (len(parts[name]), name))]
     return [path for path in found if path.is_file()]
+
+
+def metadata_of(image: Path) -> dict[str, Any]:
+    """What the JSON files of an image say of it, its own before those that it inherits; a warning names a bad one."""
+    metadata: dict[str, Any] = {}
+    for path in sidecars_of(image):
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse)
+            if not isinstance(content, dict):
+                raise ValueError("it holds no object")
+            metadata |= content
+        except (OSError, ValueError, RecursionError) as error:
+            log.warning("%s: left out of the sidecar, cannot be read (%s)", path, error)
+    return metadata
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(f"{constant} is no JSON")
+
+
+def check_magnitude(image: Path) -> None:
+    """Refuse a part of a complex image other than its magnitude, as its sidecar has it.
+
+    Raises
+    ------
+    InputError
+        It is phase, real or imaginary part.
+    """
+    given = metadata_of(image).get("ImageType")
+    types = {str(word).upper() for word in given} if isinstance(given, list) else set()
+    if (part := types & COMPLEX_TYPES) and not types & {"M", "MAGNITUDE"}:
+        raise InputError(
+            image,
+            f"is a part of a complex image (ImageType {' '.join(sorted(part))} in its sidecar)",
+            "give its magnitude",
+        )
 
 
 def raw_uri(path: Path, output: Path) -> str:

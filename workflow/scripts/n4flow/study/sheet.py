@@ -22,10 +22,21 @@ def ragged(row: Mapping[Any, Any]) -> bool:
     return None in row or None in row.values()
 
 
+def _is_given(cell: Any) -> bool:
+    return any(map(_is_given, cell)) if isinstance(cell, list) else bool(cell and cell.strip())
+
+
+def _without_empty_end(row: dict[Any, Any]) -> dict[Any, Any]:
+    """A row of csv.DictReader without what is empty beyond the last column: spreadsheets write tabs there."""
+    return row if _is_given(row.get(None)) else {key: cell for key, cell in row.items() if key is not None}
+
+
 def read_table(
     path: str | Path, known: Collection[str], required: Collection[str], quoting: Any = csv.QUOTE_MINIMAL
 ) -> tuple[list[tuple[int, dict[Any, Any]]], list[str]]:
     """Rows of a tab-separated table with their line numbers, and what is wrong with its columns, a line each.
+
+    Rows and columns of nothing but tabs, which spreadsheets leave where something was deleted, are none.
 
     Raises
     ------
@@ -35,8 +46,13 @@ def read_table(
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
             reader = csv.DictReader(file, delimiter="\t", strict=True, quoting=quoting)
-            rows = [(reader.line_num, row) for row in reader]
-            columns = reader.fieldnames or []
+            columns = list(reader.fieldnames or [])
+            while columns and not columns[-1].strip():
+                columns.pop()
+            reader.fieldnames = columns
+            rows = [
+                (reader.line_num, row) for row in map(_without_empty_end, reader) if any(map(_is_given, row.values()))
+            ]
     except UnicodeDecodeError:
         raise InputError(path, "is no text in UTF-8", "save it as tab-separated text in UTF-8") from None
     except (OSError, csv.Error) as error:
@@ -101,6 +117,16 @@ def read_sheet(path: str | Path, schema: Mapping[str, Any], to_be_made: Collecti
     if problems:
         raise InputError.of_lines(problems)
     return [scan for _, scan in scans.values()]
+
+
+def place_problem(name: str, place: str) -> str:
+    """What is wrong with a folder that pathvars names for what is written; empty if nothing is."""
+    if bad := sorted(set(place) & set("{}<>")):
+        return f"config: pathvars.{name}: {place} holds {' '.join(bad)}, which Snakemake takes for wildcards; rename it"
+    # no shell has seen it: the folder would be called ~
+    if (meant := os.path.expandvars(os.path.expanduser(place))) != place:
+        return f"config: pathvars.{name}: {place} is taken as it stands; write it out: {meant}"
+    return ""
 
 
 def results_problem(results: str | Path, scans: Sequence[Scan]) -> str:
