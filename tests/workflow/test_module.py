@@ -2,6 +2,7 @@
 
 import os
 import re
+import shlex
 import shutil
 import subprocess
 from dataclasses import replace
@@ -89,3 +90,25 @@ def test_rules_alone_need_no_sheet(lab, tmp_path):
     done = snakemake(tmp_path, "corrected/m1.nii.gz", "-n", workflow=tmp_path)
     assert done.returncode == 0, done.stdout
     assert "rule correct_mouse:" in done.stdout
+
+
+@pytest.mark.usefixtures("from_remote")
+def test_a_broken_scan_stops_no_other_where_the_workflow_is_deployed_with_the_flags_of_the_catalogue(lab, tmp_path):
+    """As snakedeploy has it: a module, its own config, and the flags that the catalogue calls mandatory."""
+    broken = raw_scan("02")
+    save(tmp_path / broken.image, 0 * head())
+    save(tmp_path / SCAN.image, head())
+    write_sheet(tmp_path / "sheet.tsv", [broken, SCAN])
+    (tmp_path / "mice").symlink_to(lab / "mice")
+    (tmp_path / "Snakefile").write_text((lab / "Snakefile").read_text())
+    config = yaml.safe_load((lab / "lab.yaml").read_text())
+    config["n4flow"]["reference"] = {"scans": 0}
+    (tmp_path / "lab.yaml").write_text(yaml.safe_dump(config))
+    catalogue = yaml.safe_load((ROOT / ".snakemake-workflow-catalog.yml").read_text())
+    flags = shlex.split(catalogue["usage"]["mandatory-flags"]["flags"])
+    done = snakemake(tmp_path, "--cores", 2, *flags, workflow=tmp_path)
+    assert done.returncode == 1
+    assert f"{broken.image}: no voxel is above 0" in done.stdout
+    made = results_of(SCAN, "derivatives/n4flow")
+    assert [role for role in ("corrected", "page", "metrics") if not (tmp_path / made[role]).is_file()] == []
+    assert (tmp_path / "corrected/m2.nii.gz").is_file()
