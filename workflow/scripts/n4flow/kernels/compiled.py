@@ -148,16 +148,16 @@ def say_once(level: int, message: str) -> None:
 
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     """Compile a function when it is first called, once a machine; once a process where no cache can be written."""
-    made = njit(function, nogil=True, error_model="numpy")
+    dispatcher = njit(function, nogil=True, error_model="numpy")
     try:
-        made._cache = Cache(function)  # type: ignore[no-untyped-call]
+        dispatcher._cache = Cache(function)  # type: ignore[no-untyped-call]
     except (RuntimeError, OSError):
         say_once(
             logging.WARNING,
             f"{cache_folder()}: compiled code cannot be kept there, so that every process compiles, for half a minute; "
             "let XDG_CACHE_HOME name a folder that can be written",
         )
-    return made
+    return dispatcher
 
 
 class Rows(NamedTuple):
