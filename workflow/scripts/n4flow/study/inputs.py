@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from n4flow.errors import InputError
-from n4flow.images.files import missing_file, shortened
+from n4flow.images.files import missing_file, of_other_format, shortened
 from n4flow.parameters import N4Parameters
 from n4flow.study.bids import Scan
 
@@ -355,6 +355,9 @@ def _read_row(row: dict[Any, Any], schema: Mapping[str, Any], made: Collection[s
     given = {key: value.strip() for key, value in row.items() if value.strip()}
     found = list(schema_problems(given, schema))
     if found:
+        others = {role: other for role in ("image", "mask") if (other := of_other_format(given.get(role, "")))}
+        for role, (_, command) in others.items():
+            found = [f"{line}; convert it: {command}" if line.startswith(f"{role}: ") else line for line in found]
         return found, None
     values = {key: part["default"] for key, part in schema["properties"].items() if "default" in part} | given
     scan = Scan(**values)
