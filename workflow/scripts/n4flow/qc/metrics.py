@@ -41,6 +41,9 @@ CHANCE_VOXELS = 10
 #: Below this share of the 99th percentile of the mask, a voxel is as dark as air.
 DARK_SHARE = 0.05
 
+#: The longest edge of an image, in mm, without microscopy's: smaller is no scan, larger no scanner.
+LEAST_EDGE_MM, MOST_EDGE_MM = 2.0, 3000.0
+
 
 class Flag(NamedTuple):
     """An automatic flag: when it fires, what a reviewer then looks at, and its default limit if it has one."""
@@ -53,6 +56,10 @@ class Flag(NamedTuple):
 #: The automatic flags; see `find_flags`.
 FLAGS = {
     "not_measurable": Flag("the corrected image has no usable intensities in the mask", "at the mask and the image"),
+    "size": Flag(
+        f"longest edge of the image below {LEAST_EDGE_MM:g} mm (not in microscopy) or above {MOST_EDGE_MM:g} mm",
+        "at the units in the header (xyzt_units): lengths, volumes and the closing of the mask go by them",
+    ),
     "field_range": Flag(
         "largest over smallest field in the mask above the limit",
         "at the field for a hot corner, and whether the mask leaks into air",
@@ -687,6 +694,11 @@ def find_flags(metrics: Mapping[str, Any], limits: Mapping[str, float] = FLAG_LI
 
     if metrics.get("mask_volume_ml") is not None and known("mean_ratio", "log_entropy_after_bits") is None:
         add("not_measurable", "the corrected image has no usable intensities in the mask")
+    edges = [n * mm for n, mm in zip(metrics.get("shape") or (), metrics.get("voxel_size_mm") or (), strict=True)]
+    least = 0.0 if metrics.get("datatype") == "micr" else LEAST_EDGE_MM
+    if edges and not least <= max(edges) <= MOST_EDGE_MM:
+        allowed = f"{least:g} to {MOST_EDGE_MM:g} mm"
+        add("size", f"the longest edge of the image is {max(edges):.3g} mm", allowed)
     limit = limits["field_range"]
     if (field := known("field_min", "field_max")) and field[1] > limit * field[0]:
         runs = f"×{field[0]:.2f} to ×{field[1]:.2f}, {field[1] / field[0]:.3g}-fold"
