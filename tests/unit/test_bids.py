@@ -1,13 +1,19 @@
 """Names of scans, and which scans a BIDS folder holds."""
 
 import json
+import shlex
+import subprocess
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
 
+import nibabel as nib
+import numpy as np
 import pytest
 
 from n4flow.errors import InputError
+from n4flow.images.files import of_other_format
 from n4flow.study.bids import (
     DATATYPE_OF,
     Scan,
@@ -344,6 +350,39 @@ def test_filter_that_leaves_nothing_is_an_error_of_one_line(study, filters, line
         index_dataset(study, ["T1w"], **filters)
     assert line in str(error.value)
     assert "\n" not in str(error.value)
+
+
+OTHER_FORMATS = ["mgz", "mgh", "img", "img.gz", "hdr", "nrrd", "nhdr", "mha", "mhd", "HEAD", "mnc"]
+
+
+@pytest.mark.parametrize("end", OTHER_FORMATS)
+def test_scans_in_other_formats_are_named_with_what_converts_them(tmp_path, caplog, end):
+    touch(tmp_path, "sub-1/anat/sub-1_T1w.nii.gz", f"sub-1/anat/sub-1_T1w.{end}", f"sub-2/anat/sub-2_T1w.{end}")
+    touch(tmp_path, f"sub-2/anat/sub-2_aseg.{end}", f"sub-2/anat/sub-2_acq-x_T2w.{end}")
+    assert [scan.subject for scan in index_dataset(tmp_path, ["T1w"])] == ["1"]
+    (record,) = caplog.records
+    image = tmp_path / f"sub-2/anat/sub-2_T1w.{end}"
+    assert record.getMessage().startswith(f"{image}: left out, is no NIfTI image; convert it: ")
+    assert {str(image), str(tmp_path / "sub-2/anat/sub-2_T1w.nii.gz")} <= set(shlex.split(record.getMessage()))
+    with pytest.raises(InputError, match="holds no scan with the suffix T2w; convert those in other formats"):
+        index_dataset(tmp_path, ["T2w"])
+
+
+def test_a_pair_of_header_and_image_is_named_once(tmp_path, caplog):
+    touch(tmp_path, "sub-1/anat/sub-1_T1w.nii", "sub-2/anat/sub-2_T1w.img", "sub-2/anat/sub-2_T1w.hdr")
+    index_dataset(tmp_path, ["T1w"])
+    assert len(caplog.records) == 1
+
+
+def test_what_converts_a_pair_does_so(tmp_path):
+    array = np.arange(60, dtype=np.int16).reshape(3, 4, 5)
+    for kind, end in ((nib.Nifti1Pair, "img"), (nib.MGHImage, "mgz")):
+        nib.save(kind(array, np.diag([2.0, 3, 4, 1])), tmp_path / f"a b.{end}")
+        stem, command = of_other_format(tmp_path / f"a b.{end}")
+        program, *arguments = shlex.split(command)
+        subprocess.run([Path(sys.executable).with_name(program), *arguments], check=True)
+        assert np.array_equal(nib.load(f"{stem}.nii.gz").dataobj, array)
+        Path(f"{stem}.nii.gz").unlink()
 
 
 def test_subjects_without_a_contrast_are_named(study, caplog):

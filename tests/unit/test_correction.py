@@ -472,6 +472,24 @@ def test_an_image_beyond_float32_takes_no_field_of_another_one(head, head_file, 
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.nii"]
 
 
+@pytest.mark.parametrize("slope", [None, 0.5])
+def test_what_still_lies_in_a_file_is_read(head, mask_of_head, tmp_path, slope):
+    """Such as what nibabel gives of an image, with its scaling."""
+    given = {}
+    for name, values in (("volume", np.rint(head.image)), ("mask", mask_of_head), ("weights", mask_of_head * 3)):
+        image = nib.Nifti1Image(values.astype(np.int16), np.eye(4))
+        image.header.set_slope_inter(slope, slope and 0.0)
+        nib.save(image, tmp_path / f"{name}.nii.gz")
+        given[name] = nib.load(tmp_path / f"{name}.nii.gz").dataobj
+    expected = correct(
+        **{name: np.asarray(each) for name, each in given.items()}, voxel_size_mm=(2, 2, 2), device="cpu"
+    )
+    assert_array_equal(correct(**given, voxel_size_mm=(2, 2, 2), device="cpu").bias, expected.bias)
+    for out in ({"out": given["volume"]}, {"bias_out": given["volume"]}):
+        with pytest.raises(TypeError, match="out: need a NumPy or CuPy array"):
+            correct(head.image, voxel_size_mm=(2, 2, 2), device="cpu", **out)
+
+
 def test_arrays_that_cannot_be_meant_are_refused_and_nan_in_a_mask_is_outside(head, mask_of_head):
     with pytest.raises(ValueError, match="need real numbers, got complex64"):
         correct(head.image.astype(np.complex64), voxel_size_mm=(2, 2, 2))

@@ -394,6 +394,9 @@ def test_metrics_of_classes_can_be_left_out():
 
 
 FINE = {
+    "datatype": "anat",
+    "shape": [200, 180, 160],
+    "voxel_size_mm": [1.0, 1.0, 1.0],
     "field_min": 0.8, "field_max": 1.2, "inu_range": 0.2, "cjv_before": 0.6, "cjv_after": 0.5, "mean_ratio": 1.0,
     "dropped_fraction": 0.0, "converged": True, "outside_fraction": 0.5,
     "log_entropy_before_bits": 4.1, "log_entropy_after_bits": 4.0, "self_check_max": 1e-7,
@@ -428,6 +431,8 @@ def test_a_fine_correction_raises_no_flag():
         ({"seam_ratio_after": 1.5}, "seam_worse"),
         ({"self_check_max": 0.1}, "self_check"),
         ({"outside_fraction": 0.51}, "field_outside"),
+        ({"voxel_size_mm": [0.001, 0.001, 0.001]}, "size"),  # metres without a unit
+        ({"voxel_size_mm": [1000.0, 1000.0, 1000.0]}, "size"),  # mm called metres
     ],
 )
 def test_each_flag_fires_alone_and_gives_its_reason(change, flag):
@@ -438,6 +443,11 @@ def test_each_flag_fires_alone_and_gives_its_reason(change, flag):
     assert len(look) > 10
     # in words, and with the limit that fired; the convergence threshold is no limit of a flag
     assert re.search(r"\(limit [+±]?[\d.e-]+.*\)$", happened) or flag == "iterations_exhausted"
+
+
+def test_microscopy_may_be_small():
+    assert find_flags(FINE | {"datatype": "micr", "voxel_size_mm": [1e-5, 1e-5, 1e-5]}) == []
+    assert find_flags(FINE | {"shape": [100, 90, 80], "voxel_size_mm": [0.1, 0.1, 0.1]}) == [], "a mouse"
 
 
 @pytest.mark.parametrize("flag", FLAG_LIMITS)

@@ -48,6 +48,30 @@ def test_slope_and_intercept_are_honoured(tmp_path, name):
     assert_array_equal(Volume(tmp_path / name).mean(), (ARRAY * 0.5 - 3).astype(np.float32))
 
 
+@pytest.mark.parametrize("ones", [1, 2, 4])
+@pytest.mark.parametrize("shape", [(5, 6, 7), (5, 6, 7, 3), (5, 6, 1)])
+def test_trailing_ones_are_no_dimensions(tmp_path, shape, ones):
+    array = np.random.default_rng(6).random(shape).astype(np.float32)
+    ones = (1,) * min(ones, 7 - len(shape))
+    volume = Volume(save(tmp_path / "a.nii.gz", array.reshape(*shape, *ones)))
+    plain = Volume(save(tmp_path / "b.nii.gz", array))
+    assert (volume.shape, volume.frames) == (shape[:3], shape[3] if len(shape) > 3 else 1)
+    assert_array_equal(volume.mean(), plain.mean())
+    volume.check_same_grid(plain, "mask")
+    for name, frames in (("same.nii", None), ("field.nii", 1)):
+        with VolumeWriter(tmp_path / name, volume, np.float32, frames=frames) as writer:
+            for _, frame, values in volume.slabs(2):
+                if not (frames and frame):
+                    writer.write(values)
+    assert_array_equal(np.asarray(nib.load(tmp_path / "same.nii").dataobj), array.reshape(*shape, *ones))
+    assert_array_equal(Volume(tmp_path / "field.nii").mean(), array if array.ndim == 3 else array[..., 0])
+
+
+def test_a_fifth_dimension_of_several_is_one(tmp_path):
+    with pytest.raises(InputError, match=r"has 5 dimensions \(5, 6, 7, 1, 3\)"):
+        Volume(save(tmp_path / "a.nii", np.ones((5, 6, 7, 1, 3), np.float32)))
+
+
 def test_a_series_is_read_frame_by_frame_and_averaged(tmp_path):
     series = np.random.default_rng(6).random((5, 6, 7, 4)).astype(np.float32)
     volume = Volume(save(tmp_path / "a.nii.gz", series))

@@ -49,7 +49,7 @@ def correct(
     Parameters
     ----------
     volume : (n0, n1[, n2]) array
-        NumPy or CuPy; any real dtype.
+        NumPy or CuPy, or what NumPy makes an array of, such as the ``dataobj`` of an image of nibabel; any real dtype.
     mask : array of the same shape, optional
         Where it is not 0 the field is estimated; everywhere by default.
     voxel_size_mm : tuple of float
@@ -82,10 +82,12 @@ def correct(
     parameters = parameters or N4Parameters()
     if not isinstance(parameters, N4Parameters):
         raise TypeError("parameters must be N4Parameters, which N4Parameters.from_mapping makes of a dict")
+    volume, mask, weights = map(_as_array, (volume, mask, weights))
     optional = {"mask": mask, "weights": weights, "out": out, "bias_out": bias_out}
     arrays = {"volume": volume} | {name: array for name, array in optional.items() if array is not None}
     for name, array in arrays.items():
-        if not hasattr(array, "dtype") or isinstance(array, np.ma.MaskedArray):
+        none = array_module(array) is np and not isinstance(array, np.ndarray)
+        if none or isinstance(array, np.ma.MaskedArray):
             raise TypeError(f"{name}: need a NumPy or CuPy array, and what a masked one leaves out as 0 in `mask`")
         if array.dtype.kind not in "biuf":
             raise ValueError(f"{name}: need real numbers, got {array.dtype}")
@@ -166,6 +168,12 @@ def correct(
         for tile, results in zip(tiles, divided_tiles(field, parts(), xp), strict=True):
             corrected[tile], bias[tile] = (to_module(result, home) for result in results)
     return Correction(out, bias_out, field, history)
+
+
+def _as_array(given: Any) -> Any:
+    """What still lies in a file, or is another library's, as a NumPy array; arrays, and what is none, as they are."""
+    lazy = hasattr(given, "__array__") and hasattr(given, "dtype") and not isinstance(given, np.ndarray)
+    return np.asarray(given) if lazy and array_module(given) is np else given
 
 
 def _same_view(first: Any, second: Any) -> bool:

@@ -29,6 +29,26 @@ REMEDIES = {
 }
 
 
+#: What makes NIfTI of images in other formats, by the end of their name; ITK's are those that SimpleITK reads.
+_ITK = "python -c 'import sys, SimpleITK as sitk; sitk.WriteImage(sitk.ReadImage(sys.argv[1]), sys.argv[2])' {} {}"
+CONVERTERS = {
+    **dict.fromkeys((".mgz", ".mgh", ".mgh.gz", ".img", ".img.gz", ".hdr", ".hdr.gz"), "nib-convert {} {}"),
+    **dict.fromkeys((".nrrd", ".nhdr", ".mha", ".mhd"), _ITK),
+    **dict.fromkeys((".head", ".brik", ".brik.gz"), "3dAFNItoNIFTI -prefix {1} {0}"),
+    ".mnc": "mnc2nii {} {}",
+}
+
+
+def of_other_format(path: str | Path) -> tuple[str, str] | None:
+    """The name without its extension, and the command that makes NIfTI of it, of an image in another known format."""
+    text = str(path)
+    end = next((end for end in sorted(CONVERTERS, key=len, reverse=True) if text.lower().endswith(end)), None)
+    if not end:
+        return None
+    stem = text[: -len(end)]
+    return stem, CONVERTERS[end].format(shlex.quote(text), shlex.quote(f"{stem}.nii.gz"))
+
+
 def missing_file(path: str | Path) -> tuple[str, str] | None:
     """What is wrong with a path that should lead to a file to read, and what to do; None if nothing is.
 

@@ -117,9 +117,11 @@ class Volume:
             self.header = header
             self.affine = header.get_best_affine()
             self.dtype = header.get_data_dtype()
-            self._check(data)
+            shape = tuple(map(int, data.shape))
+            while len(shape) > 3 and shape[-1] == 1:  # no dimensions
+                shape = shape[:-1]
+            self._check(data, shape)
             self.slope, self.inter = float(data.slope), float(data.inter)
-            shape = data.shape
         n0, n1, n2, self.frames = (*shape, 1, 1)[:4]
         self.shape = (n0, n1, n2)
         scale = MM_PER_UNIT.get(self._unit(), 1.0)
@@ -178,14 +180,13 @@ class Volume:
                 "set pixdim in its header to the real voxel size",
             )
 
-    def _check(self, data: ArrayProxy) -> None:
-        shape = data.shape
+    def _check(self, data: ArrayProxy, shape: tuple[int, ...]) -> None:
         if len(shape) not in (2, 3, 4) or min(shape) < 1:
             raise InputError(self.path, f"has {len(shape)} dimensions {shape}", "give a 2-D, 3-D or 4-D image")
         if self.dtype.fields is not None or np.issubdtype(self.dtype, np.complexfloating):
             kind = "complex" if self.dtype.fields is None else "colour"
             raise InputError(self.path, f"holds {kind} values", "give an image of real numbers, such as the magnitude")
-        self._bytes = int(data.offset) + math.prod(map(int, shape)) * self.dtype.itemsize
+        self._bytes = int(data.offset) + math.prod(shape) * self.dtype.itemsize
         there = self.path.stat().st_size
         if self.path.suffix != ".gz" and there < self._bytes:
             raise InputError(self.path, f"is cut off: {there} of {self._bytes} bytes", "copy it again")
@@ -195,7 +196,7 @@ class Volume:
                 f"is cut off: {there} compressed bytes cannot hold the {self._bytes} that its header claims",
                 "copy it again",
             )
-        held = math.prod(map(int, shape[:3] if len(shape) == 4 and shape[3] > 1 else shape[:2]))
+        held = math.prod(shape[:3] if len(shape) == 4 else shape[:2])
         if held > HELD_VOXELS:
             raise InputError(
                 self.path,
@@ -246,10 +247,8 @@ class Volume:
         with self._opened() as (_, data):
             for frame in range(self.frames):
                 for slab in self._slab_slices(planes):
-                    index = {2: (), 3: (slice(None), slice(None), slab)}.get(
-                        len(data.shape), (slice(None), slice(None), slab, frame)
-                    )
-                    values = np.asarray(data[index] if index else data)
+                    index = (slice(None), slice(None), slab, frame, 0, 0, 0)[: len(data.shape)]
+                    values = np.asarray(data[index] if len(index) > 2 else data)
                     yield slab, frame, values.reshape(*self.shape[:2], -1, order="F")
 
     def _keep(self) -> None:

@@ -6,10 +6,13 @@ The table `FLAGS` holds all of them: the pages and the guide show it, and tests 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 Metrics = Mapping[str, Any]
+
+#: The longest edge of an image, in mm, without microscopy's: smaller is no scan, larger no scanner.
+LEAST_EDGE_MM, MOST_EDGE_MM = 2.0, 3000.0
 
 
 class Flag(NamedTuple):
@@ -80,6 +83,15 @@ def _percent(limit: float) -> str:
     return f"{100 * limit:g} %"
 
 
+def _longest_edge_mm(shape: Sequence[int], voxel_size_mm: Sequence[float]) -> float:
+    return max(n * size for n, size in zip(shape, voxel_size_mm, strict=True))
+
+
+def _odd_size(limit: None, datatype: str, shape: Sequence[int], voxel_size_mm: Sequence[float]) -> bool:
+    least = 0.0 if datatype == "micr" else LEAST_EDGE_MM
+    return not least <= _longest_edge_mm(shape, voxel_size_mm) <= MOST_EDGE_MM
+
+
 #: In the order in which they are told.
 FLAGS = {
     "not_measurable": Flag(
@@ -89,6 +101,16 @@ FLAGS = {
         meaning="the corrected image has no usable intensities in the mask",
         look="at the mask and the image",
         unknown=("mask_volume_ml", "the corrected image has no usable intensities in the mask"),
+    ),
+    "size": Flag(
+        ("datatype", "shape", "voxel_size_mm"),
+        _odd_size,
+        lambda m: (
+            f"the longest edge of the image is {_longest_edge_mm(m['shape'], m['voxel_size_mm']):.3g} mm, not "
+            f"{LEAST_EDGE_MM:g} to {MOST_EDGE_MM:g}"
+        ),
+        meaning=f"longest edge of the image below {LEAST_EDGE_MM:g} (not in microscopy) or above {MOST_EDGE_MM:g} mm",
+        look="at the units in the header (xyzt_units): lengths, volumes and the closing of the mask go by them",
     ),
     "field_range": Flag(
         ("field_min", "field_max"),
@@ -282,5 +304,5 @@ def find_flags(metrics: Metrics, limits: Mapping[str, float] = FLAG_LIMITS) -> l
     return found
 
 
-def _known(value: float | None) -> bool:
-    return value is not None and math.isfinite(value)
+def _known(value: Any) -> bool:
+    return value is not None and not (isinstance(value, float) and not math.isfinite(value))

@@ -184,9 +184,9 @@ def find_foreground(volume: Volume, method: MaskMethod = "otsu", percentile: flo
         )
     if values.min() == values.max():
         raise InputError(volume.path, "all voxels have the same intensity", "check that this is the right image")
-    _check_sign(volume, signed, otsu_threshold(values.ravel()))
     positive = values[values > 0]
     check_range(volume.path, np.log([positive.min(), np.median(positive), positive.max()]))
+    _check_sign(volume, signed, otsu_threshold(values.ravel()))
 
     def threshold_of(intensities: np.ndarray) -> float:
         if method == "percentile":

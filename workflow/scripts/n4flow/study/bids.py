@@ -6,7 +6,7 @@ import json
 import logging
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -14,7 +14,7 @@ from typing import Any
 
 from n4flow import __version__
 from n4flow.errors import InputError
-from n4flow.images.files import atomic_text, missing_file, shortened, write_json
+from n4flow.images.files import atomic_text, missing_file, of_other_format, shortened, write_json
 
 log = logging.getLogger(__name__)
 
@@ -195,12 +195,15 @@ def index_dataset(
     datatypes = sorted({name for suffix in suffixes for name in datatypes_of(suffix)})
     subjects = _chosen(root, "sub-", participants)
     scans = []
+    unread: set[tuple[str, str]] = set()
     for subject in subjects:
         places = [] if sessions else [(subject, "")]
         places += [(path, path.name[4:]) for path in _chosen(subject, "ses-", sessions)]
         for place, session in places:
             for datatype in datatypes:
-                for image in sorted(_images(place / datatype)):
+                files = sorted(_files(place / datatype))
+                unread |= {(subject.name[4:], suffix) for suffix in _other_formats(files, suffixes, wanted)}
+                for image in filter(_is_image, files):
                     *parts, suffix = IMAGE.sub("", image.name).split("_")
                     if not all(found & set(parts) for found in wanted.values()):
                         continue
@@ -223,9 +226,11 @@ def index_dataset(
         raise InputError(folder, f"holds no participant {' '.join(absent)}", "check the labels")
     if not scans:
         chosen = " and ".join(filter(None, [" or ".join(suffixes), *map(" or ".join, [*wanted.values(), sessions])]))
-        raise InputError(folder, f"holds no scan with the suffix {chosen}", "check the folder and the filters")
+        remedy = "convert those in other formats" if unread else "check the folder and the filters"
+        raise InputError(folder, f"holds no scan with the suffix {chosen}", remedy)
     for suffix in suffixes:
-        if without := sorted(there - {scan.subject for scan in scans if scan.suffix == suffix}):
+        named = {subject for subject, of_other in unread if of_other == suffix}
+        if without := sorted(there - named - {scan.subject for scan in scans if scan.suffix == suffix}):
             names = " ".join(without[:NAMED]) + (" …" if len(without) > NAMED else "")
             log.warning("%s: %d of %d subjects have no %s: %s", folder, len(without), len(there), suffix, names)
     return scans
@@ -272,10 +277,28 @@ def _folders(place: Path, prefix: str) -> list[Path]:
     return [path for path in found if os.path.isdir(path)]
 
 
-def _images(place: Path) -> list[Path]:
+def _other_formats(files: Sequence[Path], suffixes: Sequence[str], wanted: Mapping[str, set[str]]) -> Iterator[str]:
+    """The suffixes of scans in a folder that are there in another format than NIfTI alone; names the files."""
+    for image in files:
+        if not (other := of_other_format(image)) or (image.suffix == ".hdr" and image.with_suffix(".img") in files):
+            continue
+        stem, command = other
+        *parts, suffix = os.path.basename(stem).split("_")
+        if suffix not in suffixes or not all(found & set(parts) for found in wanted.values()):
+            continue
+        if not any(os.path.exists(f"{stem}{end}") for end in (".nii", ".nii.gz")):
+            log.warning("%s: left out, is no NIfTI image; convert it: %s", image, command)
+            yield suffix
+
+
+def _is_image(path: Path) -> bool:
+    return bool(IMAGE.search(path.name))
+
+
+def _files(place: Path) -> list[Path]:
     try:
         with os.scandir(place) as entries:
-            names = [entry.name for entry in entries if IMAGE.search(entry.name)]
+            names = [entry.name for entry in entries]
     except (FileNotFoundError, NotADirectoryError):
         return []
     except OSError as error:  # no permission, a link that leads to itself

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from n4flow.errors import InputError
-from n4flow.images.files import missing_file, shortened
+from n4flow.images.files import missing_file, of_other_format, shortened
 from n4flow.study.bids import Scan
 from n4flow.study.config import schema_problems
 
@@ -165,6 +165,9 @@ def _read_row(
     cells = {key: value.strip() for key, value in row.items() if value.strip()}
     found = list(schema_problems(cells, schema))
     if found:
+        others = {role: other for role in ("image", "mask") if (other := of_other_format(cells.get(role, "")))}
+        for role, (_, command) in others.items():
+            found = [f"{line}; convert it: {command}" if line.startswith(f"{role}: ") else line for line in found]
         return found, None
     values = {key: part["default"] for key, part in schema["properties"].items() if "default" in part} | cells
     scan = Scan(**values)
