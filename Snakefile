@@ -26,18 +26,6 @@ rule default:
         rules.all.input,
 
 
-# Where batches have done the work, these only put its outcome in place: on a cluster not worth a submission.
-localrules:
-    mask,
-    n4,
-
-
-if 2 * len(WITH_REFERENCE) < len(SCANS):  # else most pages are drawn when SimpleITK is done, by themselves
-
-    localrules:
-        qc,
-
-
 onstart:
     check_places()
     # one broken scan must not keep the others from being done: --keep-going is the default here

@@ -33,7 +33,8 @@ from n4flow.errors import InputError  # noqa: E402
 from n4flow.images.fields import load_field  # noqa: E402
 from n4flow.images.nifti import Volume  # noqa: E402
 from n4flow.parameters import N4Parameters  # noqa: E402
-from n4flow.study.inputs import config_problems, load_schema, read_sheet, tune_problems, with_defaults  # noqa: E402
+from n4flow.study.config import config_problems, load_schema, tune_problems, with_defaults  # noqa: E402
+from n4flow.study.sheet import read_sheet  # noqa: E402
 
 MEMORY_BYTES = 6 * 2**30
 

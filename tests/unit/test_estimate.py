@@ -188,6 +188,60 @@ def test_a_mesh_of_too_many_control_points_for_the_penalised_fit_is_refused(smal
     estimate_field(samples_of(*small_head), lee_wolberg_shin((1,), spans=(12, 12, 12)))
 
 
+def message_of(image, mask, voxel_size_mm=(1, 1, 1), **parameters):
+    with pytest.raises(InputError) as error:
+        correct(
+            image,
+            mask,
+            voxel_size_mm=voxel_size_mm,
+            parameters=N4Parameters.from_mapping(parameters),
+            device="cpu",
+        )
+    return str(error.value)
+
+
+def test_shrinking_is_told_of_where_there_was_any(small_head):
+    image, mask = small_head
+    few = np.zeros_like(mask)
+    few[8:20, 8:16, 8:16] = True
+    assert message_of(image, few).endswith("inside the mask, fewer than 1000; give a larger mask")
+    told = message_of(
+        np.kron(image, np.ones((2, 2, 2))), np.kron(few, np.ones((2, 2, 2))), preset="itk", shrink_factor=2
+    )
+    assert told.endswith(
+        "inside the mask after shrinking, fewer than 1000; give a larger mask or an n4.shrink_factor below 2"
+    )
+
+
+@pytest.mark.parametrize(
+    ("size_mm", "parameters", "advice"),
+    [
+        (12, {"preset": "linumpy", "shrink_factor": 1}, "raise n4.spline_distance_mm from 10"),
+        (
+            12,
+            {"preset": "linumpy", "mesh": "refined", "shrink_factor": 1},
+            "raise n4.spline_distance_mm from 10, or give n4.iterations for fewer than 3 stages",
+        ),
+        (
+            1,
+            {"preset": "itk", "spans": [9, 1, 1], "shrink_factor": 1},
+            "lower n4.spans from [9, 1, 1], or give n4.iterations for fewer than 4 stages",
+        ),
+        (1, {"spans": [12, 12, 12]}, "lower n4.spans from [12, 12, 12], or set n4.fit to lee-wolberg-shin"),
+        (1, {"spline_distance_mm": 2}, "raise n4.spline_distance_mm from 2, or set n4.fit to lee-wolberg-shin"),
+    ],
+)
+def test_a_mesh_that_does_not_fit_is_told_by_what_is_in_force(small_head, size_mm, parameters, advice):
+    image, mask = small_head
+    assert message_of(image, mask, (size_mm,) * 3, **parameters).rpartition("; ")[2] == advice
+
+
+def test_a_mesh_that_is_too_fine_for_the_shrunken_image_may_be_shrunken_less(small_head):
+    image = np.kron(small_head[0], np.ones((2, 2, 2)))
+    advice = message_of(image, None, (6, 6, 6), preset="linumpy").rpartition("; ")[2]
+    assert advice == "raise n4.spline_distance_mm from 10, or set n4.shrink_factor below 4"
+
+
 def test_too_few_samples_one_intensity_and_too_fine_a_mesh_are_refused(small_head):
     image, mask = small_head
     few = np.zeros_like(mask)

@@ -1,14 +1,24 @@
 """Files appear when they are complete; what a killed process had begun is found and removed."""
 
 import errno
+import gzip
 import os
 import subprocess
 import sys
 
+import nibabel as nib
+import numpy as np
 import pytest
 
 from n4flow.errors import InputError
-from n4flow.images.files import atomic_bytes, atomic_text, missing_file, remove_abandoned, why_not_writable
+from n4flow.images.files import (
+    atomic_bytes,
+    atomic_text,
+    missing_file,
+    remove_abandoned,
+    voxels_of_frame,
+    why_not_writable,
+)
 from n4flow.study.provenance import PACKAGE
 
 
@@ -80,3 +90,23 @@ def test_a_file_that_may_not_be_read_says_so(tmp_path):
 def test_folder_without_permission_cannot(tmp_path):
     tmp_path.chmod(0o500)
     assert "cannot be written (Permission denied)" in why_not_writable(tmp_path / "not" / "there")
+
+
+@pytest.mark.parametrize("kind", [nib.Nifti1Image, nib.Nifti2Image])
+@pytest.mark.parametrize("extension", [".nii", ".nii.gz"])
+@pytest.mark.parametrize("order", "<>")
+@pytest.mark.parametrize("shape", [(5, 6), (5, 6, 7), (5, 6, 7, 8)])
+def test_voxels_of_a_frame_as_nibabel_has_them(tmp_path, kind, extension, order, shape):
+    path = tmp_path / f"a{extension}"
+    nib.save(kind(np.zeros(shape, dtype=np.uint8), np.eye(4), kind.header_class(endianness=order)), path)
+    assert voxels_of_frame(path) == np.prod(shape[:3])
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"x" * 400, gzip.compress(b"x" * 400, mtime=0)[:30], (348).to_bytes(4, "little")]
+)
+@pytest.mark.parametrize("name", ["a.nii", "a.nii.gz"])
+def test_what_is_no_image_has_no_voxels(tmp_path, name, content):
+    (tmp_path / name).write_bytes(content)
+    assert voxels_of_frame(tmp_path / name) == 0
+    assert voxels_of_frame(tmp_path / "not there.nii") == voxels_of_frame(tmp_path) == 0

@@ -10,8 +10,8 @@ import pytest
 from PIL import Image
 
 from n4flow.qc.definitions import DEFINITIONS
+from n4flow.qc.flags import FLAG_LIMITS, FLAGS
 from n4flow.qc.guide import CASES, make_guide
-from n4flow.qc.metrics import FLAG_LIMITS, FLAGS
 from tests.conftest import TISSUES
 
 

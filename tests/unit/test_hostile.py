@@ -16,7 +16,8 @@ from n4flow.core.field import BiasField, Mesh
 from n4flow.errors import InputError
 from n4flow.images.fields import load_field
 from n4flow.images.nifti import HELD_VOXELS
-from n4flow.study.inputs import config_problems, load_schema, read_sheet
+from n4flow.study.config import config_problems, load_schema
+from n4flow.study.sheet import read_sheet
 
 ROOT = Path(__file__).resolve().parents[2]
 SHEET_SCHEMA = load_schema(ROOT / "workflow/schemas/samples.schema.yaml")

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 import runpy
 import shutil
 import sys
@@ -227,6 +228,7 @@ def test_script_prints_a_line_per_scan_and_its_status_says_it_too(
     here, tmp_path, monkeypatch, capsys, pytestconfig, how, status, last
 ):
     other = make(tmp_path / "other", **how)
+    monkeypatch.delattr(os, "sched_getaffinity", raising=False)  # macOS has none
     monkeypatch.setattr(sys, "argv", ["verify.py", str(here), str(other / "manifest.json")])
     with pytest.raises(SystemExit) as ended:
         runpy.run_path(str(pytestconfig.rootpath / "workflow/scripts/verify.py"), run_name="__main__")

@@ -253,6 +253,15 @@ def test_own_mask_counts_whatever_is_not_zero(tmp_path):
     assert load(tmp_path / "mask.nii").sum() == 3
 
 
+def test_a_sparse_image_of_which_a_sub_grid_shows_nothing_is_told_so(tmp_path, monkeypatch):
+    monkeypatch.setattr(n4flow.steps.mask, "SUB_GRID_VOXELS", 40**3)
+    image = np.zeros((80, 80, 80), np.float32)
+    image[20:60:2, 20:60:2, 20:60:2] = 100
+    assert not image[np.ix_(*sample_positions(image.shape, 2))].any()
+    with pytest.raises(InputError, match=r"none of the voxels that the mask is sought on .* is above 0; give a mask"):
+        make_mask(save(tmp_path / "a.nii", image), tmp_path / "mask.nii")
+
+
 @pytest.mark.parametrize(
     ("array", "problem"),
     [

@@ -1,17 +1,18 @@
+import json
 import math
 import re
 
 import numpy as np
 import pytest
 
+from n4flow.qc.dataset import OUTLIER_Z
+from n4flow.qc.flags import FLAG_LIMITS, FLAGS, find_flags
 from n4flow.qc.metrics import (
-    FLAG_LIMITS,
     coefficient_of_joint_variation,
     coefficient_of_variation,
     correction_metrics,
     dark_fraction,
     field_agreement,
-    find_flags,
     inhomogeneity,
     intensity_classes,
     log_entropy_bits,
@@ -24,6 +25,8 @@ from n4flow.qc.metrics import (
     steepness,
     tile_seam,
 )
+from n4flow.qc.pages import make_subject
+from tests.unit.test_qc import make_files, make_microscopy_files
 
 
 def test_cjv_by_hand():
@@ -450,6 +453,22 @@ def test_a_limit_that_is_moved_away_silences_its_flag_and_no_other(flag):
     left = [found.split(":")[0] for found in find_flags(bad, FLAG_LIMITS | {flag: away})]
     assert set(names) == set(FLAG_LIMITS)
     assert left == [name for name in names if name != flag]
+
+
+def test_each_metric_that_a_flag_looks_at_is_one_that_the_page_of_a_scan_measures(tmp_path):
+    measured = set()
+    for name, (files, _) in {"T1w": (make_files(tmp_path), None), "SPIM": make_microscopy_files(tmp_path)}.items():
+        make_subject(name=f"sub-01_{name}", **files)
+        measured |= json.loads(files["metrics"].read_text()).keys()
+    assert {key for flag in FLAGS.values() for key in (*flag.metrics, flag.unknown[0], flag.unless) if key} <= measured
+
+
+def test_the_manual_names_every_flag_with_its_limit(pytestconfig):
+    manual = (pytestconfig.rootpath / "config" / "README.md").read_text(encoding="utf-8")
+    section = manual.partition("\n## Flags\n")[2].partition("\n## ")[0]
+    shown = {name: float(limit) for name, limit in re.findall(r"^\| `(\w+)` \| ([\d.]+) \| ", section, re.MULTILINE)}
+    assert shown == FLAG_LIMITS | {"outlier_z": OUTLIER_Z}
+    assert [name for name in FLAGS if f"`{name}`" not in section] == []
 
 
 def test_mean_may_change_under_the_field_of_another_scan():

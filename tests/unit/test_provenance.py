@@ -23,7 +23,7 @@ NOT_USED = {
     "qc.pages": {"estimate", "steps.reference", "core.phantom", "steps.mask"},
     "qc.dataset": {"qc.panels", "qc.guide", "qc.tune", "estimate", "images.nifti"},
     "qc.figures": {"qc.pages", "estimate", "steps.mask"},
-    "qc.guide": {"qc.tune", "qc.dataset", "study.ratings", "study.inputs"},
+    "qc.guide": {"qc.tune", "qc.dataset", "study.ratings", "study.config", "study.sheet"},
     "qc.tune": {"core.phantom", "steps.reference", "qc.dataset", "qc.guide"},
     "study.manifest": {"images.nifti", "estimate", "steps.mask", "qc"},
     "study.ratings": {"qc.rendering", "images.nifti", "estimate"},

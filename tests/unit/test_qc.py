@@ -22,7 +22,7 @@ from n4flow.core.field import BiasField, Mesh
 from n4flow.errors import InputError
 from n4flow.images.fields import load_field
 from n4flow.images.nifti import Volume
-from n4flow.qc import figures, panels, viewer
+from n4flow.qc import figures, measuring, panels, plots, viewer
 from n4flow.qc.dataset import make_index
 from n4flow.qc.definitions import COLUMNS, DEFINITIONS
 from n4flow.qc.pages import PAGE_BYTES, make_subject
@@ -333,6 +333,15 @@ def test_the_same_input_gives_the_same_page(subject, tmp_path):
         assert again[role].read_bytes() == subject[role].read_bytes()
 
 
+def test_each_file_of_a_scan_is_opened_once(tmp_path, monkeypatch):
+    files = make_files(tmp_path) | {"viewer": tmp_path / "v.js", "viewer_mb": 1}
+    opened = []
+    monkeypatch.setattr(measuring, "Volume", lambda path: opened.append(Path(path)) or Volume(path))
+    monkeypatch.setattr(nib, "load", pytest.fail)
+    make_subject(name="sub-01", **files)
+    assert sorted(opened) == sorted(files[role] for role in ("image", "mask", "corrected"))
+
+
 def test_check_of_the_arithmetic_is_shown_and_flagged_where_it_fails(subject, tmp_path):
     text = " ".join(Elements(subject["page"]).text.split())
     assert "check of our arithmetic: r, rms1.0000, 2.4e-06" in text
@@ -360,8 +369,8 @@ def test_a_flat_field_beside_a_reference_has_a_slope_of_0_and_no_r(tmp_path, mon
     field = load_field(files["field"])
     flat = BiasField(0 * field.lattice, field.mesh, field.image_shape, field.affine)
     files["field"].write_text(json.dumps(flat.to_mapping()))
-    written, draw_plot = [], panels.agreement_plot
-    monkeypatch.setattr(panels, "agreement_plot", lambda *given: written.append(given[2:]) or draw_plot(*given))
+    written, draw_plot = [], plots.agreement_plot
+    monkeypatch.setattr(plots, "agreement_plot", lambda *given: written.append(given[2:]) or draw_plot(*given))
     make_subject(name="sub-01", **files)
     assert written == [("r n/a\nslope 0.00",)]
     assert "r n/a, slope 0.000" in Elements(files["page"]).text

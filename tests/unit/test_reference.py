@@ -15,7 +15,7 @@ from n4flow.errors import InputError
 from n4flow.estimate import Iteration
 from n4flow.images.fields import load_field
 from n4flow.parameters import N4Parameters
-from n4flow.qc.metrics import FLAG_LIMITS
+from n4flow.qc.flags import FLAG_LIMITS
 from n4flow.steps.derivatives import CorrectionFiles
 from n4flow.steps.mask import mask_scan, otsu_threshold
 from n4flow.steps.reference import _recover_lattice, agreement, reference_field, reference_parameters, reference_scan

@@ -11,7 +11,7 @@ import pytest
 from n4flow.study import provenance
 
 #: From top to bottom: modules of the package itself, and folders.
-ROOMS = ["__init__", "errors", "console", "parameters", "device"]
+ROOMS = ["__init__", "errors", "console", "worker", "parameters", "device"]
 ROOMS += ["core", "kernels", "estimate", "images", "correction", "study", "steps", "qc"]
 
 
@@ -64,7 +64,7 @@ def test_the_core_touches_no_files(module):
 
 #: What `common.smk` may import.
 FOR_THE_WORKFLOW = ["console", "errors", "parameters", "images.files"]
-FOR_THE_WORKFLOW += [f"study.{name}" for name in ("batches", "bids", "inputs", "provenance", "ratings")]
+FOR_THE_WORKFLOW += [f"study.{name}" for name in ("bids", "config", "provenance", "ratings", "sheet")]
 
 
 def test_the_workflow_itself_needs_no_numeric_library(pytestconfig):

@@ -192,7 +192,7 @@ def test_sheet_decides_between_a_field_of_its_own_and_that_of_another(folder):
     scan = SCANS["turned"]
     others = [SCANS["T1w"], SCANS["echo 1"], SCANS["echo 2"]]
     assert rules_of_a_dry_run(folder, [*others, scan], scan) == []
-    assert rules_of_a_dry_run(folder, [*others, replace(scan, field_from="")], scan) == ["fields_4", "n4"]
+    assert rules_of_a_dry_run(folder, [*others, replace(scan, field_from="")], scan) == ["n4"]
     assert rules_of_a_dry_run(folder, [*others, replace(scan, field_from="echo-1_MEGRE")], scan) == ["apply"]
 
 

@@ -33,7 +33,7 @@ from study import (
 )
 
 from n4flow.parameters import N4Parameters
-from n4flow.study.inputs import with_least_hash
+from n4flow.study.sheet import with_least_hash
 
 #: The names are such that a scan of several frames is among them.
 WITH_REFERENCE = 5
@@ -175,7 +175,6 @@ def test_results_hold_nothing_else_and_no_partial_file(folder):
     top = ("dataset_description.json", ".bidsignore", "manifest.json")
     expected |= {f"results/{n}" for n in (*top, *(f"qc/{n}" for n in qc))}
     found = {p.relative_to(folder).as_posix() for p in (folder / "results").rglob("*") if p.is_file()}
-    found = {path for path in found if not path.startswith("results/.batches/")}
     bundle = {path for path in found if path.startswith("results/qc/bundle/")}
     assert found - bundle == expected
     packed = {path.replace("/bundle", "") for path in bundle} - {"results/qc/.snakemake_timestamp"}
@@ -428,7 +427,7 @@ def test_manifest_names_all_that_was_made_and_the_results_are_equal_to_it(folder
     named = [f"results/{file}" for group in groups for file in group["Files"]]
     found = {p.relative_to(folder).as_posix() for p in (folder / "results").rglob("*") if p.is_file()}
     assert len(named) == len(set(named))
-    left = {path for path in found - set(named) if "/bundle/" not in path and "/.batches/" not in path}
+    left = {path for path in found - set(named) if "/bundle/" not in path}
     assert left == {"results/manifest.json"}
     verify = [sys.executable, ROOT / "workflow/scripts/verify.py", folder / "results", folder / "results"]
     done = subprocess.run(verify, capture_output=True, text=True, check=False)

@@ -51,7 +51,7 @@ def make_study(folder):
     for seed, scan in enumerate(SCANS):
         save(folder / scan.image, head(SHAPE, seed))
     write_sheet(folder / "config" / "samples.tsv", SCANS)
-    changes = {"batch": 2, "n4": {"shrink_factor": 1}, "reference": {"scans": 0}, "qc": {"viewer_mb": 0.1}}
+    changes = {"n4": {"shrink_factor": 1}, "reference": {"scans": 0}, "qc": {"viewer_mb": 0.1}}
     write_config(folder, changes)
     return folder
 
@@ -67,10 +67,10 @@ def content_of(path):
 
 
 def finished(folder):
-    """Every file of the results under its final name; what batches have on the way stands under others."""
+    """Every file of the results under its final name."""
     files = []
     for place, folders, names in os.walk(folder / "results"):
-        folders[:] = sorted(set(folders) - {".batches"})  # where folders vanish while a run is under way
+        folders.sort()
         files += [Path(place, name) for name in sorted(names) if not name.endswith(".partial")]
     return files
 
@@ -179,20 +179,30 @@ def study(tmp_path_factory):
     return folder, contents(folder), time.monotonic() - begun
 
 
-def test_scan_that_a_killed_batch_had_begun_is_done_by_the_next_run(study):
-    folder, reference, _ = study
+def workers_of(pid):
+    """Processes that do the steps of a Snakemake's jobs, in sessions of their own."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if re.search(rf"n4flow\.worker import .*\b{pid}\)", (process / "cmdline").read_bytes().decode()):
+                found.append(int(process.name))
+    return found
+
+
+def test_no_process_stays_when_snakemake_is_killed(study):
+    folder = study[0]
     begin_anew(folder)
     run = start(folder)
-    while not any((folder / "results/.batches/fields").glob("*/n4.log")):
+    while len(workers_of(run.pid)) < 2:  # one, and a child that does a step
         assert run.poll() is None
         time.sleep(0.01)
-    for pid in members(run.pid):
-        kill(pid)
+    kill(run.pid)
     run.wait()
+    end = time.monotonic() + 20
+    while members(run.pid) or workers_of(run.pid):
+        assert time.monotonic() < end, (members(run.pid), workers_of(run.pid))
+        time.sleep(0.05)
     unlock(folder)
-    assert start(folder, "--rerun-incomplete").wait() == 0, (folder / "terminal.txt").read_text()
-    made = contents(folder)
-    assert {name for name in reference if made.get(name) != reference[name]} == set()
 
 
 def test_everything_is_whole_and_the_same_after_kills_at_random_moments(study):

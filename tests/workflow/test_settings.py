@@ -77,9 +77,9 @@ def lean(raw, code, tmp_path_factory):
 
 
 def jobs_of(done):
-    """The rules of a dry run, once for each job; of a batch without its number."""
+    """The rules of a dry run, once for each job."""
     assert done.returncode == 0, done.stdout
-    rules = re.findall(r"^(?:local)?rule (\w+?)(?:_\d+)?:", done.stdout, re.M)
+    rules = re.findall(r"^(?:local)?rule (\w+):", done.stdout, re.M)
     return sorted(rule for rule in rules if rule != "default")
 
 
@@ -90,9 +90,9 @@ OVER_ALL = ["figures", "index", "manifest"]
 @pytest.mark.parametrize(
     ("changed", "rules"),
     [
-        ("qc: {flags: {cjv_worse: 1.5}}", ["guide", *["pages", "qc"] * 3, *OVER_ALL]),
+        ("qc: {flags: {cjv_worse: 1.5}}", ["guide", *["qc"] * 3, *OVER_ALL]),
         ("qc: {flags: {outlier_z: 4}}", OVER_ALL),
-        ("n4: {fwhm: 0.2}", [*["fields", "n4", "pages", "qc"] * 3, *OVER_ALL]),
+        ("n4: {fwhm: 0.2}", [*["n4", "qc"] * 3, *OVER_ALL]),
     ],
 )
 def test_a_changed_key_makes_again_what_it_changes_and_what_follows(lean, code, tmp_path, changed, rules):
@@ -104,8 +104,8 @@ def test_a_changed_key_makes_again_what_it_changes_and_what_follows(lean, code, 
 @pytest.mark.parametrize(
     ("file", "rules"),
     [
-        ("estimate.py", ["guide", *["fields", "mask", "n4", "pages", "qc"] * 3, *OVER_ALL]),
-        ("manifest.py", ["manifest"]),
+        ("estimate.py", ["guide", *["mask", "n4", "qc"] * 3, *OVER_ALL]),
+        ("study/manifest.py", ["manifest"]),
     ],
 )
 def test_a_changed_file_of_the_package_makes_again_what_uses_it_and_what_follows(lean, code, file, rules):
@@ -135,7 +135,7 @@ def test_a_touched_image_is_known_by_its_content(touched, code):
 def test_a_touched_image_that_is_too_large_to_be_compared_costs_its_own_jobs_alone(touched, code):
     limit = (touched / SCANS["int16"].image).stat().st_size - 1
     done = snakemake(touched, "-n", "--max-checksum-file-size", limit, workflow=code)
-    assert jobs_of(done) == sorted(["fields", "mask", "n4", "pages", "qc", *OVER_ALL])
+    assert jobs_of(done) == sorted(["mask", "n4", "qc", *OVER_ALL])
 
 
 each_integer = pytest.mark.parametrize("name", INTEGERS)
@@ -232,9 +232,8 @@ def test_jobs_on_the_cpu_do_not_wait_for_each_other_where_there_is_a_gpu(raw, tm
     write_config(folder, {"device": device})
     done = snakemake(folder, *n4_targets(SCANS.values()), "-n", path_first=fake_gpu_tool(tmp_path))
     assert done.returncode == 0, done.stdout
-    asked = re.findall(r"^(?:local)?rule (fields_\d+|n4):.*?gpu=(\d)", done.stdout, re.DOTALL | re.MULTILINE)
-    # a scan's own job takes what its batch has made
-    assert {(rule == "n4", int(gpu)) for rule, gpu in asked} == {(False, gpus), (True, 0)}
+    asked = re.findall(r"^rule n4:.*?gpu=(\d)", done.stdout, re.DOTALL | re.MULTILINE)
+    assert set(map(int, asked)) == {gpus}
 
 
 def test_memory_goes_by_the_voxels_whatever_their_type_and_by_the_share_of_them_that_is_used(raw, tmp_path):

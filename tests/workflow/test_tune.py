@@ -7,7 +7,7 @@ import shutil
 import pytest
 from study import ROOT, snakemake, write_config
 
-from n4flow.study.inputs import with_least_hash
+from n4flow.study.sheet import with_least_hash
 
 GRID = {"spline_distance_mm": [40, 80], "convergence_threshold": [0.0015, 0.01]}
 

@@ -1,15 +1,12 @@
 # What the rules share: the package, the checked config and sample sheet, and input functions.
-import argparse
 import os
 import re
 import shutil
 import subprocess
 import sys
 import time
-from functools import cache
 from pathlib import Path
 
-from snakemake.cli import parse_size_in_bytes
 from snakemake.exceptions import WorkflowError
 
 # Every file of the package, by name: Snakemake fetches what is named where the workflow is a module from elsewhere.
@@ -17,22 +14,12 @@ PACKAGE_FILES = Path(workflow.source_path("../scripts/n4flow/files.txt")).read_t
 PACKAGE = [Path(workflow.source_path(f"../scripts/n4flow/{name}")) for name in PACKAGE_FILES]
 sys.path.insert(0, str(PACKAGE[0].parent.parent))
 
-from n4flow.study.batches import is_current
 from n4flow.study.bids import DATATYPE_OF
 from n4flow.errors import InputError
-from n4flow.images.files import remove_abandoned, why_not_writable
+from n4flow.images.files import remove_abandoned, voxels_of_frame, why_not_writable
 from n4flow.console import last_error
-from n4flow.study.inputs import (
-    config_problems,
-    grid_combinations,
-    load_schema,
-    read_sheet,
-    results_problem,
-    tune_problems,
-    voxels_of_frame,
-    with_defaults,
-    with_least_hash,
-)
+from n4flow.study.config import config_problems, grid_combinations, load_schema, tune_problems, with_defaults
+from n4flow.study.sheet import read_sheet, results_problem, with_least_hash
 from n4flow.parameters import MOST_SAMPLES, N4Parameters
 from n4flow.study.provenance import package_digest
 from n4flow.study.ratings import read_ratings
@@ -44,6 +31,9 @@ SHEET_SCHEMA = load_schema(workflow.source_path("../schemas/samples.schema.yaml"
 BUNDLE = "<results>/qc/bundle"
 
 RUN_START = time.time()
+
+# The worker that does the steps of this run's jobs ends with this process.
+os.environ["N4FLOW_RUN"] = str(os.getpid())
 
 # In a job of a cluster Snakemake runs twice beside the script, with 140 MB each.
 SNAKEMAKE_MB = 300
@@ -62,7 +52,7 @@ config.update(with_defaults(config, CONFIG_SCHEMA))
 
 try:
     # a workflow that imports this one for its rules alone has no sheet
-    SCANS = read_sheet(config["samples"], SHEET_SCHEMA, made=[*DEMO_IMAGES, DEMO_MASK]) if config["samples"] else []
+    SCANS = read_sheet(config["samples"], SHEET_SCHEMA, [*DEMO_IMAGES, DEMO_MASK]) if config["samples"] else []
 except InputError as error:
     raise WorkflowError(str(error)) from None
 
@@ -138,105 +128,6 @@ def page_settings():
     return {key: config["qc"][key] for key in ("field_window_log", "viewer_mb")} | {"flags": limits}
 
 
-# What the outcome of a step hangs on: the parameters of its rule.
-SETTINGS = {
-    "mask": {"settings": config["mask"], "package": package_digest("steps.mask")},
-    "n4": {
-        "settings": config["n4"],
-        "keep_dtype": config["output"]["keep_dtype"],
-        "package": package_digest("steps.correct"),
-    },
-    "qc": {"settings": page_settings(), "package": package_digest("qc.pages")},
-}
-
-
-def batch_folder(kind, scan):
-    """Where a batch puts what it makes of a scan."""
-    return f"<results>/.batches/{kind}/{scan.name}"
-
-
-# Batches unless config has a size: few enough scans for many cores to have work, and no more than pay.
-BATCHES_AT_LEAST, BATCH_SCANS = 8, 16
-
-# As Snakemake compares files by their content, whose own settings of this are not there yet while it reads the rules.
-asked = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-asked.add_argument("--max-checksum-file-size", type=parse_size_in_bytes, default=1_000_000)
-HASHED_BYTES = asked.parse_known_args(sys.argv[1:])[0].max_checksum_file_size
-
-# What the outcome of a batch hangs on.
-FIELD_SETTINGS = {"mask": SETTINGS["mask"], "n4": SETTINGS["n4"], "written": list(CORRECTION)}
-
-
-def field_settings(scan):
-    """Of these what concerns a scan: one with another one's field has only its mask of a batch."""
-    return {key: part for key, part in FIELD_SETTINGS.items() if key == "mask" or not scan.field_from}
-
-
-def in_batches(is_done):
-    """Scans of the sheet that a batch is still to deal with, in pieces, by the numbers of the pieces.
-
-    The pieces hang on the sheet alone, so that a job on another machine finds them as they were.
-    """
-    size = config.get("batch") or min(BATCH_SCANS, len(SCANS) // BATCHES_AT_LEAST + 1)
-    pieces = {n // size + 1: SCANS[n : n + size] for n in range(0, len(SCANS), size)}
-    todo = {number: [scan for scan in piece if not is_done(scan)] for number, piece in pieces.items()}
-    return {number: scans for number, scans in todo.items() if scans}
-
-
-@cache
-def fields_are_current(scan, steps=("mask", "n4")):
-    folder = workflow.pathvars.apply(batch_folder("fields", scan))
-    settings = field_settings(scan)
-    if "n4" not in steps:
-        settings = {"mask": settings["mask"]}
-    return is_current(folder, settings, [path for path in (scan.image, scan.mask) if path], HASHED_BYTES)
-
-
-def with_page_batch(scan):
-    """Whether the page is drawn in a batch: where it waits for nothing but the scan's own field."""
-    return not scan.field_from and scan.name not in WITH_REFERENCE
-
-
-@cache
-def pages_are_current(scan):
-    folder = workflow.pathvars.apply(batch_folder("pages", scan))
-    return not with_page_batch(scan) or (fields_are_current(scan) and is_current(folder, {"qc": SETTINGS["qc"]}))
-
-
-FIELD_BATCHES = in_batches(fields_are_current)
-PAGE_BATCHES = in_batches(pages_are_current)
-IN_FIELD_BATCHES = {scan.name for scans in FIELD_BATCHES.values() for scan in scans}
-
-
-def field_batch_of(*steps):
-    """Input function: what the batch of a scan has made of it.
-
-    It is ancient unless the batch makes it anew in these steps. (That their parameters have changed is not enough: of a
-    job behind one that is to run, Snakemake looks at nothing else.)
-    """
-
-    def folder(wildcards):
-        scan = scan_of(wildcards)
-        made = batch_folder("fields", scan)
-        return ancient(made) if fields_are_current(scan, steps) else made
-
-    return folder
-
-
-def batches_of_page(scan):
-    """What the batches of a scan have made of it, of which the page is the last."""
-    batches = {"fields": ancient(batch_folder("fields", scan))}
-    if with_page_batch(scan):
-        made = batch_folder("pages", scan)
-        batches["pages"] = ancient(made) if pages_are_current(scan) else made
-    return batches
-
-
-def gpus_of_n4(wildcards, input):
-    """None where the scan's batch does the work; a workflow that uses the rule on files of its own has no batch."""
-    return int(Path(input.get("batch", "")).name not in IN_FIELD_BATCHES)
-
-
 def image_of(wildcards):
     return scan_of(wildcards).image
 
@@ -296,29 +187,7 @@ def qc_inputs(wildcards):
     scan = scan_of(wildcards)
     made = products(scan)
     shown = ("mask", "corrected", "sidecar", "field", "reference_field", "reference_sidecar")
-    return {"image": scan.image} | {role: made[role] for role in shown if role in made} | batches_of_page(scan)
-
-
-def field_entry(scan):
-    """What a batch needs to know of a scan to correct it."""
-    roles = ("mask", "mask_sidecar", *(() if scan.field_from else ("corrected", "sidecar", "field", "bias")))
-    return {"image": scan.image, "mask": scan.mask, "outputs": places(scan, roles)}
-
-
-def page_entry(scan):
-    """What a batch needs to know of a scan to draw its page."""
-    return {
-        "image": scan.image,
-        "fields": workflow.pathvars.apply(batch_folder("fields", scan)),
-        "given": places(scan, ("mask", "corrected", "sidecar", "field")),
-        "outputs": places(scan, ("page", "metrics", "pictures", "viewer")),
-    }
-
-
-def places(scan, roles):
-    """Paths of some of the products of a scan, by role."""
-    made = products(scan)
-    return {role: workflow.pathvars.apply(made[role]) for role in roles if role in made}
+    return {"image": scan.image} | {role: made[role] for role in shown if role in made}
 
 
 def tune_settings(wildcards):
@@ -362,10 +231,6 @@ def memory_mb(baseline, per_voxel, per_sample=0):
         return int(SNAKEMAKE_MB + baseline + (per_voxel * voxels + per_sample * samples) / 1e6) * attempt
 
     return resource
-
-
-def attempt_of(wildcards, attempt):
-    return attempt
 
 
 def jobs_on_gpu():
@@ -415,14 +280,6 @@ def report_failures():
                 failed.setdefault(scan.name, error)
                 if step in ("mask", "n4"):
                     without_field.add(scan.name)
-    for kind, batches in (("fields", FIELD_BATCHES), ("pages", PAGE_BATCHES)):
-        for number, scans in batches.items():
-            log = place("<logs>") / "batches" / f"{kind}_{number}.log"
-            if made_now(log) and (error := last_error(log)):  # no scan of it has come further
-                for scan in scans:
-                    failed.setdefault(scan.name, error)
-                    if kind == "fields":
-                        without_field.add(scan.name)
     for scan in SCANS:
         if scan.field_from and scan.field_source in without_field and not made_now(place(products(scan)["corrected"])):
             failed.setdefault(scan.name, f"its field is that of {scan.field_source}, which failed")
@@ -451,10 +308,6 @@ def report_failures():
         logger.error(f"No index over the scans that are done: {error}")
     else:
         logger.error(f"{len(done)} of {len(SCANS)} scans are done, {len(failed)} failed: see {qc / 'index.html'}")
-    for scan in SCANS:
-        if scan.name in failed:  # so that the next run tries it in a batch again
-            for kind in ("fields", "pages"):
-                shutil.rmtree(place(batch_folder(kind, scan)), ignore_errors=True)
     # without it the rule index is not done, and makes the index anew when all scans are
     shutil.rmtree(place(BUNDLE), ignore_errors=True)
     for name, error in failed.items():

@@ -8,7 +8,6 @@ rule mask:
     input:
         image=image_of,
         own=own_mask_of,
-        batch=field_batch_of("mask"),
     output:
         mask="<results>/{folder}/{entities}_desc-foreground{suffix}_mask.nii.gz",
         sidecar="<results>/{folder}/{entities}_desc-foreground{suffix}_mask.json",
@@ -20,8 +19,8 @@ rule mask:
         "../../envs/n4.yaml"
     resources:
         mem_mb=memory_mb(baseline=300, per_voxel=2),
-        attempt=attempt_of,
     params:
-        **SETTINGS["mask"],
+        settings=config["mask"],
+        package=package_digest("steps.mask"),
     script:
         "../scripts/mask.py"

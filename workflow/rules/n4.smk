@@ -7,7 +7,6 @@ rule n4:
     input:
         image=image_of,
         mask=rules.mask.output.mask,
-        batch=field_batch_of("mask", "n4"),
     output:
         **CORRECTION,
     log:
@@ -17,10 +16,11 @@ rule n4:
     conda:
         "../../envs/n4.yaml"
     resources:
-        gpu=gpus_of_n4,
+        gpu=1,
         mem_mb=memory_mb(baseline=400, per_voxel=4, per_sample=80),
-        attempt=attempt_of,
     params:
-        **SETTINGS["n4"],
+        settings=config["n4"],
+        keep_dtype=config["output"]["keep_dtype"],
+        package=package_digest("steps.correct"),
     script:
         "../scripts/n4.py"

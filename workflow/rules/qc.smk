@@ -19,9 +19,9 @@ rule qc:
         "../../envs/qc.yaml"
     resources:
         mem_mb=memory_mb(baseline=600, per_voxel=16),
-        attempt=attempt_of,
     params:
-        **SETTINGS["qc"],
+        settings=page_settings(),
+        package=package_digest("qc.pages"),
     script:
         "../scripts/qc.py"
 

@@ -14,5 +14,5 @@ def main(snakemake):
 
 
 if __name__ == "__main__":
-    with reporting(snakemake.log[0]):  # noqa: F821
-        main(snakemake)  # noqa: F821
+    with reporting(snakemake.log[0]):
+        main(snakemake)

@@ -8,12 +8,12 @@ from n4flow.steps.derivatives import CorrectionFiles
 
 
 def main(snakemake):
-    given, params = snakemake.input, snakemake.params
-    references = map(Path, given.get("references", []))
-    written = map(CorrectionFiles, *(map(Path, given[role]) for role in ("corrected", "sidecars", "fields")))
+    inputs, params = snakemake.input, snakemake.params
+    references = map(Path, inputs.get("references", []))
+    written = map(CorrectionFiles, *(map(Path, inputs[role]) for role in ("corrected", "sidecars", "fields")))
     scans = [
         TunedScan(name, Path(image), Path(mask), next(references, None), [next(written) for _ in params.combinations])
-        for name, image, mask in zip(params.scans, given.images, given.masks, strict=True)
+        for name, image, mask in zip(params.scans, inputs.images, inputs.masks, strict=True)
     ]
     make_comparison(
         scans,
@@ -26,5 +26,5 @@ def main(snakemake):
 
 
 if __name__ == "__main__":
-    with reporting(snakemake.log[0]):  # noqa: F821
-        main(snakemake)  # noqa: F821
+    with reporting(snakemake.log[0]):
+        main(snakemake)

@@ -5,11 +5,11 @@ python workflow/scripts/verify.py results /from/elsewhere/manifest.json
 
 import argparse
 import csv
-import os
 import sys
 from collections import Counter
 from pathlib import Path
 
+from n4flow.device import available_cores
 from n4flow.errors import InputError
 from n4flow.study.manifest import CLOSE, DIFFERENT, EQUAL, verify
 
@@ -21,7 +21,7 @@ def main(arguments=None):
     parser.add_argument("manifest", type=Path, help="manifest.json of the other run, or its folder of results")
     given = parser.parse_args(arguments)
     try:
-        verdicts = verify(given.results, given.manifest, threads=len(os.sched_getaffinity(0)))
+        verdicts = verify(given.results, given.manifest, threads=available_cores())
     except InputError as error:
         sys.exit(f"n4flow: {error}")
     table = csv.writer(sys.stdout, delimiter="\t", lineterminator="\n")

@@ -16,6 +16,9 @@ from n4flow.errors import InputError
 #: How the one line of a failed job begins.
 PREFIX = "n4flow: "
 
+#: Exit status of a job that was stopped by hand.
+STOPPED = 128 + signal.SIGINT
+
 #: The last line of the log of a job that was done.
 DONE = "done"
 
@@ -28,7 +31,9 @@ def reporting(log_path: str | Path, *, quiet: bool = False) -> Iterator[None]:
     defect: its traceback goes to the log, its last line to the terminal.
     """
     terminals = [] if quiet else [sys.stderr]
-    with open(log_path, "w", buffering=1, encoding="utf-8") as file, contextlib.redirect_stderr(file):
+    open(log_path, "w").close()
+    # what a library prints by itself may go there as well: everything at the end of what there is
+    with open(log_path, "a", buffering=1, encoding="utf-8") as file, contextlib.redirect_stderr(file):
         handler = logging.StreamHandler(file)
         handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
         logger = logging.getLogger("n4flow")
@@ -39,7 +44,7 @@ def reporting(log_path: str | Path, *, quiet: bool = False) -> Iterator[None]:
             print(DONE, file=file)
         except KeyboardInterrupt:
             say(f"{PREFIX}stopped by hand (Ctrl-C)\n", file)
-            sys.exit(128 + signal.SIGINT)
+            sys.exit(STOPPED)
         except InputError as error:
             say(f"{PREFIX}{error}\n", file, *terminals)
             sys.exit(1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -9,20 +10,12 @@ import numpy as np
 from n4flow.core.affine import affine_problem
 from n4flow.core.bspline import one_blas_thread
 from n4flow.core.field import BiasField
-from n4flow.core.quadrature import MaskIntensity, keep_mean_intensity
-from n4flow.core.samples import (
-    Samples,
-    check_dropped,
-    check_range,
-    inside_mask,
-    log_where,
-    usable_voxels,
-)
+from n4flow.core.quadrature import keep_mean_intensity
+from n4flow.core.samples import inside_mask, usable_voxels
 from n4flow.device import DeviceChoice, array_module, available_cores, select_device, to_host, to_module
-from n4flow.errors import InputError
-from n4flow.estimate import Iteration, estimate_field, positions_in
+from n4flow.estimate import Iteration, estimate_field
 from n4flow.images.division import Tiles, divided_tiles, planes_of
-from n4flow.images.sampling import Box
+from n4flow.images.sampling import Box, Image, Slab, take_samples
 from n4flow.parameters import N4Parameters
 
 #: Voxels that `correct` works on at a time.
@@ -89,8 +82,8 @@ def correct(
     parameters = parameters or N4Parameters()
     if not isinstance(parameters, N4Parameters):
         raise TypeError("parameters must be N4Parameters, which N4Parameters.from_mapping makes of a dict")
-    given = {"mask": mask, "weights": weights, "out": out, "bias_out": bias_out}
-    arrays = {"volume": volume} | {name: array for name, array in given.items() if array is not None}
+    optional = {"mask": mask, "weights": weights, "out": out, "bias_out": bias_out}
+    arrays = {"volume": volume} | {name: array for name, array in optional.items() if array is not None}
     for name, array in arrays.items():
         if not hasattr(array, "dtype") or isinstance(array, np.ma.MaskedArray):
             raise TypeError(f"{name}: need a NumPy or CuPy array, and what a masked one leaves out as 0 in `mask`")
@@ -137,23 +130,32 @@ def correct(
     image, inside, confidence, corrected, bias = (
         array[..., None] if flat and array is not None else array for array in (volume, mask, weights, out, bias_out)
     )
-    samples = _take_samples(image, inside, confidence, size_mm, affine, parameters)
-    field, history = estimate_field(samples, parameters, xp=xp, threads=available_cores())
     planes = max(1, TILE_VOXELS // (image.shape[0] * image.shape[1]))
-    tiles = [planes_of(slice(start, start + planes)) for start in range(0, image.shape[2], planes)]
-
+    tiles = [planes_of(slice(start, min(start + planes, image.shape[2]))) for start in range(0, image.shape[2], planes)]
     resident = home is not np and xp is not np  # from beginning to end on the GPU
 
     def parts() -> Tiles:
         return ((tile, image[tile] if resident else to_host(image[tile])) for tile in tiles)
 
-    intensity = MaskIntensity(image.shape, field.mesh)
-    for tile, values in parts():
-        module = array_module(values)
-        within = (
-            module.ones(values.shape, dtype=bool) if inside is None else inside_mask(to_module(inside[tile], module))
+    def within(tile: Any, module: Any) -> tuple[Any, Any]:
+        """Of a part of the image, the mask and the weights."""
+        mask_part = (
+            module.ones(image[tile].shape, dtype=bool)
+            if inside is None
+            else inside_mask(to_module(inside[tile], module))
         )
-        intensity.add(values, usable_voxels(values, within)[0], tile[2].start)
+        return mask_part, None if confidence is None else to_module(confidence[tile], module)
+
+    def slabs() -> Iterator[Slab]:
+        for tile, values in parts():
+            yield Slab(tile[2], values, *within(tile, array_module(values)))
+
+    box, (mask_whole, weights_whole) = Box(image.shape), within(..., home)
+    taking_part = mask_whole if weights_whole is None else mask_whole & inside_mask(weights_whole)
+    box.add(usable_voxels(image, taking_part)[0], 0)
+    described = Image("volume", image.shape, size_mm, affine, slabs)
+    samples, intensity = take_samples(described, box, parameters, box_is_final=True)
+    field, history = estimate_field(samples, parameters, xp=xp, threads=available_cores())
     field = keep_mean_intensity(field, intensity, "volume")
     if resident:
         from n4flow.kernels.cuda import FieldDivision
@@ -173,50 +175,3 @@ def _same_view(first: Any, second: Any) -> bool:
         for array in (first, second)
     ]
     return places[0] == places[1] and first.strides == second.strides and first.dtype == second.dtype
-
-
-def _take_samples(
-    image: Any, mask: Any, weights: Any, voxel_size_mm: tuple[float, ...], affine: np.ndarray, parameters: N4Parameters
-) -> Samples:
-    """What `images.sampling.read_samples` does for files."""
-    box, module = Box(image.shape), array_module(image)
-    taking_part = module.ones(image.shape, dtype=bool)
-    for given in (mask, weights):
-        if given is not None:
-            taking_part &= to_module(inside_mask(given), module)
-    box.add(usable_voxels(image, taking_part)[0], 0)
-    domain = box.ranges
-    positions = positions_in(domain, image.shape, parameters)
-    grid = np.ix_(*positions)
-
-    def sampled(array: Any) -> np.ndarray:
-        return to_host(array[tuple(array_module(array).asarray(axis) for axis in grid)])
-
-    values = sampled(image)
-    inside = np.ones(values.shape, dtype=bool) if mask is None else inside_mask(sampled(mask))
-    confidence = None
-    if weights is not None:
-        given = sampled(weights)
-        given = np.where(inside, given, 0).astype(np.promote_types(given.dtype, np.float64))
-        largest = given.max(initial=0)
-        if inside.any() and largest == 0:
-            raise InputError("volume", "all weights in the mask are 0", "give a weight to the voxels that count")
-        # only their ratios count, and those to the largest fit into float32
-        confidence = (given / (largest or 1)).astype(np.float32)
-        inside = confidence > 0
-    usable, dropped = usable_voxels(values, inside)
-    check_dropped("volume", dropped, int(inside.sum()))
-    log_image = log_where(values, usable)
-    check_range("volume", log_image[usable])
-    return Samples(
-        log_image,
-        usable,
-        positions,
-        image.shape,
-        voxel_size_mm,
-        affine,
-        dropped,
-        "volume",
-        confidence,
-        domain,
-    )

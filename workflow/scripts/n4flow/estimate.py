@@ -14,7 +14,7 @@ from n4flow.core.affine import LARGEST_LENGTH
 from n4flow.core.bspline import evaluate_at, one_blas_thread, refine
 from n4flow.core.field import BiasField, Mesh
 from n4flow.core.fit import LeeWolbergShin, PenalisedLeastSquares, SplineFit
-from n4flow.core.samples import Samples, sample_positions
+from n4flow.core.samples import Samples, largest_step, sample_positions
 from n4flow.errors import InputError
 from n4flow.kernels import choose_kernels
 from n4flow.parameters import N4Parameters
@@ -267,19 +267,30 @@ def check_mesh(source: object, positions: Sequence[np.ndarray], mesh: Mesh, para
         The mesh of the last stage has more spans than samples along an axis, its spans are longer than any image, or it
         has too many control points for the penalised fit.
     """
+    # what is in force, by a preset or not
+    coarser = (
+        f"lower n4.spans from {list(parameters.spans)}"
+        if parameters.spans
+        else f"raise n4.spline_distance_mm from {parameters.spline_distance_mm:g}"
+    )
     for axis, (spans, count) in enumerate(zip(mesh.spans, map(len, positions), strict=True)):
-        if (last := spans * 2**parameters.doublings) > max(count, 1):
+        if (last := spans * 2**parameters.refinements) > max(count, 1):
+            remedies = [coarser]
+            if (step := largest_step(positions)) > 1:
+                remedies.append(f"set n4.shrink_factor below {step}")
+            if parameters.refinements:
+                remedies.append(f"give n4.iterations for fewer than {len(parameters.iterations)} stages")
             raise InputError(
                 source,
                 f"the mesh has {last} spans along axis {axis}, which has {count} samples",
-                "raise n4.spline_distance_mm, or lower n4.spans, n4.shrink_factor or the number of stages",
+                ", or ".join(remedies),
             )
     points = math.prod(mesh.lattice_shape)
     if parameters.fit == "penalised" and points > MOST_PENALISED_POINTS:
         raise InputError(
             source,
             f"the mesh has {points} control points, more than the {MOST_PENALISED_POINTS} of a penalised fit",
-            "lower n4.spans, raise n4.spline_distance_mm, or set n4.fit to lee-wolberg-shin",
+            f"{coarser}, or set n4.fit to lee-wolberg-shin",
         )
     if (longest := max(mesh.span_voxels)) > LARGEST_LENGTH:
         raise InputError(
@@ -302,7 +313,7 @@ def warn_of_long_spans(samples: Samples, mesh: Mesh, parameters: N4Parameters) -
     size = max(
         n / length for n, length, spans in zip(samples.image_shape, mesh.span_voxels, mesh.spans, strict=True) if spans
     )
-    if (share := size * 2**parameters.doublings) < 0.1:
+    if (share := size * 2**parameters.refinements) < 0.1:
         log.warning(
             "%s: a span of the mesh is %.0f times as long as the image, so that hardly any field can be found; "
             "lower n4.spline_distance_mm, or mend the voxel size",

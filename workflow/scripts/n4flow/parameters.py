@@ -143,14 +143,28 @@ class N4Parameters:
                 "a refined mesh does not go with the penalised fit, which needs but one",
                 "set n4.mesh to fixed or n4.fit to lee-wolberg-shin",
             )
-        for name in ("fwhm", "twicing"):
-            value = getattr(self, name)
-            if isinstance(value, tuple) and len(value) != len(iterations):
-                raise InputError(
-                    f"n4.{name}",
-                    f"{len(value)} values do not go with n4.iterations for {len(iterations)} stages",
-                    f"give as many of each, or one number as n4.{name}",
-                )
+        self._check_stages()
+
+    def _check_stages(self) -> None:
+        """Refuse lists of other numbers of stages than that of `iterations`."""
+        count = len(self.iterations)
+        lists = {
+            f"n4.{name}": len(value) for name in ("fwhm", "twicing") if isinstance(value := getattr(self, name), tuple)
+        }
+        wrong = {name: length for name, length in lists.items() if length != count}
+        if not wrong:
+            return
+        names = " and ".join(wrong)
+        remedies = [f"{names} for {count}: a number, or a list of {count}"]
+        if len(set(lists.values())) == 1:  # so many iterations go with all that is there
+            length = next(iter(lists.values()))
+            such = [*self.iterations, *[self.iterations[-1]] * length][:length]
+            remedies.insert(0, f"n4.iterations for {length}, such as {such}")
+            others = f"{names} {'is' if len(wrong) == 1 else 'are'} for {length}"
+        else:
+            others = ", ".join(f"{name} is for {length}" for name, length in wrong.items())
+        stages = "1 stage" if count == 1 else f"{count} stages"
+        raise InputError("n4.iterations", f"is for {stages}, {others}", f"give {', or '.join(remedies)}")
 
     @property
     def stages(self) -> list[Stage]:
@@ -167,7 +181,7 @@ class N4Parameters:
         return self.fit == "lee-wolberg-shin" and not any(stage.twicing for stage in self.stages)
 
     @property
-    def doublings(self) -> int:
+    def refinements(self) -> int:
         """How often the spans are doubled from the first stage to the last."""
         return len(self.iterations) - 1 if self.mesh == "refined" else 0
 
@@ -191,11 +205,11 @@ class N4Parameters:
         preset = own.pop("preset", "default")
         if not isinstance(preset, str) or preset not in PRESETS:
             raise InputError("n4.preset", f"{preset!r} is not known", f"choose from {', '.join(PRESETS)}")
-        given = {**PRESETS[preset], **own}
+        values = {**PRESETS[preset], **own}
         for distance, other in (("spline_distance_mm", "spans"), ("spans", "spline_distance_mm")):
             if own.get(distance) is not None and own.get(other) is None:
-                given.pop(other, None)
-        return cls(**given)
+                values.pop(other, None)
+        return cls(**values)
 
     def to_mapping(self) -> dict[str, Any]:
         """Plain values, ready for JSON."""

@@ -18,9 +18,9 @@ log = logging.getLogger(__name__)
 
 Positions = Sequence[np.ndarray]
 
-#: An axis of a grid that strays from its mesh axis by less than this many spans, over the whole grid, runs along it:
-#: headers hold affines in single precision.
-STRAY_SPANS = 1e-5
+#: In spans of the mesh: an axis of a grid that strays from its mesh axis by less than this, over the whole grid, runs
+#: along it. Headers hold affines in single precision.
+ALIGNMENT_TOLERANCE = 1e-5
 
 #: Points evaluated at a time on a grid that is oblique to the mesh.
 BLOCK_POINTS = 2**14
@@ -161,9 +161,9 @@ class Mesh:
         """Basis matrices at these voxel indices, per axis."""
         return [self.basis(axis, index) for axis, index in enumerate(positions)]
 
-    def refined(self, doublings: int = 1) -> Mesh:
+    def refined(self, refinements: int = 1) -> Mesh:
         """The mesh with twice as many spans on the same domain, or with those doubled so often."""
-        times = 2**doublings
+        times = 2**refinements
         return Mesh(
             tuple(times * s for s in self.spans), self.start, tuple(length / times for length in self.span_voxels)
         )
@@ -185,7 +185,7 @@ class BiasField:
     voxel_to_mesh : (4, 4) array
         From voxel indices of the grid to those that the mesh is laid in. The identity, unless `on_grid` brought the
         field to another image than the one it was estimated on.
-    has_world : bool
+    has_spatial_reference : bool
         Whether the affine says where the image lies. False for one that a reader made up, of an image whose header
         names no space: nothing but that very grid can be related to it.
     """
@@ -195,7 +195,7 @@ class BiasField:
     image_shape: tuple[int, ...]
     affine: np.ndarray
     voxel_to_mesh: np.ndarray = field(default_factory=lambda: np.eye(4))
-    has_world: bool = True
+    has_spatial_reference: bool = True
 
     def on_grid(self, shape: Sequence[int], affine: np.ndarray, source: object = "image") -> BiasField:
         """The same field, seen on the grid of another image of the same space: of another contrast, echo or resolution.
@@ -274,7 +274,7 @@ class BiasField:
     def _mesh_axes(self) -> tuple[int, ...] | None:
         """The mesh axis that each axis of the grid runs along; None for a grid that is oblique to the mesh."""
         steps = np.abs(self.voxel_to_mesh[:3, :3]) * [n - 1 for n in self.image_shape]
-        strays = steps / np.array(self.mesh.span_voxels)[:, None] > STRAY_SPANS
+        strays = steps / np.array(self.mesh.span_voxels)[:, None] > ALIGNMENT_TOLERANCE
         if (strays.sum(axis=0) > 1).any() or (strays.sum(axis=1) > 1).any():
             return None
         along = {axis: mesh_axis for mesh_axis, axis in np.argwhere(strays).tolist()}
@@ -392,7 +392,7 @@ class BiasField:
             "MeshStartVoxel": list(self.mesh.start),
             "SpanVoxels": list(self.mesh.span_voxels),
             "VoxelToMesh": np.asarray(self.voxel_to_mesh).tolist(),
-            "HasWorld": self.has_world,
+            "HasSpatialReference": self.has_spatial_reference,
             "Lattice": self.lattice.tolist(),
         }
 
@@ -416,8 +416,8 @@ class BiasField:
         """
         if content["Format"] != FORMAT:
             raise ValueError(f"format {content['Format']!r}")
-        if not isinstance(content["HasWorld"], bool):
-            raise ValueError("HasWorld is neither true nor false")
+        if not isinstance(content["HasSpatialReference"], bool):
+            raise ValueError("HasSpatialReference is neither true nor false")
         start, span_voxels = (_numbers(content, name, (3,)) for name in ("MeshStartVoxel", "SpanVoxels"))
         if (span_voxels < 1 / LARGEST_LENGTH).any():
             raise ValueError("SpanVoxels are not all above 0")
@@ -430,7 +430,7 @@ class BiasField:
             _counts(content, "ImageShape", 1),
             _matrix(content, "Affine"),
             _matrix(content, "VoxelToMesh"),
-            content["HasWorld"],
+            content["HasSpatialReference"],
         )
 
 

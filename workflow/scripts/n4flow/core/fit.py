@@ -93,7 +93,7 @@ class PenalisedLeastSquares:
         Length of a mesh element per axis, in units of the size of the object: nothing depends on millimetres. Of a flat
         axis, anything.
     stiffness : float
-        See `N4Parameters`.
+        See `parameters.N4Parameters`.
 
     Attributes
     ----------

@@ -143,7 +143,7 @@ def keep_mean_intensity(field: BiasField, intensity: MaskIntensity, source: obje
         raise InputError(
             source,
             "the field that was found changes by many orders of magnitude within one span of the mesh",
-            "check the image and its mask, or raise n4.spline_distance_mm",
+            "check the image and its mask, or take longer spans (n4.spans, n4.spline_distance_mm)",
         )
     # no further than it is known: other processors round the sums otherwise, and would get other bits of a field
     return field.shifted(round(float(np.log(change)), 10))

@@ -95,7 +95,9 @@ class Samples:
             Too few of them, or all of one intensity.
         """
         used = self.confidence > 0
-        check_count(self.source, int(np.count_nonzero(used)), self.image_shape, self.dropped)
+        check_count(
+            self.source, int(np.count_nonzero(used)), self.image_shape, self.dropped, largest_step(self.positions)
+        )
         one = self.log_image[np.unravel_index(used.argmax(), used.shape)]
         # plane by plane: as a rule the first one has another intensity
         if not any(np.any(plane[inside] != one) for plane, inside in zip(self.log_image, used, strict=True)):
@@ -263,8 +265,23 @@ def usable_voxels(values: Any, inside: Any) -> tuple[Any, dict[str, int]]:
     return usable, dropped
 
 
+def largest_step(positions: Sequence[np.ndarray]) -> int:
+    """The most voxels between two samples, along the axis where it is most: 1 where nothing was shrunk.
+
+    Parameters
+    ----------
+    positions : three int arrays
+        See `sample_positions`.
+    """
+    return max(int(along[1] - along[0]) if len(along) > 1 else 1 for along in positions)
+
+
 def check_count(
-    source: object, count: int, image_shape: Sequence[int], dropped: Mapping[str, int] | None = None
+    source: object,
+    count: int,
+    image_shape: Sequence[int],
+    dropped: Mapping[str, int] | None = None,
+    step: int = 1,
 ) -> None:
     """Refuse an image of too few samples.
 
@@ -278,6 +295,8 @@ def check_count(
         Voxels per axis.
     dropped : mapping, optional
         Voxels of the mask that could not be used, by reason.
+    step : int
+        See `largest_step`.
 
     Raises
     ------
@@ -285,13 +304,14 @@ def check_count(
         They cannot carry a histogram.
     """
     if count < MINIMUM_SAMPLES:
+        remedy = "give a larger mask" + (f" or an n4.shrink_factor below {step}" if step > 1 else "")
+        if math.prod(image_shape) < MINIMUM_SAMPLES:
+            remedy = f"leave it out: {' x '.join(map(str, image_shape))} voxels are too few for a field"
         raise InputError(
             source,
-            f"only {count} usable samples inside the mask after shrinking, fewer than {MINIMUM_SAMPLES}"
-            + describe_dropped(dropped or {}),
-            "give a larger mask or a smaller n4.shrink_factor"
-            if math.prod(image_shape) >= MINIMUM_SAMPLES
-            else f"leave it out: {' x '.join(map(str, image_shape))} voxels are too few for a field",
+            f"only {count} usable samples inside the mask{' after shrinking' if step > 1 else ''}, "
+            f"fewer than {MINIMUM_SAMPLES}" + describe_dropped(dropped or {}),
+            remedy,
         )
 
 

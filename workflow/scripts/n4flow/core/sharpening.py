@@ -205,7 +205,7 @@ def sharpen_residual(log_values: Any, *, bins: int = 200, fwhm: float = 0.15, wi
     log_values : array, any shape, NumPy or CuPy
         Finite log intensities of the voxels that take part (nothing else).
     bins, fwhm, wiener_noise
-        As in `N4Parameters`.
+        As in `parameters.N4Parameters`.
 
     Returns
     -------

@@ -1,13 +1,17 @@
-"""Files that appear when they are complete."""
+"""Files: what is wrong with one, and new ones that appear when they are complete."""
 
 from __future__ import annotations
 
 import contextlib
 import errno
 import fcntl
+import gzip
 import json
+import math
 import os
 import shlex
+import struct
+import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -48,6 +52,25 @@ def missing_file(path: str | Path) -> tuple[str, str] | None:
             return "is a link to a file that is not there", f"fetch it: datalad get {shlex.quote(str(path))}"
         return f"is a link to a file that is not there ({target})", "fetch it, or mend the link"
     return "is not there", "check the path (it is taken from the working directory)"
+
+
+def voxels_of_frame(path: str | Path) -> int:
+    """Voxels of a NIfTI image, of one frame of a series, as its header has them; 0 if it cannot be read (yet).
+
+    In plain Python: Snakemake's own environment may hold no more.
+    """
+    opener: Any = gzip.open if str(path).endswith(".gz") else open
+    try:
+        with opener(path, "rb") as file:
+            header = file.read(80)
+        for size, place in ((348, "40x8h"), (540, "16x8q")):
+            for order in "<>":
+                if struct.unpack_from(f"{order}i", header)[0] == size:
+                    axes, *shape = struct.unpack_from(order + place, header)
+                    return math.prod(max(0, n) for n in shape[: min(axes, 3)])
+    except (OSError, EOFError, zlib.error, struct.error):
+        pass  # its job tells what is wrong
+    return 0
 
 
 def shortened(text: str, most: int = 200) -> str:

@@ -81,7 +81,7 @@ class Volume:
     affine : (4, 4) float64 array
     affine_mm : (4, 4) float64 array
         The affine with world coordinates in mm, whatever the header's units.
-    has_world : bool
+    has_spatial_reference : bool
         Whether the header names a space (qform_code or sform_code is not 0); where it does not, the affine is made up,
         with its origin in the middle of the image.
     voxel_size_mm : tuple of three floats
@@ -91,6 +91,8 @@ class Volume:
     header : nibabel header
     dtype : numpy dtype
         As stored, before scl_slope and scl_inter are applied.
+    slope, inter : float
+        Values are ``slope * stored + inter``.
 
     Raises
     ------
@@ -109,6 +111,7 @@ class Volume:
             self.affine = header.get_best_affine()
             self.dtype = header.get_data_dtype()
             self._check(data)
+            self.slope, self.inter = float(data.slope), float(data.inter)
             shape = data.shape
         n0, n1, n2, self.frames = (*shape, 1, 1)[:4]
         self.shape = (n0, n1, n2)
@@ -117,7 +120,7 @@ class Volume:
         self.affine_mm = self.affine * [[scale], [scale], [scale], [1.0]]
         if problem := affine_problem(self.affine_mm):
             raise InputError(self.path, f"its affine {problem}", "mend qform or sform in its header")
-        self.has_world = bool(self.header["qform_code"] > 0 or self.header["sform_code"] > 0)
+        self.has_spatial_reference = bool(self.header["qform_code"] > 0 or self.header["sform_code"] > 0)
         self.voxel_size_mm = tuple((*zooms, 1.0)[:3])
         scale = SECONDS_PER_UNIT.get(self._unit(1), 1.0)
         self.frame_time_s = float(self.header.get_zooms()[3]) * scale if self.frames > 1 else 0.0

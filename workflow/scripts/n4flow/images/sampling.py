@@ -1,11 +1,11 @@
-"""The samples of an image, and what keeps its mean intensity, taken slab by slab."""
+"""The samples of an image, and what keeps its mean intensity, taken slab by slab: of files and of arrays."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -20,78 +20,153 @@ from n4flow.core.samples import (
     log_where,
     usable_voxels,
 )
-from n4flow.device import to_host
+from n4flow.device import array_module, to_host
+from n4flow.errors import InputError
 from n4flow.estimate import check_mesh, initial_mesh, positions_in
 from n4flow.images.nifti import Volume
 from n4flow.parameters import N4Parameters
 
 
-@one_blas_thread
+class Slab(NamedTuple):
+    """Planes of an image along the third axis; arrays of NumPy or CuPy, of one shape."""
+
+    planes: slice
+    values: Any
+    inside: Any  # bool: the mask
+    weights: Any = None  # confidence of each voxel, from 0; all 1 if None
+
+
+class Image(NamedTuple):
+    """An image that samples are taken of."""
+
+    source: str  # its name, for messages
+    shape: tuple[int, ...]
+    voxel_size_mm: tuple[float, ...]
+    affine: np.ndarray
+    slabs: Callable[[], Iterable[Slab]]  # from the first plane to the last, as often as asked for
+
+
 def read_samples(
     image: str | Path | Volume, mask: str | Path | Volume, parameters: N4Parameters
 ) -> tuple[Samples, MaskIntensity]:
-    """Take the samples of an image (of the mean over its frames) inside a mask, slab by slab.
+    """Take the samples of an image file (of the mean over its frames) inside a mask.
 
     Parameters
     ----------
     image, mask : path or Volume
         On the same grid.
     parameters : N4Parameters
-        How far the samples are apart, and on which mesh the field will be.
 
     Returns
     -------
     Samples
     MaskIntensity
-        What `quadrature.keep_mean_intensity` needs of all voxels of the mask that are finite and above 0.
 
     Raises
     ------
     InputError
-        A file cannot be read, the grids differ, there are too few samples, the mesh does not fit them, or the mask is
-        empty or mostly unusable.
+        A file cannot be read, the grids differ, or as `take_samples`.
     """
     volume = image if isinstance(image, Volume) else Volume(image)
-    mask = mask if isinstance(mask, Volume) else Volume(mask)
-    volume.check_same_grid(mask, "mask")
+    own_mask = mask if isinstance(mask, Volume) else Volume(mask)
+    volume.check_same_grid(own_mask, "mask")
     check_count(volume.path, math.prod(volume.shape), volume.shape)
     box = Box(volume.shape)
-    for slab, mask_values in mask.mean_slabs():
-        box.add(inside_mask(mask_values), slab.start)
+    for planes, mask_values in own_mask.mean_slabs():
+        box.add(inside_mask(mask_values), planes.start)
+
+    def slabs() -> Iterable[Slab]:
+        for (planes, values), (_, mask_values) in zip(volume.mean_slabs(), own_mask.mean_slabs(), strict=True):
+            yield Slab(planes, values, inside_mask(mask_values))
+
+    described = Image(str(volume.path), volume.shape, volume.voxel_size_mm, volume.affine_mm, slabs)
+    return take_samples(described, box, parameters)
+
+
+@one_blas_thread
+def take_samples(
+    image: Image, box: Box, parameters: N4Parameters, *, box_is_final: bool = False
+) -> tuple[Samples, MaskIntensity]:
+    """Take the samples of an image inside its mask, slab by slab.
+
+    Parameters
+    ----------
+    image : Image
+    box : Box
+        Around the voxels that take part.
+    parameters : N4Parameters
+        How far the samples are apart, and on which mesh the field will be.
+    box_is_final : bool
+        All that take part can be used. Otherwise the box may be that of the mask: should it turn out smaller without
+        the voxels that cannot be used, the samples are taken again.
+
+    Returns
+    -------
+    Samples
+    MaskIntensity
+        What `quadrature.keep_mean_intensity` needs of all voxels of the mask that are finite and above 0, whatever
+        their weight.
+
+    Raises
+    ------
+    InputError
+        There are too few samples, the mesh does not fit them, the mask is empty or mostly unusable, or all weights in
+        it are 0.
+    """
     domain = None
-    # once, as a rule: unless what cannot be used at the border of the mask makes its box smaller
     while domain != box.ranges:
-        domain, box = box.ranges, Box(volume.shape)
-        positions = positions_in(domain, volume.shape, parameters)
-        mesh = initial_mesh(volume.shape, volume.voxel_size_mm, domain, parameters)
-        check_mesh(volume.path, positions, mesh, parameters)
-        intensity = MaskIntensity(volume.shape, mesh.refined(parameters.doublings))
+        domain, box = box.ranges, box if box_is_final else Box(image.shape)
+        positions = positions_in(domain, image.shape, parameters)
+        mesh = initial_mesh(image.shape, image.voxel_size_mm, domain, parameters)
+        check_mesh(image.source, positions, mesh, parameters)
+        intensity = MaskIntensity(image.shape, mesh.refined(parameters.refinements))
         log_image = np.zeros([len(p) for p in positions])
         kept = np.zeros(log_image.shape, dtype=bool)
+        weights: np.ndarray | None = None
         dropped: dict[str, int] = {}
-        mask_voxels = 0
-        for (slab, values), (_, mask_values) in zip(volume.mean_slabs(), mask.mean_slabs(), strict=True):
-            inside = inside_mask(mask_values)
-            usable, lost = usable_voxels(values, inside)
-            box.add(usable, slab.start)
-            intensity.add(values, usable, slab.start)
-            mask_voxels += int(np.count_nonzero(inside))
+        voxels = mask_voxels = 0
+        for slab in image.slabs():
+            start, module = slab.planes.start, array_module(slab.values)
+            weighted = slab.weights is not None
+            taking_part = slab.inside & inside_mask(slab.weights) if weighted else slab.inside
+            usable, lost = usable_voxels(slab.values, taking_part)
+            if not box_is_final:
+                box.add(usable, start)
+            intensity.add(slab.values, usable_voxels(slab.values, slab.inside)[0] if weighted else usable, start)
+            mask_voxels += int(module.count_nonzero(slab.inside))
+            voxels += int(module.count_nonzero(taking_part))
             dropped = {reason: dropped.get(reason, 0) + n for reason, n in lost.items()}
-            planes = (positions[2] >= slab.start) & (positions[2] < slab.stop)
-            grid = np.ix_(positions[0], positions[1], positions[2][planes] - slab.start)
-            kept[:, :, planes] = usable[grid]
-            log_image[:, :, planes] = log_where(values[grid], usable[grid])
-    check_dropped(volume.path, dropped, mask_voxels)
-    check_range(volume.path, log_image[kept])
+            hit = (positions[2] >= start) & (positions[2] < slab.planes.stop)
+            if not hit.any():
+                continue
+            grid = np.ix_(positions[0], positions[1], positions[2][hit] - start)
+            on_grid = tuple(module.asarray(axis) for axis in grid)
+            kept[:, :, hit] = to_host(usable[on_grid])
+            log_image[:, :, hit] = log_where(to_host(slab.values[on_grid]), kept[:, :, hit])
+            if weighted:
+                if weights is None:
+                    weights = np.zeros(log_image.shape, dtype=np.promote_types(slab.weights.dtype, np.float64))
+                weights[:, :, hit] = np.where(to_host(slab.inside[on_grid]), to_host(slab.weights[on_grid]), 0)
+    if weights is not None:
+        largest = weights.max(initial=0)
+        if mask_voxels and largest == 0:
+            raise InputError(image.source, "all weights in the mask are 0", "give a weight to the voxels that count")
+        # only their ratios count, and those to the largest fit into float32
+        weights = (weights / (largest or 1)).astype(np.float32)
+        kept &= weights > 0
+        log_image = np.where(kept, log_image, 0)
+    check_dropped(image.source, dropped, voxels)
+    check_range(image.source, log_image[kept])
     samples = Samples(
         log_image,
         kept,
         positions,
-        volume.shape,
-        volume.voxel_size_mm,
-        volume.affine_mm,
+        image.shape,
+        image.voxel_size_mm,
+        image.affine,
         dropped,
-        str(volume.path),
+        image.source,
+        weights,
         domain=domain,
     )
     return samples, intensity

@@ -17,6 +17,13 @@ __all__ = ["Kernels", "PlainKernels", "choose_kernels"]
 COMPILED_VOXELS = 2**16
 
 
+def preload() -> None:
+    """Load compiled code, for a process whose children are to find it there."""
+    from n4flow.kernels.compiled import preload
+
+    preload()
+
+
 def choose_kernels(samples: Samples, parameters: N4Parameters, xp: Any, threads: int) -> Kernels:
     """The kernels for a device and so many samples: the same ones for the same input, whatever the threads.
 

@@ -224,7 +224,7 @@ class Work(NamedTuple):
 
 
 class CompiledKernels(HostKernels):
-    """`Kernels` in compiled float32 code with exact histograms and float64 sums.
+    """`protocol.Kernels` in compiled float32 code with exact histograms and float64 sums.
 
     Parameters
     ----------
@@ -323,6 +323,14 @@ class CompiledKernels(HostKernels):
             if thread not in self.helpers or self.helpers[thread].done():
                 self.helpers[thread] = self.pool.submit(_follow, thread, self.work)
         _lead(first, last, self.work)
+
+
+def preload() -> None:
+    """Load (or compile) what is called first: all the rest comes with it."""
+    kernels = CompiledKernels(np.zeros((4, 4, 4)), np.ones((4, 4, 4), dtype=bool), N4Parameters(), threads=1)
+    kernels.set_mesh([np.eye(4)] * 3, [np.eye(4)] * 3)
+    _lead(LEAVE, LEAVE, kernels.work)
+    _follow(1, kernels.work)  # which finds that all has ended
 
 
 def _rows(samples: Oriented) -> Rows:

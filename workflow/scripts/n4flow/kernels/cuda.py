@@ -139,7 +139,7 @@ class _Rows(NamedTuple):
 
 
 class CudaKernels:
-    """`Kernels` in CUDA: float32 over the voxels, exact histograms, float64 sums in a fixed order.
+    """`protocol.Kernels` in CUDA: float32 over the voxels, exact histograms, float64 sums in a fixed order.
 
     Parameters
     ----------
@@ -217,7 +217,7 @@ class CudaKernels:
         columns = [_first_columns(basis) for basis in bases]
         types = (np.float64, np.float32, np.float64)
         self.taps, self.gather_taps = (
-            [_taps(*given) for given in zip(of, columns, types, strict=True)] for of in (bases, matrices)
+            [_taps(*axis) for axis in zip(of, columns, types, strict=True)] for of in (bases, matrices)
         )
         self.reach = [_reach(columns[axis], bases[axis].shape[1]) for axis in (0, 2)]
         # groups of rows, and the slots that their sums take: one for each control point that they reach
@@ -267,7 +267,7 @@ class CudaKernels:
         return np.ascontiguousarray(self.lattice.get().transpose(np.argsort(self.axes))), cvs
 
     def _to_sharpen(self) -> list[Callable[[], None]]:
-        values, given = self.rows.values, self.parameters
+        values, parameters = self.rows.values, self.parameters
         histogram = _launch(
             "histogram",
             THREADS * -(-values.size // HISTOGRAM_VOXELS),
@@ -278,7 +278,8 @@ class CudaKernels:
             "sharpen",
             THREADS,
             *(self.done, self.range, self.counts, self.bins, self.padded, float(self.stage.fwhm)),
-            *(float(given.wiener_noise), float(self.stage.twicing), int(given.as_itk), self.centre, self.roots),
+            *(float(parameters.wiener_noise), float(self.stage.twicing), int(parameters.as_itk)),
+            *(self.centre, self.roots),
             *(self.scratch, self.in_shared, self.lines, self.gain),
             shared_bytes=self.sharpen_bytes,
         )
@@ -316,7 +317,7 @@ class CudaKernels:
         ]
 
     def _to_subtract(self) -> list[Callable[[], None]]:
-        given, update, shared_bytes = self.parameters, self.update, FOUND_BYTES * THREADS // WARP
+        parameters, update, shared_bytes = self.parameters, self.update, FOUND_BYTES * THREADS // WARP
         subtract = _launch(
             "subtract",
             THREADS * self.subtract_blocks,
@@ -329,7 +330,7 @@ class CudaKernels:
             "finish",
             THREADS,
             *(self.counters, self.range, self.extremes, self.sums, self.subtract_blocks, np.int64(self.count)),
-            *(self.bins, float(given.convergence_threshold), update, update.size, self.lattice),
+            *(self.bins, float(parameters.convergence_threshold), update, update.size, self.lattice),
             *(self.bending, self.mode_update, self.modes.size, self.modes, self.bent, self.cvs),
             shared_bytes=shared_bytes,
         )
@@ -373,8 +374,8 @@ def _rows(samples: Oriented) -> _Rows:
     for i in range(n0):
         taken = slice(offset[i * n1], offset[(i + 1) * n1])
         kept = (place >= start[i, :, None]) & (place < end[i, :, None])
-        for given, zero, packed in arrays:
-            plane = np.where(inside[i], given[i] - zero, np.nan)
+        for array, zero, packed in arrays:
+            plane = np.where(inside[i], array[i] - zero, np.nan)
             packed[taken] = np.pad(plane, padding, constant_values=np.nan)[kept]
     on_device = [cupy.asarray(packed) for _, _, packed in arrays]
     ends = np.stack([start.ravel(), end.ravel()], axis=1).astype(np.int32)

@@ -18,7 +18,7 @@ BLOCK_VOXELS = 2**18
 
 
 class PlainKernels(HostKernels):
-    """`Kernels` in float64 array code.
+    """`protocol.Kernels` in float64 array code.
 
     Parameters
     ----------

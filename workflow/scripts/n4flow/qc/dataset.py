@@ -38,7 +38,7 @@ def make_index(
     Parameters
     ----------
     metrics_files : paths
-        As `make_subject` wrote them.
+        As `pages.make_subject` wrote them.
     output_page, output_table : path-like
         Beside the table, the same for MultiQC: its name with ``_mqc`` before the extension.
     failed : sequence of (name, error line)

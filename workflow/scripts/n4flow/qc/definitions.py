@@ -146,7 +146,7 @@ DEFINITIONS: tuple[Definition, ...] = (
         ("self_check_max",),
         "self-check",
         "max |corrected × b - original| / original, over the whole image as written",
-        "A few 1e-8: rounding.",
+        "About 1e-7: the rounding of float32, in which both are written.",
     ),
     Definition(
         ("mean_ratio",),

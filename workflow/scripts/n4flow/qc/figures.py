@@ -15,7 +15,8 @@ from PIL import Image, ImageDraw, ImageFont
 from n4flow.images.files import atomic_bytes
 from n4flow.qc.dataset import OUTLIER_Z, load_ranked
 from n4flow.qc.definitions import COLUMNS
-from n4flow.qc.panels import AFTER, BEFORE, FAINT, INK, THUMBNAIL_PIXELS
+from n4flow.qc.panels import THUMBNAIL_PIXELS
+from n4flow.qc.plots import AFTER, BEFORE, FAINT, INK
 
 #: Scans in the figure of the worst, and panels of each.
 WORST, PANELS = 12, ("original", "corrected", "bias field")
@@ -32,7 +33,7 @@ def make_figures(
     Parameters
     ----------
     metrics_files : paths
-        As `make_subject` wrote them.
+        As `pages.make_subject` wrote them.
     distributions, worst : path-like
     outlier_z : float
         Robust z beyond which a scan is flagged as an outlier.

@@ -20,11 +20,12 @@ from n4flow.images.files import atomic_text
 from n4flow.images.nifti import Volume
 from n4flow.images.sampling import read_samples
 from n4flow.parameters import N4Parameters
-from n4flow.qc import panels
 from n4flow.qc.definitions import COLUMNS, DEFINITIONS
-from n4flow.qc.metrics import FLAG_LIMITS, FLAGS
-from n4flow.qc.pages import Subject, data_uri, measure_subject
+from n4flow.qc.flags import FLAG_LIMITS, FLAGS
+from n4flow.qc.measuring import Subject, measure_subject
+from n4flow.qc.pictures import data_uri, webp
 from n4flow.qc.rendering import number, render
+from n4flow.qc.subject_panels import field_panels, image_panels, plot_panels
 from n4flow.steps.correct import correct_scan
 from n4flow.steps.demo import load_tissues
 from n4flow.steps.derivatives import CorrectionFiles, write_derivatives
@@ -89,8 +90,9 @@ class _Bench:
 
 
 def _too_fine(bench: _Bench) -> _Made:
-    given = {"fit": "lee-wolberg-shin", "iterations": (200,), "fwhm": 0.12, "twicing": 0, "spline_distance_mm": FINE_MM}
-    return _Made(bench.image, bench.mask, bench.correct("fine", bench.image, bench.mask, **given))
+    itk_fit = {"fit": "lee-wolberg-shin", "iterations": (200,), "fwhm": 0.12, "twicing": 0}
+    files = bench.correct("fine", bench.image, bench.mask, **itk_fit, spline_distance_mm=FINE_MM)
+    return _Made(bench.image, bench.mask, files)
 
 
 def _leaking(bench: _Bench) -> _Made:
@@ -234,7 +236,7 @@ def make_guide(
     page : path-like
         One HTML file that needs no other.
     field_window_log, flags
-        As in `pages.measure_subject`, so that the guide shows what the pages of the dataset show.
+        As in `measuring.measure_subject`, so that the guide shows what the pages of the dataset show.
     """
     limits: dict[str, Any] = {"field_window_log": field_window_log, "flags": flags}
     with TemporaryDirectory() as folder:
@@ -314,12 +316,12 @@ def _panels(subject: Subject) -> dict[str, dict[str, Any]]:
         {
             "title": IMAGES[entry["label"]],
             "alt": entry["alt"],
-            "source": data_uri(panels.webp(entry["picture"], QUALITY)),
+            "source": data_uri(webp(entry["picture"], QUALITY)),
         }
-        for entry in subject.image_panels()
+        for entry in image_panels(subject)
         if entry["label"] in IMAGES
     ]
-    return {panel["title"]: panel for panel in [*images, *subject.field_panels()[0], *subject.plots()]}
+    return {panel["title"]: panel for panel in [*images, *field_panels(subject)[0], *plot_panels(subject)]}
 
 
 def _worded(subject: Subject) -> list[list[str]]:

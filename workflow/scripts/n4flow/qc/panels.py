@@ -1,4 +1,4 @@
-"""The pictures of a subject: planes of the file laid out upright, and a few plots, as WebP bytes.
+"""The pictures of a subject: planes of the file laid out upright.
 
 Nothing is resampled to another grid: a picture shows index planes of the file, flipped and
 transposed so that anatomy stands upright (superior or anterior up, the subject's right on the right).
@@ -6,7 +6,6 @@ transposed so that anatomy stands upright (superior or anterior up, the subject'
 
 from __future__ import annotations
 
-import io
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,12 +16,12 @@ import numpy as np
 from contourpy import FillType, contour_generator
 from matplotlib import colormaps
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.path import Path as Outline
 from matplotlib.patheffects import withStroke
-from matplotlib.ticker import LogFormatter, MaxNLocator
 from PIL import Image, ImageDraw
+
+from n4flow.qc.pictures import picture_of
 
 WORLD = (("L", "R"), ("P", "A"), ("I", "S"))
 PLANE_NAMES = ("sagittal", "coronal", "axial")
@@ -40,8 +39,6 @@ MARGIN_SHARE = 0.03
 #: An outline is found on about so many pixels a side.
 OUTLINE_PIXELS = 512
 
-# Okabe & Ito's colour-blind safe pair, told apart by line style too
-BEFORE, AFTER, INK, FAINT = "#B4500A", "#0060A0", "#222222", "#8a8a8a"
 OUTSIDE = "#b9bcc0"
 
 #: Width of the two mosaics of the image in pixels; half of it fits a field panel with half the slices, row by row.
@@ -49,7 +46,6 @@ WIDTH = 1120
 
 #: Height of all rows of a mosaic together, in pixels, if they would be taller.
 TALLEST = 1100
-DPI = 200  # of the plots
 
 #: Side of a plane in the grid of all scans.
 THUMBNAIL_PIXELS = 160
@@ -343,7 +339,7 @@ def mosaic(
     axes.text(10, total - 17, title, va="center", weight="bold", **{**style, "fontsize": 14})
     _colour_bar(axes, scale, width, style)
     axes.set(xlim=(0, width), ylim=(0, total))
-    return _render(figure)
+    return picture_of(figure)
 
 
 def thumbnail(
@@ -422,124 +418,3 @@ def _colour_bar(axes: Any, scale: ColourScale, width: int, style: dict[str, Any]
         x = x0 + (value - scale.low) / (scale.high - scale.low) * (x1 - x0)
         axes.plot([x, x], [27, 32], color=style["color"], linewidth=1)
         axes.text(x, 25, text, ha="center", va="top", **{**style, "fontsize": 12})
-
-
-def _render(figure: Figure) -> Image.Image:
-    figure.canvas.draw()
-    return Image.fromarray(np.asarray(figure.canvas.buffer_rgba())[:, :, :3])  # type: ignore[attr-defined]
-
-
-def webp(picture: Image.Image, quality: int | None = None) -> bytes:
-    """WebP bytes; without a quality lossless, which suits lines and text."""
-    stream = io.BytesIO()
-    if quality is None:
-        picture.save(stream, "WEBP", lossless=True, quality=40, method=2)
-    else:
-        picture.save(stream, "WEBP", quality=quality, method=2)  # twice as fast as 4, a twelfth larger
-    return stream.getvalue()
-
-
-def _plot() -> tuple[Figure, Any]:
-    # fixed margins: a layout engine takes 0.1 s a plot
-    figure = Figure(figsize=(3.2, 2.2), dpi=DPI, facecolor="white")
-    FigureCanvasAgg(figure)
-    axes = figure.add_axes((0.2, 0.17, 0.77, 0.8))
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.tick_params(which="both", labelsize=7, length=2)
-    axes.xaxis.label.set_fontsize(8)
-    axes.yaxis.label.set_fontsize(8)
-    return figure, axes
-
-
-def histogram_plot(original: np.ndarray, corrected: np.ndarray, high: float, limits: Sequence[float]) -> Image.Image:
-    """In-mask histograms before and after, with the limits of the intensity classes.
-
-    Parameters
-    ----------
-    original, corrected : (n,) arrays
-    high : float
-        Right end: the top of the display window.
-    limits : floats
-        Drawn as thin lines where they are finite.
-    """
-    figure, axes = _plot()
-    width = 1.05 * high / 120
-    whole = original[:10_000]
-    if (whole == np.rint(whole)).all():  # bins of whole numbers: others would catch one integer more or less, a comb
-        width = float(max(1, math.ceil(width)))
-    edges = np.arange(0, 1.05 * high + width, width)
-    for values, colour, line, label in ((original, BEFORE, "--", "original"), (corrected, AFTER, "-", "corrected")):
-        counts, _ = np.histogram(values, bins=edges)
-        axes.stairs(100 * counts / max(1, values.size), edges, color=colour, linestyle=line, linewidth=1.2, label=label)
-    for limit in limits:
-        if math.isfinite(limit):
-            axes.axvline(limit, color=FAINT, linewidth=0.7, linestyle=":")
-    axes.set(xlabel="intensity", ylabel="% of the mask", xlim=(0, 1.05 * high), ylim=(0, None))
-    axes.legend(fontsize=7, frameon=False)
-    return _render(figure)
-
-
-class Profile(NamedTuple):
-    """Mean intensity of the bright class or the foreground, plane by plane along one axis, over its mean."""
-
-    position_mm: np.ndarray
-    original: np.ndarray
-    corrected: np.ndarray
-    field: np.ndarray
-    ends: tuple[str, str]
-
-
-def profile_plot(profile: Profile) -> Image.Image:
-    """How the bright class or the foreground runs along an axis, before and after."""
-    figure, axes = _plot()
-    x = profile.position_mm
-    axes.axhline(1, color=FAINT, linewidth=0.7)
-    axes.plot(x, profile.field, color=INK, linewidth=1, linestyle=":", label="field")
-    axes.plot(x, profile.original, color=BEFORE, linewidth=1.2, linestyle="--", label="original")
-    axes.plot(x, profile.corrected, color=AFTER, linewidth=1.4, label="corrected")
-    axes.set(xlabel=f"mm from {profile.ends[0]} to {profile.ends[1]}", ylabel="over its mean", xlim=(x.min(), x.max()))
-    axes.legend(fontsize=7, frameon=False)
-    return _render(figure)
-
-
-class _PlainNumbers(LogFormatter):
-    """0.002 for 2 x 10^-3: the grammar of mathematical text takes 0.2 s to build."""
-
-    def __call__(self, x: float, pos: int | None = None) -> str:
-        return f"{x:g}" if super().__call__(x, pos) else ""
-
-
-def convergence_plot(history: Sequence[dict[str, Any]], threshold: float | None) -> Image.Image:
-    """Coefficient of variation (CV) of each update, a line per stage."""
-    figure, axes = _plot()
-    steps = list(enumerate(history, start=1))
-    for stage in sorted({i["Stage"] for i in history}):
-        points = [(n, i["CV"]) for n, i in steps if i["Stage"] == stage]
-        axes.plot(*zip(*points, strict=True), color=AFTER, linewidth=1.2, marker="o", markersize=2.5)
-    if threshold:
-        axes.axhline(threshold, color=INK, linewidth=0.9, linestyle="--", label=f"threshold {threshold:g}")
-        axes.legend(fontsize=7, edgecolor="none", framealpha=0.8)
-    if any(i["CV"] > 0 for i in history):
-        axes.set_yscale("log")
-        axes.yaxis.set_major_formatter(_PlainNumbers())
-        axes.yaxis.set_minor_formatter(_PlainNumbers())
-    axes.set_position((0.22, 0.17, 0.75, 0.8))  # its tick labels are wide
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.set(xlabel="iteration", ylabel="CV", xlim=(0.5, len(history) + 0.5))
-    return _render(figure)
-
-
-def agreement_plot(log_field: np.ndarray, log_reference: np.ndarray, said: str) -> Image.Image:
-    """Our field against the reference, both demeaned, density of voxels; with words in the corner."""
-    figure, axes = _plot()
-    step = max(1, log_field.size // 100_000)
-    ours, reference = (v[::step] - v.mean(dtype=np.float64) for v in (log_field, log_reference))
-    edge = max(1e-6, float(np.abs([ours.min(), ours.max(), reference.min(), reference.max()]).max()))
-    axes.hexbin(
-        reference, ours, gridsize=60, extent=(-edge, edge, -edge, edge), mincnt=1, norm=LogNorm(),
-        cmap=colormaps["cividis"], linewidths=0.3,
-    )  # fmt: skip
-    axes.plot([-edge, edge], [-edge, edge], color=INK, linewidth=0.8, linestyle="--")
-    axes.set(xlabel="log reference", ylabel="log ours", xlim=(-edge, edge), ylim=(-edge, edge), aspect="equal")
-    axes.text(0.04, 0.96, said, transform=axes.transAxes, va="top", fontsize=7)
-    return _render(figure)

@@ -9,9 +9,11 @@ from typing import Any, NamedTuple
 
 from n4flow.images.files import atomic_text
 from n4flow.qc import panels
-from n4flow.qc.metrics import FLAG_LIMITS
-from n4flow.qc.pages import Subject, data_uri, measure_subject
+from n4flow.qc.flags import FLAG_LIMITS
+from n4flow.qc.measuring import Subject, measure_subject
+from n4flow.qc.pictures import data_uri, webp
 from n4flow.qc.rendering import number, render
+from n4flow.qc.subject_panels import field_panels
 from n4flow.steps.derivatives import CorrectionFiles
 
 #: Quality of the image panels.
@@ -42,7 +44,7 @@ class TunedScan(NamedTuple):
     image: Path
     mask: Path
     reference_field: Path | None
-    made: Sequence[CorrectionFiles]
+    corrections: Sequence[CorrectionFiles]  # one for each combination
 
 
 def make_comparison(
@@ -68,19 +70,19 @@ def make_comparison(
     settings : mapping
         The n4 keys that all combinations share.
     field_window_log, flags
-        As in `pages.measure_subject`.
+        As in `measuring.measure_subject`.
 
     Raises
     ------
     InputError
-        As `pages.measure_subject`.
+        As `measuring.measure_subject`.
     """
     names = [_worded(combination) for combination in combinations]
     sections = []
     for scan in scans:
         rows, cards, window = [], [], 0.0
-        given: list[dict[str, Any]] = []  # what is the same for all combinations
-        for name, files in zip(names, scan.made, strict=True):
+        shared: list[dict[str, Any]] = []  # what is the same for all combinations
+        for name, files in zip(names, scan.corrections, strict=True):
             subject = measure_subject(
                 name=scan.name,
                 image=scan.image,
@@ -92,18 +94,18 @@ def make_comparison(
                 field_window_log=field_window_log,
                 flags=flags,
             )
-            field, *others = subject.field_panels()[0]
-            if not given:
+            field, *others = field_panels(subject)[0]
+            if not shared:
                 window = subject.values["display_max"]
                 original = _image_panel(subject, "before", "original", window)
-                given = [original | {"alt": f"Original; window 0 to {window:.4g}."}, *others[:1]]
+                shared = [original | {"alt": f"Original; window 0 to {window:.4g}."}, *others[:1]]
             rows.append((name, subject.values))
             cards.append(_card(name, subject, field, window))
         columns = [column for column in COLUMNS if any(values.get(column[0]) is not None for _, values in rows)]
         sections.append(
             {
                 "name": scan.name,
-                "given": given,
+                "shared": shared,
                 "window": window,
                 "headings": [heading for _, heading, _ in columns],
                 "rows": [
@@ -143,7 +145,7 @@ def _image_panel(subject: Subject, which: str, title: str, window: float) -> dic
         width=panels.WIDTH // 2,
         title=title,
     )
-    return {"title": title, "source": data_uri(panels.webp(picture, QUALITY))}
+    return {"title": title, "source": data_uri(webp(picture, QUALITY))}
 
 
 def _card(name: str, subject: Subject, field: dict[str, Any], window: float) -> dict[str, Any]:

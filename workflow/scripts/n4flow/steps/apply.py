@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,13 @@ from n4flow.study.bids import own_uri
 log = logging.getLogger(__name__)
 
 
-def apply_scan(image: Path, lattice: Path, files: CorrectionFiles, *, keep_dtype: bool = False) -> None:
+def apply_scan(
+    image: str | Path,
+    lattice: str | Path,
+    files: CorrectionFiles | Mapping[str, str | Path],
+    *,
+    keep_dtype: bool = False,
+) -> None:
     """Divide a scan by the field of another one of the same space, and write what came about.
 
     The field is taken as it is. Its mean over this scan is not set to anything: so the ratios between scans that are
@@ -25,10 +32,11 @@ def apply_scan(image: Path, lattice: Path, files: CorrectionFiles, *, keep_dtype
 
     Parameters
     ----------
-    image : Path
-    lattice : Path
+    image : path-like
+    lattice : path-like
         Field of the other scan: one of the outputs, see `images.fields.load_field`.
-    files : CorrectionFiles
+    files : CorrectionFiles or mapping of str to path-like
+        A mapping by the names of `CorrectionFiles`.
     keep_dtype : bool
         See `images.division.write_corrected`.
 
@@ -38,15 +46,16 @@ def apply_scan(image: Path, lattice: Path, files: CorrectionFiles, *, keep_dtype
         The scan or the field is unusable, or they do not meet.
     """
     start = time.perf_counter()
+    image, lattice, files = Path(image), Path(lattice), CorrectionFiles.of(files)
     volume = Volume(image)
     source = load_field(lattice)
     same_grid = volume.shape == source.image_shape and np.array_equal(volume.affine_mm, source.affine)
-    if not (same_grid or (volume.has_world and source.has_world)):
+    if not (same_grid or (volume.has_spatial_reference and source.has_spatial_reference)):
         log.warning(
             "%s: %s names no space (qform_code and sform_code are 0), so that where the field lies in this image is a "
             "guess; set its qform or sform",
-            lattice if volume.has_world else image,
-            "the header of the image that it was estimated on" if volume.has_world else "its header",
+            lattice if volume.has_spatial_reference else image,
+            "the header of the image that it was estimated on" if volume.has_spatial_reference else "its header",
         )
     field = source.on_grid(volume.shape, volume.affine_mm, image)
     outside = round(source.share_outside(volume.shape, volume.affine_mm), 4)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from n4flow import kernels
 from n4flow.core.quadrature import keep_mean_intensity
 from n4flow.core.samples import Samples
 from n4flow.device import DeviceChoice, select_device
@@ -15,16 +17,17 @@ from n4flow.images.nifti import Volume
 from n4flow.images.sampling import read_samples
 from n4flow.parameters import N4Parameters
 from n4flow.steps.derivatives import CorrectionFiles, write_derivatives
+from n4flow.study.provenance import remember_package
 
 log = logging.getLogger(__name__)
 
 
 def correct_scan(
-    image: Path,
-    mask: Path,
-    files: CorrectionFiles,
+    image: str | Path,
+    mask: str | Path,
+    files: CorrectionFiles | Mapping[str, str | Path],
     *,
-    parameters: N4Parameters,
+    parameters: N4Parameters | Mapping[str, Any],
     device: DeviceChoice = "auto",
     threads: int = 1,
     keep_dtype: bool = False,
@@ -33,9 +36,11 @@ def correct_scan(
 
     Parameters
     ----------
-    image, mask : Path
-    files : CorrectionFiles
-    parameters : N4Parameters
+    image, mask : path-like
+    files : CorrectionFiles or mapping of str to path-like
+        A mapping by the names of `CorrectionFiles`.
+    parameters : N4Parameters or mapping
+        A mapping as the config has it.
     device : {"auto", "gpu", "cpu"}
     threads : int
         On the CPU; the result does not depend on it.
@@ -48,6 +53,9 @@ def correct_scan(
         The scan or its mask is unusable, or the device is not there.
     """
     start = time.perf_counter()
+    image, mask, files = Path(image), Path(mask), CorrectionFiles.of(files)
+    if not isinstance(parameters, N4Parameters):
+        parameters = N4Parameters.from_mapping(parameters)
     chosen = select_device(device)
     log.info("%s: computing on %s (%s)", image, chosen.name, chosen.reason)
     volume, inside = Volume(image), Volume(mask)
@@ -62,6 +70,12 @@ def correct_scan(
     }
     packages = ("cupy",) if chosen.kind == "gpu" else ("numba",)
     write_derivatives(volume, {"mask": mask}, files, field, facts, packages, start, keep_dtype=keep_dtype, xp=chosen.xp)
+
+
+def preload() -> None:
+    """What makes the first step slow, for a process that is to do many."""
+    kernels.preload()
+    remember_package()
 
 
 def estimate_facts(estimate: Estimate, samples: Samples, parameters: N4Parameters) -> dict[str, Any]:

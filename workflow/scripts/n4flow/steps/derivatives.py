@@ -27,8 +27,15 @@ class CorrectionFiles(NamedTuple):
 
     corrected: Path
     sidecar: Path  # JSON of the corrected image
-    lattice: Path  # JSON of the field, see `load_field`
+    lattice: Path  # JSON of the field, see `fields.load_field`
     bias: Path | None = None  # the multiplicative field as an image, if it is wanted
+
+    @classmethod
+    def of(cls, files: CorrectionFiles | Mapping[str, str | Path]) -> CorrectionFiles:
+        """These files, also if they are given as a mapping, as a job has them."""
+        if isinstance(files, CorrectionFiles):
+            return files
+        return cls(**{role: Path(path) for role, path in files.items()})
 
 
 def write_derivatives(
@@ -68,7 +75,7 @@ def write_derivatives(
         # one of an earlier run would be of another field
         files.lattice.with_suffix(".nii.gz").unlink(missing_ok=True)
     sources = [raw_uri(volume.path, files.corrected), *map(own_uri, inputs.values())]
-    save_field(replace(field, has_world=volume.has_world), files.lattice, Sources=sources)
+    save_field(replace(field, has_spatial_reference=volume.has_spatial_reference), files.lattice, Sources=sources)
     seconds = round(time.perf_counter() - start, 3)
     write_json(
         files.sidecar,

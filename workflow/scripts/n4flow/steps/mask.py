@@ -10,16 +10,17 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
+from n4flow import kernels
 from n4flow.core.bspline import one_blas_thread
 from n4flow.core.field import BiasField
-from n4flow.core.samples import Samples, check_range, inside_mask, log_where, sample_positions
+from n4flow.core.samples import Samples, check_range, inside_mask, largest_step, log_where, sample_positions
 from n4flow.errors import InputError
 from n4flow.estimate import estimate_field
 from n4flow.images.files import write_json
 from n4flow.images.nifti import Volume, VolumeWriter
 from n4flow.parameters import N4Parameters
 from n4flow.study.bids import raw_uri
-from n4flow.study.provenance import provenance
+from n4flow.study.provenance import provenance, remember_package
 
 log = logging.getLogger(__name__)
 
@@ -161,6 +162,13 @@ def find_foreground(volume: Volume, method: MaskMethod = "otsu", percentile: flo
         No voxel is finite and above 0, or all have the same intensity.
     """
     positions, values = _sub_grid(volume)
+    if not values.any():
+        step = largest_step(positions)
+        raise InputError(
+            volume.path,
+            f"none of the voxels that the mask is sought on (every {step}th along an axis) is above 0",
+            "give a mask in the sheet",
+        )
     if values.min() == values.max():
         raise InputError(volume.path, "all voxels have the same intensity", "check that this is the right image")
     positive = values[values > 0]
@@ -353,15 +361,21 @@ def _write(output: str | Path, like: Volume, slabs: Iterable[np.ndarray], source
 
 
 def mask_scan(
-    image: Path, own_mask: Path | None, output: Path, sidecar: Path, *, method: MaskMethod, percentile: float
+    image: str | Path,
+    own_mask: str | Path | None,
+    output: str | Path,
+    sidecar: str | Path,
+    *,
+    method: MaskMethod,
+    percentile: float,
 ) -> None:
     """Write the mask of a scan and its sidecar; the user's own mask wins over `method`.
 
     Parameters
     ----------
-    image : Path
-    own_mask : Path, optional
-    output, sidecar : Path
+    image : path-like
+    own_mask : path-like, optional
+    output, sidecar : path-like
     method, percentile
         As `make_mask`.
 
@@ -370,18 +384,26 @@ def mask_scan(
     InputError
         As `make_mask` and `adopt_mask`.
     """
+    image, output = Path(image), Path(output)
+    own_mask = Path(own_mask) if own_mask else None
     if own_mask:
-        made = adopt_mask(image, own_mask, output)
+        facts = adopt_mask(image, own_mask, output)
     else:
-        made = make_mask(image, output, method=method, percentile=percentile)
+        facts = make_mask(image, output, method=method, percentile=percentile)
     sources = {"image": image} | ({"mask": own_mask} if own_mask else {})
     write_json(
         sidecar,
         {
             "Type": "ROI",
             "Sources": [raw_uri(path, output) for path in sources.values()],
-            "Mask": made,
+            "Mask": facts,
             "Provenance": provenance(sources, ("numpy", "nibabel")),
         },
     )
-    log.info("%s: %s", image, made)
+    log.info("%s: %s", image, facts)
+
+
+def preload() -> None:
+    """What makes the first step slow, for a process that is to do many."""
+    kernels.preload()
+    remember_package()

@@ -6,7 +6,7 @@ import logging
 import math
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -179,15 +179,18 @@ def mesh_of_samples(samples: Samples) -> Mesh:
     return Mesh.of_box([(float(p[0]), float(p[-1])) for p in samples.positions], (1, 1, 1))
 
 
-def reference_scan(image: Path, mask: Path, files: CorrectionFiles, *, keep_dtype: bool = False) -> None:
-    """As `derivatives.correct_scan`, with the field that SimpleITK estimates at its defaults.
+def reference_scan(
+    image: str | Path, mask: str | Path, files: CorrectionFiles | Mapping[str, str | Path], *, keep_dtype: bool = False
+) -> None:
+    """As `correct.correct_scan`, with the field that SimpleITK estimates at its defaults.
 
     The sidecar also says how near our own arithmetic comes to it: ``Agreement``.
 
     Parameters
     ----------
-    image, mask : Path
-    files : CorrectionFiles
+    image, mask : path-like
+    files : CorrectionFiles or mapping of str to path-like
+        A mapping by the names of `CorrectionFiles`.
     keep_dtype : bool
         See `images.division.write_corrected`.
 
@@ -197,6 +200,7 @@ def reference_scan(image: Path, mask: Path, files: CorrectionFiles, *, keep_dtyp
         The scan or its mask is unusable.
     """
     start = time.perf_counter()
+    image, mask, files = Path(image), Path(mask), CorrectionFiles.of(files)
     volume, inside = Volume(image), Volume(mask)
     mask_voxels = sum(int(np.count_nonzero(inside_mask(values))) for _, values in inside.mean_slabs())
     parameters = reference_parameters(volume.shape, mask_voxels)

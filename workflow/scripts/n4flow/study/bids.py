@@ -30,7 +30,7 @@ DATATYPE_OF = {
 BIDS_VERSION = "1.10.0"
 
 #: Files that BIDS has no name for yet, and those of the workflow.
-BIDSIGNORE = ".batches\n*_biasfield.*\n**/perf/*_mask.*\n**/micr/*_mask.*\nmanifest.json\nqc\ntune\n"
+BIDSIGNORE = "*_biasfield.*\n**/perf/*_mask.*\n**/micr/*_mask.*\nmanifest.json\nqc\ntune\n"
 
 #: File systems hold names of 255 characters: what the outputs add must fit, too.
 LONGEST_NAME = 200

@@ -118,19 +118,19 @@ def write_manifest(
 
 def _made_with(folder: Path, files: Sequence[str]) -> dict[str, Any]:
     """What the sidecars of a scan say of how it was made, and its fields."""
-    made: dict[str, Any] = {}
+    found: dict[str, Any] = {}
     for file in files:
         if file.endswith(".json") and not file.startswith("qc/"):
             content = json.loads((folder / file).read_text(encoding="utf-8"))
             if "Lattice" in content:
-                made.setdefault("Fields", {})[file] = _field(load_field(folder / file))
+                found.setdefault("Fields", {})[file] = _field(load_field(folder / file))
             elif "N4" in content:
                 known = ("Parameters", "FieldFrom", "Device")
-                made.setdefault("Made", {})[file] = {
+                found.setdefault("Made", {})[file] = {
                     **{key: content["N4"][key] for key in known if key in content["N4"]},
                     **content["Provenance"],
                 }
-    return made
+    return found
 
 
 def _field(field: BiasField) -> dict[str, Any]:
@@ -304,7 +304,7 @@ def _same_numbers(first: Any, second: Any) -> bool:
 
 def _image_hashes(scan: Mapping[str, Any]) -> list[str]:
     """Hashes of the images that went in, by sidecar."""
-    return [made["InputSHA256"]["image"] for _, made in sorted(scan.get("Made", {}).items())]
+    return [facts["InputSHA256"]["image"] for _, facts in sorted(scan.get("Made", {}).items())]
 
 
 def _of_field(lattice: str) -> list[str]:

@@ -86,7 +86,7 @@ def provenance(inputs: Mapping[str, str | Path], packages: tuple[str, ...]) -> d
     """
     return {
         "n4flow": __version__,
-        "PackageDigest": _digest_of_this_process(),
+        "PackageDigest": remember_package(),
         "InputSHA256": {role: file_sha256(path) for role, path in inputs.items()},
         "Versions": {"python": platform.python_version(), **{name: _version(name) for name in packages}},
         "Machine": platform.machine(),
@@ -94,8 +94,8 @@ def provenance(inputs: Mapping[str, str | Path], packages: tuple[str, ...]) -> d
 
 
 @lru_cache(maxsize=1)
-def _digest_of_this_process() -> str:
-    """Looked up once: a file that changes later is not the code that runs."""
+def remember_package() -> str:
+    """Digest of the whole package, looked up once a process: a file that changes later is not the code that runs."""
     return package_digest()
 
 

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from n4flow.errors import InputError
 from n4flow.images.files import atomic_text
-from n4flow.study.inputs import RAGGED, ragged, read_table
+from n4flow.study.sheet import RAGGED, ragged, read_table
 
 RATINGS = ("pass", "warn", "fail")
 
@@ -31,7 +31,7 @@ class Rating(NamedTuple):
     time_sec : str
         For how long the scan was on show until it was rated.
     report_hash : str
-        `report_hash` of the scan's metrics when it was rated.
+        ``report_hash`` of the scan's metrics when it was rated.
     timestamp : str
         UTC, ISO 8601.
     """
@@ -88,13 +88,13 @@ def read_ratings(path: str | Path, known: Callable[[str], bool] = lambda scan: T
         if ragged(row):
             problems.append(f"{path}, line {line}: {RAGGED}")
             continue
-        given = {key: "" if text.strip() == "n/a" else text.strip() for key, text in row.items()}
-        rating = Rating(**{**dict.fromkeys(Rating._fields, ""), **given})
-        found = [f"{key} is empty; fill it in" for key in NEEDED if not given[key]]
+        cells = {key: "" if text.strip() == "n/a" else text.strip() for key, text in row.items()}
+        rating = Rating(**{**dict.fromkeys(Rating._fields, ""), **cells})
+        found = [f"{key} is empty; fill it in" for key in NEEDED if not cells[key]]
         found += [
-            f"{key} {given[key]!r} is not valid; {remedy}"
+            f"{key} {cells[key]!r} is not valid; {remedy}"
             for key, (pattern, remedy) in CELLS.items()
-            if given.get(key) and not re.fullmatch(pattern, given[key])
+            if cells.get(key) and not re.fullmatch(pattern, cells[key])
         ]
         if not found and not known(rating.scan):
             found.append(f"{rating.scan} is not in the sample sheet; remove the line, or add the scan")
@@ -122,7 +122,7 @@ def exclusions(ratings: Sequence[Rating], hashes: Mapping[str, str | None]) -> l
     ----------
     ratings : sequence of Rating
     hashes : mapping
-        `report_hash` by scan.
+        ``report_hash`` by scan.
 
     Returns
     -------
@@ -132,15 +132,16 @@ def exclusions(ratings: Sequence[Rating], hashes: Mapping[str, str | None]) -> l
     for rating in ratings:
         of_scan.setdefault(rating.scan, []).append(rating)
     rows = []
-    for scan, given in of_scan.items():
-        if all(rating.rating != "fail" for rating in given):
+    for scan, its_ratings in of_scan.items():
+        if all(rating.rating != "fail" for rating in its_ratings):
             continue
         words = []
-        for rating in sorted(given, key=lambda r: (-RATINGS.index(r.rating), r.rater)):
-            said = "; ".join(filter(None, [rating.reasons, rating.comment]))
+        for rating in sorted(its_ratings, key=lambda r: (-RATINGS.index(r.rating), r.rater)):
+            remarks = "; ".join(filter(None, [rating.reasons, rating.comment]))
             again = " (stale: the scan has changed since, look again)" if stale(rating, hashes.get(scan)) else ""
-            words.append(f"{rating.rater}: {rating.rating}{again}{f', {said}' if said else ''}")
-        rows.append((given[0].participant_id, given[0].session or "n/a", given[0].modality, " | ".join(words)))
+            words.append(f"{rating.rater}: {rating.rating}{again}{f', {remarks}' if remarks else ''}")
+        first = its_ratings[0]
+        rows.append((first.participant_id, first.session or "n/a", first.modality, " | ".join(words)))
     return sorted(rows)
 
 

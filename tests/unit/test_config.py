@@ -1,12 +1,10 @@
-"""Config and sample sheet: what is wrong is told before anything runs, a line each."""
+"""The config: what is wrong is told before anything runs, a line each."""
 
-import gzip
 import json
 import re
 from dataclasses import fields
 from pathlib import Path
 
-import nibabel as nib
 import numpy as np
 import pytest
 import yaml
@@ -14,19 +12,9 @@ import yaml
 from n4flow.errors import InputError
 from n4flow.parameters import PRESETS, N4Parameters
 from n4flow.qc.dataset import OUTLIER_Z
-from n4flow.qc.metrics import FLAG_LIMITS
+from n4flow.qc.flags import FLAG_LIMITS
 from n4flow.study.bids import Scan
-from n4flow.study.inputs import (
-    config_problems,
-    grid_combinations,
-    load_schema,
-    read_sheet,
-    results_problem,
-    tune_problems,
-    voxels_of_frame,
-    with_defaults,
-    with_least_hash,
-)
+from n4flow.study.config import config_problems, grid_combinations, load_schema, tune_problems, with_defaults
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = yaml.safe_load((ROOT / "config/config.yaml").read_text(encoding="utf-8"))
@@ -51,26 +39,6 @@ def test_parameters_may_be_numbers_of_numpy():
     assert json.loads(json.dumps(given.to_mapping()))["iterations"] == [5, 6]
     with pytest.raises(InputError, match=r"n4\.shrink_factor: .* whole number"):
         N4Parameters(shrink_factor=np.float64(2))
-
-
-@pytest.mark.parametrize("kind", [nib.Nifti1Image, nib.Nifti2Image])
-@pytest.mark.parametrize("extension", [".nii", ".nii.gz"])
-@pytest.mark.parametrize("order", "<>")
-@pytest.mark.parametrize("shape", [(5, 6), (5, 6, 7), (5, 6, 7, 8)])
-def test_voxels_of_a_frame_as_nibabel_has_them(tmp_path, kind, extension, order, shape):
-    path = tmp_path / f"a{extension}"
-    nib.save(kind(np.zeros(shape, dtype=np.uint8), np.eye(4), kind.header_class(endianness=order)), path)
-    assert voxels_of_frame(path) == np.prod(shape[:3])
-
-
-@pytest.mark.parametrize(
-    "content", [b"", b"x" * 400, gzip.compress(b"x" * 400, mtime=0)[:30], (348).to_bytes(4, "little")]
-)
-@pytest.mark.parametrize("name", ["a.nii", "a.nii.gz"])
-def test_what_is_no_image_has_no_voxels(tmp_path, name, content):
-    (tmp_path / name).write_bytes(content)
-    assert voxels_of_frame(tmp_path / name) == 0
-    assert voxels_of_frame(tmp_path / "not there.nii") == voxels_of_frame(tmp_path) == 0
 
 
 @pytest.mark.parametrize(
@@ -239,6 +207,50 @@ def test_wrong_key_or_value_is_one_line_with_what_to_do(key, value, line):
     assert len(problem.partition("; ")[2]) > 8
 
 
+@pytest.mark.parametrize(
+    ("n4", "line"),
+    [
+        (
+            {"iterations": [5]},
+            "n4.iterations: is for 1 stage, n4.fwhm and n4.twicing are for 6; give n4.iterations for 6, such as "
+            "[5, 5, 5, 5, 5, 5], or n4.fwhm and n4.twicing for 1: a number, or a list of 1",
+        ),
+        (
+            {"iterations": [5, 7], "fwhm": 0.15},
+            "n4.iterations: is for 2 stages, n4.twicing is for 6; give n4.iterations for 6, such as "
+            "[5, 7, 7, 7, 7, 7], or n4.twicing for 2: a number, or a list of 2",
+        ),
+        (
+            {"preset": "itk", "fwhm": [0.2, 0.1]},
+            "n4.iterations: is for 4 stages, n4.fwhm is for 2; give n4.iterations for 2, such as [50, 50], or n4.fwhm "
+            "for 4: a number, or a list of 4",
+        ),
+    ],
+)
+def test_stages_that_do_not_go_together_are_told_with_what_to_write(n4, line):
+    assert config_problems({"n4": n4}, CONFIG_SCHEMA) == [f"config: {line}"]
+
+
+def test_every_default_of_the_manual_is_what_yaml_reads_as_that_value():
+    """2e-6 is text in YAML."""
+    manual = (ROOT / "config/README.md").read_text(encoding="utf-8")
+    shown = dict(re.findall(r"^\| `n4\.(\w+)` \| ([^|]*\d[^|]*) \| ", manual, re.MULTILINE))
+    del shown["iterations"]  # 6 x 40
+    for name, text in shown.items():
+        bare = text.strip("`[]")
+        value = yaml.safe_load(f"[{bare}]" if "," in bare else bare)
+        default = getattr(N4Parameters(), name)
+        assert value == (list(default) if isinstance(default, tuple) else default), name
+    assert {"stiffness", "spans", "fwhm", "twicing", "convergence_threshold"} <= set(shown)
+
+
+def test_text_that_looks_like_a_number_is_told_as_yaml_takes_it():
+    (problem,) = config_problems(yaml.safe_load("n4: {stiffness: 2e-6}"), CONFIG_SCHEMA)
+    assert "(YAML takes 2e-6 for text: write 2.0e-06 instead; " in problem
+    (problem,) = config_problems(yaml.safe_load("n4: {stiffness: '0.1'}"), CONFIG_SCHEMA)
+    assert "(it is text here: write 0.1 without quotes; " in problem
+
+
 def test_every_problem_is_told_at_once():
     assert len(config_problems({"devices": "cpu", "n4": {"fwhm": 0, "iterations": [0]}}, CONFIG_SCHEMA)) == 3
 
@@ -289,220 +301,7 @@ def test_defaults_fill_what_is_not_given_and_nothing_else():
     assert given == {"n4": {"fwhm": 0.3}, "device": "cpu"}
 
 
-# ---------------------------------------------------------------- the sheet
-
-
-@pytest.fixture(autouse=True)
-def _working_directory(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    for name in ("a.nii", "b.nii.gz", "mask.nii.gz"):
-        (tmp_path / name).touch()
-
-
-def sheet(text, **how):
-    """Read a sheet of these lines, columns separated by blanks (. is an empty cell)."""
-    lines = [line.split() for line in text.strip().splitlines()]
-    content = "\n".join("\t".join("" if cell == "." else cell for cell in line) for line in lines)
-    Path("sheet.tsv").write_text(content + "\n", encoding="utf-8")
-    return read_sheet("sheet.tsv", SHEET_SCHEMA, **how)
-
-
-def problems_of(text):
-    with pytest.raises(InputError) as error:
-        sheet(text)
-    return str(error.value).splitlines()
-
-
-def test_rows_become_scans_with_the_defaults():
-    scans = sheet("subject image session mask modality\n01 a.nii . . .\n02 b.nii.gz pre mask.nii.gz run-1_T2w")
-    assert scans == [
-        Scan("01", "", "T1w", "a.nii"),
-        Scan("02", "pre", "run-1_T2w", "b.nii.gz", "mask.nii.gz"),
-    ]
-
-
-def test_row_may_take_the_field_of_another_row_of_its_subject_and_session():
-    scans = sheet(
-        """
-        subject session image modality field_from
-        01 pre a.nii echo-2_MEGRE echo-1_MEGRE
-        01 pre a.nii echo-1_MEGRE .
-        01 pre b.nii.gz task-rest_bold echo-1_MEGRE
-        01 post a.nii echo-1_MEGRE .
-        """
-    )
-    assert [scan.field_from for scan in scans] == ["echo-1_MEGRE", "", "echo-1_MEGRE", ""]
-    assert [scan.field_source for scan in scans] == ["sub-01_ses-pre_echo-1_MEGRE"] * 3 + [
-        "sub-01_ses-post_echo-1_MEGRE"
-    ]
-
-
-@pytest.mark.parametrize(
-    ("rows", "lines"),
-    [
-        ("01 . a.nii T2w T1w", {2: "T1w leads to sub-01_T1w, which has no row; add one, or"}),
-        ("01 . a.nii T2w T1w\n02 . a.nii T1w .", {2: "T1w leads to sub-01_T1w, which has no row; add one, or"}),
-        ("01 x a.nii T2w T1w\n01 y a.nii T1w .", {2: "T1w leads to sub-01_ses-x_T1w, which has no row; add one, or"}),
-        ("01 . a.nii T2w T1", {2: "T1 leads to sub-01_T1, which has no row; add one, or"}),
-        ("01 . a.nii T1w T1w", {2: "T1w is the row itself; leave it empty"}),
-        (
-            "01 . a.nii T1w .\n01 . a.nii T2w T1w\n01 . a.nii FLAIR T2w",
-            {4: "T2w leads to sub-01_T2w, which has no field of its own; name the row that"},
-        ),
-        (
-            "01 . a.nii T1w T2w\n01 . a.nii T2w T1w",
-            {2: "T2w leads to sub-01_T2w, which has no field", 3: "T1w leads to sub-01_T1w, which has no field"},
-        ),
-        # the row of the field is there, though something else is wrong with it
-        ("01 . absent.nii T1w .\n01 . a.nii T2w T1w", {2: None}),
-    ],
-)
-def test_field_that_is_not_there_is_one_line_for_each_row(rows, lines):
-    problems = problems_of(f"subject session image modality field_from\n{rows}")
-    assert len(problems) == len(lines)
-    for problem, (number, words) in zip(problems, lines.items(), strict=True):
-        assert problem.startswith(f"sheet.tsv, line {number}: {f'field_from {words}' if words else ''}")
-
-
-def test_a_sheet_of_a_spreadsheet_in_another_encoding_is_told_how_to_be_saved():
-    Path("sheet.tsv").write_text("subject\timage\n01\ta.nii\n", encoding="utf-16")
-    with pytest.raises(InputError, match=r"sheet\.tsv: is no text in UTF-8; save it as tab-separated text in UTF-8"):
-        read_sheet("sheet.tsv", SHEET_SCHEMA)
-
-
-def test_two_columns_are_enough_in_any_order():
-    assert sheet("image subject\na.nii 01") == [Scan("01", "", "T1w", "a.nii")]
-
-
-@pytest.mark.parametrize(
-    "content",
-    [
-        "\ufeffsubject\timage\n01\ta.nii\n",
-        "subject\timage\r\n01\ta.nii\r\n",
-        "subject\timage\n\n01\t a.nii \n\n",
-        "subject\timage\n01\ta.nii",
-    ],
-    ids=["byte order mark", "Windows line ends", "blanks and empty lines", "no line end"],
-)
-def test_sheets_that_spreadsheets_write_are_read(content):
-    Path("sheet.tsv").write_bytes(content.encode())
-    assert read_sheet("sheet.tsv", SHEET_SCHEMA) == [Scan("01", "", "T1w", "a.nii")]
-
-
-def test_files_that_the_workflow_makes_need_not_be_there():
-    assert sheet("subject image\n01 made.nii", made=["made.nii"]) == [Scan("01", "", "T1w", "made.nii")]
-
-
-@pytest.mark.parametrize(
-    ("text", "line"),
-    [
-        ("subject image age\n01 a.nii 3", "sheet.tsv: unknown column 'age'; known are subject, session, image, mask,"),
-        ("subject\n01", "sheet.tsv: there is no column 'image'; add it"),
-        ("subject image image\n01 a.nii b.nii.gz", "sheet.tsv: column 'image' "),
-        ("subject image", "sheet.tsv: the sheet has no rows; add a line per scan"),
-        ("subject image\n01 a.nii\n01 b.nii.gz", "sheet.tsv, line 3: sub-01_T1w stands in line 2 already; remove one"),
-        ("subject image\n01 absent.nii", "sheet.tsv, line 2: image absent.nii is not there; check the path"),
-        ("subject image mask\n01 a.nii absent.nii", "sheet.tsv, line 2: mask absent.nii is not there; check the path"),
-        ("subject image\n01 .", "sheet.tsv, line 2: 'image' is a required property; "),
-        ("subject image\n. a.nii", "sheet.tsv, line 2: 'subject' is a required property; "),
-        (
-            "subject image\n01 a.mgz",
-            "sheet.tsv, line 2: image: 'a.mgz' does not fit; path of the image, .nii or .nii.gz",
-        ),
-        ("subject image\n0_1 a.nii", "sheet.tsv, line 2: subject '0_1' is no BIDS label, use letters and digits only"),
-        ("subject image session\n01 a.nii s-1", "sheet.tsv, line 2: session 's-1' is no BIDS label, use letters"),
-        ("subject image modality\n01 a.nii T1", "sheet.tsv, line 2: modality 'T1' does not end in a known suffix, "),
-        ("subject image\n01 a.nii 1", "sheet.tsv, line 2: has another number of columns than the header; "),
-        ("subject image session\n01 a.nii", "sheet.tsv, line 2: has another number of columns than the header; "),
-    ],
-)
-def test_what_is_wrong_is_one_line_with_file_line_and_what_to_do(text, line):
-    (problem,) = problems_of(text)
-    assert problem.startswith(line)
-
-
-def test_every_wrong_line_is_told_with_its_number():
-    problems = problems_of("subject image\n01 a.nii\n0_2 a.nii\n03 absent.nii\n01 b.nii.gz")
-    assert [problem.partition(":")[0] for problem in problems] == [f"sheet.tsv, line {n}" for n in (3, 4, 5)]
-
-
-def test_same_subject_may_have_sessions_and_runs():
-    rows = "01 a . T1w\n01 a x T1w\n01 a . run-1_T1w\n01 a . T2w".replace(" a ", " a.nii ")
-    assert len(sheet(f"subject image session modality\n{rows}")) == 4
-
-
-def test_sheet_separated_by_commas_is_told_about_tabs():
-    Path("sheet.tsv").write_text("subject,image\n01,a.nii\n")
-    with pytest.raises(InputError, match="columns are separated by tabs"):
-        read_sheet("sheet.tsv", SHEET_SCHEMA)
-
-
-@pytest.mark.parametrize("content", [None, b"", b"subject\timage\n\xff\xfe\n", b'subject\timage\n"01\ta.nii\n'])
-def test_unreadable_sheet_is_one_error_that_names_it(content):
-    if content is not None:
-        Path("sheet.tsv").write_bytes(content)
-    with pytest.raises(InputError) as error:
-        read_sheet("sheet.tsv", SHEET_SCHEMA)
-    assert all(line.startswith("sheet.tsv: ") for line in str(error.value).splitlines())
-
-
-def test_link_to_a_file_that_was_not_fetched_is_told_as_such():
-    Path("link.nii").symlink_to("absent.nii")
-    (problem,) = problems_of("subject image\n01 link.nii")
-    assert "link" in problem.replace("link.nii", "")
-
-
-@pytest.mark.parametrize(
-    ("results", "image", "fits"),
-    [
-        ("results", "raw/sub-01/anat/a.nii", True),
-        ("raw/derivatives/n4", "raw/sub-01/anat/a.nii", True),
-        ("raw2", "raw/a.nii", True),
-        ("raw", "raw/sub-01/anat/a.nii", False),
-        (".", "raw/a.nii", False),
-        ("link", "raw/sub-01/anat/a.nii", False),
-        ("raw", "other/../raw/a.nii", False),
-    ],
-)
-def test_results_do_not_go_where_images_lie(tmp_path, results, image, fits):
-    (tmp_path / "link").symlink_to("raw")
-    problem = results_problem(results, [Scan("01", "", "T1w", image)])
-    assert bool(problem) != fits
-    if problem:
-        assert problem.startswith(f"config: pathvars: the results would be written to {results}, where {image} lies; ")
-
-
-# ---------------------------------------------------------------- the scans with a reference
-
-
-NAMES = [f"sub-{n:04d}_T1w" for n in range(400)]
-
-
-@pytest.mark.parametrize("count", [0, 1, 20, 399, 400])
-def test_as_many_are_chosen_as_asked_for(count):
-    chosen = with_least_hash(NAMES, count)
-    assert len(chosen) == count
-    assert chosen <= set(NAMES)
-
-
-@pytest.mark.parametrize("count", [401, 10**9, "all"])
-def test_all_are_chosen_where_there_are_no_more(count):
-    assert with_least_hash(NAMES, count) == set(NAMES)
-
-
-def test_more_keep_those_of_fewer():
-    assert with_least_hash(NAMES, 20) < with_least_hash(NAMES, 21)
-
-
-def test_a_further_name_takes_the_place_of_one_at_most():
-    before = with_least_hash(NAMES, 20)
-    lost = [len(before - with_least_hash([*NAMES, f"sub-new{n}_T1w"], 20)) for n in range(200)]
-    assert set(lost) == {0, 1}
-
-
-def test_choice_hangs_on_the_names_alone():
-    # SHA-256 of the name: the same on every machine and in every version
-    assert sorted(with_least_hash(NAMES[:20][::-1], 4)) == [f"sub-{n:04d}_T1w" for n in (6, 15, 16, 19)]
+# ---------------------------------------------------------------- the grid of tune
 
 
 def test_a_grid_gives_every_combination_a_name_of_its_own_that_is_good_in_a_path():

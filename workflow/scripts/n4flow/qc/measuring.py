@@ -1,0 +1,293 @@
+"""A scan read and measured: each of its files is opened once, and then let go."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from n4flow.core.field import BiasField
+from n4flow.core.samples import inside_mask
+from n4flow.errors import InputError
+from n4flow.images.fields import load_field
+from n4flow.images.nifti import Volume
+from n4flow.qc import panels
+from n4flow.qc.flags import FLAG_LIMITS, find_flags
+from n4flow.qc.metrics import (
+    correction_metrics,
+    mask_volume_ml,
+    microscopy_metrics,
+    saturated_fraction,
+    steepness,
+)
+from n4flow.qc.rendering import plain, read_json
+from n4flow.qc.viewer import shrink, steps_within
+from n4flow.study.bids import DATATYPE_OF
+
+#: Slices as pictures: per plane, per slice, rows from bottom to top.
+Pictures = list[list[np.ndarray]]
+
+
+class Part(NamedTuple):
+    """What is kept of an image."""
+
+    values: np.ndarray  # in the mask, in the order of the file; float32
+    pictures: Pictures
+    small: np.ndarray | None  # for the viewer
+    frames: int
+    stored: tuple[np.dtype, float, float]  # dtype, slope and inter in the file
+
+
+class View:
+    """The voxels that a page needs of each image: the slices, and the values in the mask.
+
+    Parameters
+    ----------
+    mask : Volume
+    viewer_bytes : float
+        The most that the viewer's data may take; 0 for none.
+    control_points : int
+        Of the fields that the viewer shows.
+
+    Attributes
+    ----------
+    grid : Volume
+        The mask's: gives geometry.
+    mask : (n0, n1, n2) bool array
+    voxels : int
+        In the mask.
+    steps : three ints or None
+        Voxels that the viewer's volumes average, per axis.
+    slices : per plane, per slice
+    outlines : per plane, per slice, rings of `panels.silhouette`
+    field_part : slice
+        Which slices of a plane the panels of a field show.
+    """
+
+    def __init__(self, mask: Volume, viewer_bytes: float, control_points: int) -> None:
+        self.grid = mask
+        fit = viewer_bytes, control_points
+        self.steps = steps_within(mask.shape, mask.voxel_size_mm, *fit) if viewer_bytes else None
+        self.mask = np.empty(mask.shape, dtype=bool, order="F")
+        for slab, values in mask.mean_slabs():
+            self.mask[:, :, slab] = inside_mask(values)
+        self.voxels = int(self.mask.sum())
+        if self.voxels == 0:
+            raise InputError(mask.path, "the mask is empty", "give a mask, or another mask.method")
+        planes = panels.upright_planes(mask.affine, mask.shape, mask.voxel_size_mm)
+        self.slices = panels.choose_slices(self.mask, planes)
+        self.outlines = [[panels.silhouette(s.cut(self.mask), s.plane.size_mm) for s in row] for row in self.slices]
+        field_part = panels.FIELD_SLICES
+        few = any(len(row) < field_part.stop for row in self.slices)
+        self.field_part = slice(None) if few else field_part
+
+    def image(self, path: str | Path, role: str) -> Part:
+        """Of an image what is kept of it."""
+        volume = Volume(path)
+        self.grid.check_same_grid(volume, role)
+        values = volume.mean()
+        # the transposes lie in memory as the file does, which makes the selection fast
+        inside = values.T[self.mask.T]
+        return Part(
+            inside,
+            [[np.nan_to_num(s.cut(values)) for s in row] for row in self.slices],
+            shrink(values, self.steps) if self.steps else None,
+            volume.frames,
+            (volume.dtype, volume.slope, volume.inter),
+        )
+
+    def field(self, field: BiasField, path: str | Path) -> tuple[np.ndarray, Pictures]:
+        """Log field in the mask (float32) and on the slices."""
+        if field.image_shape != self.mask.shape:
+            raise InputError(path, f"the field is of an image of shape {field.image_shape}", "make it again")
+        pictures = [[s.picture(field.log_tile(s.tile)) for s in row] for row in self.slices]
+        planes = max(1, 2**20 // (self.mask.shape[0] * self.mask.shape[1]))
+        parts = []
+        for start in range(0, self.mask.shape[2], planes):
+            part = slice(start, start + planes)
+            inside = self.mask[:, :, part]
+            if inside.any():
+                tile = field.log_tile((slice(None), slice(None), part))
+                parts.append(tile.T[inside.T].astype(np.float32))
+        return np.concatenate(parts), pictures
+
+    def log_slopes(self, field: BiasField) -> np.ndarray:
+        """Change of the log field per mm along each axis of the file, on a coarse grid in the mask."""
+        steps = [max(1, n // 48) for n in self.mask.shape]
+        inside = self.mask[tuple(slice(None, None, step) for step in steps)]
+        log_field = field.log_at([np.arange(0, n, step) for n, step in zip(self.mask.shape, steps, strict=True)])
+        return np.array(
+            [
+                np.gradient(log_field, step * size, axis=axis)[inside]
+                if log_field.shape[axis] > 1
+                else np.zeros(np.count_nonzero(inside))
+                for axis, (step, size) in enumerate(zip(steps, self.grid.voxel_size_mm, strict=True))
+            ]
+        )
+
+    def steepness(self, field: BiasField) -> float:
+        """See `metrics.steepness`; NaN where the mask has no voxel of the coarse grid."""
+        drawn = [size for n, size in zip(self.mask.shape, self.grid.voxel_size_mm, strict=True) if n > 1]
+        size_mm = (self.voxels * math.prod(drawn)) ** (1 / len(drawn)) if drawn else 0.0
+        return steepness(np.linalg.norm(self.log_slopes(field), axis=0), size_mm)
+
+    def steepest_axis(self, field: BiasField) -> int:
+        """The axis of the file along which the log field changes most per mm, in the mask."""
+        return int(np.argmax(np.abs(self.log_slopes(field)).sum(axis=1)))
+
+
+class Subject(NamedTuple):
+    """A scan, read and measured: what its panels are drawn from."""
+
+    view: View
+    field: BiasField
+    before: np.ndarray  # original in the mask
+    after: np.ndarray  # corrected
+    log_field: np.ndarray
+    log_reference: np.ndarray | None
+    pictures: dict[str, Pictures]  # before, after, field and, if there is one, reference
+    fields: dict[str, BiasField]  # for the viewer, by name
+    small: tuple[np.ndarray, np.ndarray] | None  # original and corrected for the viewer, if it was asked for
+    values: dict[str, Any]  # the metrics
+    facts: dict[str, Any]
+    reference_facts: dict[str, Any]
+
+
+def measure_subject(
+    *,
+    name: str,
+    image: str | Path,
+    mask: str | Path,
+    corrected: str | Path,
+    field: str | Path,
+    sidecar: str | Path,
+    reference_field: str | Path | None = None,
+    reference_sidecar: str | Path | None = None,
+    field_window_log: float,
+    flags: Mapping[str, float] = FLAG_LIMITS,
+    viewer_mb: float = 0,
+) -> Subject:
+    """Read a scan and measure its correction.
+
+    Parameters
+    ----------
+    name : str
+        BIDS name without extension: ``sub-01_T1w``. A suffix of microscopy gets the metrics of that.
+    image, mask, corrected : path-like
+        NIfTI, on one grid; of 4-D images the mean over the frames is looked at.
+    field, reference_field : path-like
+        Lattice JSON, see `images.fields.load_field`; without a reference its panels are absent.
+    sidecar, reference_sidecar : path-like
+        JSON of the images corrected with these fields.
+    field_window_log : float
+        Field maps run from ``-field_window_log`` to this, natural log; one for a dataset, so that subjects compare.
+    flags : mapping
+        Limits of the automatic flags, see `flags.FLAG_LIMITS`.
+    viewer_mb : float
+        The most that the viewer's data may take, in MB; 0 keeps none.
+
+    Returns
+    -------
+    Subject
+
+    Raises
+    ------
+    InputError
+        A file cannot be read, the grids differ, or the mask is empty.
+    """
+    if not (math.isfinite(field_window_log) and field_window_log > 0):
+        raise InputError("qc.field_window_log", f"{field_window_log!r} is not valid", "give a number above 0")
+    facts = read_json(sidecar)
+    reference_facts = read_json(reference_sidecar) if reference_sidecar else {}
+    fields = {"bias field": load_field(field)}
+    if reference_field:
+        fields["reference field"] = load_field(reference_field)
+    view = View(Volume(mask), 1e6 * viewer_mb, sum(each.lattice.size for each in fields.values()))
+    original, result = view.image(image, "image"), view.image(corrected, "corrected image")
+    ours = fields["bias field"]
+    log_field, field_pictures = view.field(ours, field)
+    pictures = {"before": original.pictures, "after": result.pictures, "field": field_pictures}
+    log_reference = None
+    if reference_field:
+        log_reference, pictures["reference"] = view.field(fields["reference field"], reference_field)
+
+    datatype = DATATYPE_OF.get(name.rpartition("_")[2])
+    values = {
+        "name": name,
+        "datatype": datatype,
+        "report_hash": _report_hash(view.mask, original.values, result.values),
+        "shape": list(view.mask.shape),
+        "frames": original.frames,
+        "voxel_size_mm": [float(s) for s in view.grid.voxel_size_mm],
+        "mask_volume_ml": mask_volume_ml(view.voxels, view.grid.voxel_size_mm),
+        **correction_metrics(original.values, result.values, log_field, log_reference, by_class=datatype != "micr"),
+        **(microscopy_metrics(original.values, result.values, view.mask) if datatype == "micr" else {}),
+        "field_steepness": view.steepness(ours),
+        "saturated_fraction": saturated_fraction(original.values, *original.stored),
+        "display_max": _display_max(result.values),
+        "field_window_log": field_window_log,
+        "field_beyond_window_fraction": float(np.mean(np.abs(log_field) > field_window_log)),
+        **_run_metrics(facts, reference_facts, view.voxels),
+    }
+    values["flags"] = find_flags(values, flags)
+    small = None if original.small is None or result.small is None else (original.small, result.small)
+    inside = original.values, result.values, log_field, log_reference
+    return Subject(view, ours, *inside, pictures, fields, small, plain(values), facts, reference_facts)
+
+
+def _display_max(corrected: np.ndarray) -> float:
+    """Upper end of the window in which original and corrected are shown."""
+    finite = corrected[np.isfinite(corrected)]
+    high = float(np.percentile(finite, 99.5)) if finite.size else 0.0
+    return high if high > 0 else 1.0
+
+
+def _report_hash(mask: np.ndarray, before: np.ndarray, after: np.ndarray) -> str:
+    """What a rating belongs to: the mask, and original and corrected in it. Shortened SHA-256."""
+    digest = hashlib.sha256(np.packbits(mask.T).data)  # in the order of the file, as the values
+    for values in (before, after):
+        digest.update(np.ascontiguousarray(values).data)
+    return digest.hexdigest()[:12]
+
+
+def _run_metrics(facts: Mapping[str, Any], reference: Mapping[str, Any], mask_voxels: int) -> dict[str, Any]:
+    """What the run reports about itself; absent keys give None."""
+    run = facts.get("N4") or {}
+    reference_run = reference.get("N4") or {}
+    agreement = reference_run.get("Agreement") or {}
+    parameters = run.get("Parameters") or {}
+    history = run.get("History") or []
+    most = parameters.get("iterations")
+    converged = run.get("Converged")
+    dropped = run.get("Dropped")
+    lost = sum(dropped.values()) if dropped is not None else None
+    return {
+        "iterations_used": len(history) if history else None,
+        "iterations_max": sum(most) if most else None,
+        # with a threshold of 0, a stage is to take all its iterations
+        "converged": all(converged) if converged is not None and parameters.get("convergence_threshold") != 0 else None,
+        "convergence_cv": history[-1]["CV"] if history else None,
+        "dropped_voxels": lost,
+        "dropped_fraction": lost / mask_voxels if lost is not None else None,
+        "samples": run.get("Samples"),
+        "repeatability_log": run.get("Repeatability"),
+        "self_check_max": run.get("SelfCheck"),
+        "wall_time_s": run.get("WallTimeSeconds"),
+        "reference_wall_time_s": reference_run.get("WallTimeSeconds"),
+        "agreement_r": agreement.get("r"),
+        "agreement_rms_log": agreement.get("rms"),
+        "agreement_max_log": agreement.get("max"),
+        "device": run.get("Device"),
+        "skull_stripped": facts.get("SkullStripped"),
+        "field_from": _scan_of_field(run["FieldFrom"]) if run.get("FieldFrom") else None,
+        "outside_fraction": run.get("ShareOutside"),
+    }
+
+
+def _scan_of_field(uri: str) -> str:
+    """Name of the scan that a field was estimated on, out of the URI of its lattice."""
+    return uri.rpartition("/")[2].removesuffix("_biasfield.json").replace("_desc-N4", "_")

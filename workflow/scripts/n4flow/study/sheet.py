@@ -1,0 +1,167 @@
+"""The sample sheet, checked before anything runs; every problem is one line."""
+
+from __future__ import annotations
+
+import csv
+import os
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from n4flow.errors import InputError
+from n4flow.images.files import missing_file, shortened
+from n4flow.study.bids import Scan
+from n4flow.study.config import schema_problems
+
+#: Said of a row that `ragged` finds.
+RAGGED = "has another number of columns than the header; separate them by tabs"
+
+
+def ragged(row: Mapping[Any, Any]) -> bool:
+    """Whether a row of csv.DictReader has more or fewer cells than the header."""
+    return None in row or None in row.values()
+
+
+def read_table(
+    path: str | Path, known: Collection[str], required: Collection[str], quoting: Any = csv.QUOTE_MINIMAL
+) -> tuple[list[tuple[int, dict[Any, Any]]], list[str]]:
+    """Rows of a tab-separated table with their line numbers, and what is wrong with its columns, a line each.
+
+    Raises
+    ------
+    InputError
+        The file cannot be read.
+    """
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            reader = csv.DictReader(file, delimiter="\t", strict=True, quoting=quoting)
+            rows = [(reader.line_num, row) for row in reader]
+            columns = reader.fieldnames or []
+    except UnicodeDecodeError:
+        raise InputError(path, "is no text in UTF-8", "save it as tab-separated text in UTF-8") from None
+    except (OSError, csv.Error) as error:
+        raise InputError(path, f"cannot be read ({error})", "give a tab-separated sheet") from None
+    problems = [
+        f"{path}: unknown column {column!r}; known are {', '.join(known)}" for column in columns if column not in known
+    ]
+    problems += [
+        f"{path}: there is no column {column!r}; add it (columns are separated by tabs)"
+        for column in required
+        if column not in columns
+    ]
+    problems += [
+        f"{path}: column {column!r} stands there twice; remove one"
+        for column in dict.fromkeys(columns)
+        if columns.count(column) > 1
+    ]
+    return rows, problems
+
+
+def read_sheet(path: str | Path, schema: Mapping[str, Any], to_be_made: Collection[str] = ()) -> list[Scan]:
+    """Read and check the sample sheet.
+
+    Parameters
+    ----------
+    path : path-like
+        Tab-separated, with a header line.
+    schema : mapping
+        JSON schema of a row.
+    to_be_made : collection of str
+        Paths that need not be there yet, because the workflow makes them.
+
+    Returns
+    -------
+    list of Scan
+
+    Raises
+    ------
+    InputError
+        The file cannot be read, or lines of it are wrong: the message has a line for each.
+    """
+    rows, problems = read_table(path, schema["properties"], schema["required"])
+    if not rows and not problems:
+        problems.append(f"{path}: the sheet has no rows; add a line per scan")
+    scans: dict[str, tuple[int, Scan]] = {}
+    for line, row in [] if problems else rows:
+        found, scan = _read_row(row, schema, to_be_made)
+        if scan and scan.name in scans:
+            found.append(
+                f"{scan.name} stands in line {scans[scan.name][0]} already; remove one, or tell them apart "
+                "by session or modality (run-1_T1w, run-2_T1w)"
+            )
+        elif scan:
+            scans[scan.name] = (line, scan)
+        problems += [f"{path}, line {line}: {problem}" for problem in found]
+    named = {name: scan for name, (_, scan) in scans.items()}
+    problems += [
+        f"{path}, line {line}: field_from {scan.field_from} {problem}"
+        for line, scan in scans.values()
+        if (problem := _field_source_problem(scan, named))
+    ]
+    if problems:
+        raise InputError.of_lines(problems)
+    return [scan for _, scan in scans.values()]
+
+
+def results_problem(results: str | Path, scans: Sequence[Scan]) -> str:
+    """What is wrong with the folder of the results beside the sheet: it may hold no image that goes in."""
+    root = os.path.realpath(results) + os.sep
+    folders = {os.path.dirname(scan.image): scan.image for scan in scans}
+    for folder, image in folders.items():
+        if f"{os.path.realpath(folder)}{os.sep}".startswith(root):
+            return (
+                f"config: pathvars: the results would be written to {results}, where {shortened(image)} lies; "
+                "give them a folder of their own"
+            )
+    return ""
+
+
+def _field_source_problem(scan: Scan, scans: Mapping[str, Scan]) -> str:
+    """What is wrong with the row that a scan takes its field from; empty if nothing is."""
+    if not scan.field_from:
+        return ""
+    if scan.field_source == scan.name:
+        return "is the row itself; leave it empty for a scan that has a field of its own"
+    if scan.field_source not in scans:
+        return f"leads to {scan.field_source}, which has no row; add one, or name the modality of another row"
+    if scans[scan.field_source].field_from:
+        return (
+            f"leads to {scan.field_source}, which has no field of its own; name the row that the field is estimated on"
+        )
+    return ""
+
+
+def _read_row(
+    row: dict[Any, Any], schema: Mapping[str, Any], to_be_made: Collection[str]
+) -> tuple[list[str], Scan | None]:
+    if ragged(row):
+        return [RAGGED], None
+    cells = {key: value.strip() for key, value in row.items() if value.strip()}
+    found = list(schema_problems(cells, schema))
+    if found:
+        return found, None
+    values = {key: part["default"] for key, part in schema["properties"].items() if "default" in part} | cells
+    scan = Scan(**values)
+    found = [f"{problem}" for problem in scan.problems()]
+    for role in ("image", "mask"):
+        path = getattr(scan, role)
+        if bad := sorted(set(path) & set("{}<>")):
+            found.append(
+                f"{role} {shortened(path)} holds {' '.join(bad)}, which Snakemake takes for wildcards; rename it"
+            )
+            continue
+        if path and path not in to_be_made and (missing := missing_file(path)):
+            found.append(f"{role} {shortened(path)} {'; '.join(missing)}")
+    return found, scan
+
+
+def with_least_hash(names: Collection[str], count: int | str) -> set[str]:
+    """So many of the names, or ``all``: those of the least SHA-256 hash.
+
+    The same names give the same choice in any order, and more of them a larger count that holds the smaller one's. A
+    further name can take the place of one alone.
+    """
+    import hashlib
+
+    ordered = sorted(names, key=lambda name: hashlib.sha256(name.encode()).digest())
+    return set(ordered if isinstance(count, str) else ordered[: int(count)])
