@@ -83,7 +83,7 @@ def _scans():
         "run 2": (raw_scan("runs", "run-2_T1w"), head(seed=5), {}),
         "echo": (raw_scan("twice", "run-1_echo-2_MEGRE", session="a"), head(seed=7), {}),
         "bold": (raw_scan("frames", "task-rest_bold"), frames(5), {"dtype": np.int16, "frame_time": 2.5}),
-        "asl": (raw_scan("perfusion", "asl", extension=".nii"), frames(3), {"units": ("mm", "msec"), "frame_time": 4000}),
+        "asl": (raw_scan("pcasl", "asl", extension=".nii"), frames(3), {"units": ("mm", "msec"), "frame_time": 4000}),
         "one frame": (raw_scan("oneframe", "T2w"), head()[..., None], {"frame_time": 3}),
         "scaled": (raw_scan("scaled", extension=".nii"), head(), {"dtype": np.int16, "scaling": (0.25, 10)}),
         "big-endian": (raw_scan("big", extension=".nii"), head(), {"dtype": np.int16, "endianness": ">"}),
