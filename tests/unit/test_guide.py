@@ -101,7 +101,8 @@ def test_metrics_and_flags_are_explained_with_their_limits(guide):
     assert {n.replace(" ", "_"): float(limit) for n, limit in shown if limit != "none"} == FLAG_LIMITS
 
 
-def test_a_case_that_no_flag_catches_says_so_and_a_good_one_that_is_flagged_too(tmp_path):
+def test_a_case_that_no_flag_catches_says_so_and_a_good_one_that_is_flagged_too(tmp_path, monkeypatch):
+    monkeypatch.setattr("n4flow.qc.guide.CASES", [case for case in CASES if case.key == "drifted"])
     limits = FLAG_LIMITS | {"mean_drift": 0.5, "field_flat": 0.5}
     make_guide(TISSUES, tmp_path / "guide.html", field_window_log=0.4, flags=limits)
     page = (tmp_path / "guide.html").read_text(encoding="utf-8")

@@ -358,52 +358,74 @@ def test_small_scans_do_not_wait_for_the_compiler(pytestconfig):
     assert out.split()[1] == "False", error
 
 
-def test_many_processes_may_compile_at_once_and_where_nothing_can_be_cached(pytestconfig, tmp_path):
-    first = [in_a_process(pytestconfig, 0, {"NUMBA_CACHE_DIR": str(tmp_path)}) for _ in range(3)]
+@pytest.fixture(scope="module")
+def cached(pytestconfig, tmp_path_factory):
+    """A cache that two processes have filled at once, and what each of them said."""
+    folder = tmp_path_factory.mktemp("cache")
+    first = [in_a_process(pytestconfig, 0, {"NUMBA_CACHE_DIR": str(folder)}) for _ in range(2)]
+    return folder, [process.communicate() for process in first]
+
+
+@pytest.fixture
+def to_be_spoilt(cached, tmp_path):
+    """A copy of the cache, and what an estimate with it has to give."""
+    folder, ((out, _), *_) = cached
+    return shutil.copytree(folder, tmp_path / "cache"), out
+
+
+def files_of_two_functions(folder, ending):
+    """Of one that Python calls, and of one that this one calls: the others need not be compiled again."""
+    found = [path for name in ("_lead", "_sum_counts") for path in folder.glob(f"*/compiled.{name}-*{ending}")]
+    assert len({path.suffix for path in found}) * 2 == len(found)
+    return found
+
+
+def test_many_processes_may_compile_at_once_and_where_nothing_can_be_cached(pytestconfig, cached):
+    folder, outputs = cached
     only_there = {"NUMBA_CACHE_DIR": "/dev/null/nowhere", "NUMBA_CACHE_LOCATOR_CLASSES": "UserProvidedCacheLocator"}
-    nowhere = in_a_process(pytestconfig, 0, only_there)
-    outputs = [process.communicate() for process in (*first, nowhere)]
-    assert list(tmp_path.rglob("*.nbc"))
-    assert outputs[-1][1].count("compiled code cannot be kept there") == 1
-    assert len({out for out, _ in outputs}) == 1, outputs
-    again, error = in_a_process(pytestconfig, 0, {"NUMBA_CACHE_DIR": str(tmp_path)}).communicate()
+    nowhere = in_a_process(pytestconfig, 0, only_there).communicate()
+    assert list(folder.rglob("*.nbc"))
+    assert nowhere[1].count("compiled code cannot be kept there") == 1
+    assert len({out for out, _ in (*outputs, nowhere)}) == 1, (*outputs, nowhere)
+    again, error = in_a_process(pytestconfig, 0, {"NUMBA_CACHE_DIR": str(folder)}).communicate()
     assert again == outputs[0][0], error
     assert again.split()[1] == "True"
 
 
-def test_copies_of_the_package_share_what_is_compiled(pytestconfig, tmp_path):
+def test_copies_of_the_package_share_what_is_compiled(pytestconfig, cached, tmp_path):
     """Snakemake makes one for each run, in a folder with a random name."""
-    found = []
-    for name in ("first", "second"):
-        scripts = tmp_path / name
-        shutil.copytree(
-            pytestconfig.rootpath / "workflow/scripts/n4flow", scripts / "n4flow", copy_function=shutil.copy
-        )
-        cache = {"NUMBA_CACHE_DIR": str(tmp_path / "cache")}
-        out, error = in_a_process(pytestconfig, 0, cache, scripts).communicate()
-        found.append((out, {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.nb[ic]")}))
-        assert found[0][1], error
-    assert found[0] == found[1]
+    folder, ((whole, error), *_) = cached
+    assert whole, error
+    scripts = tmp_path / "copy"
+    shutil.copytree(pytestconfig.rootpath / "workflow/scripts/n4flow", scripts / "n4flow", copy_function=shutil.copy)
+    there = {path: path.stat().st_mtime_ns for path in folder.rglob("*.nb[ic]")}
+    out, error = in_a_process(pytestconfig, 0, {"NUMBA_CACHE_DIR": str(folder)}, scripts).communicate()
+    assert out == whole, error
+    assert {path: path.stat().st_mtime_ns for path in (*folder.rglob("*.nb[ic]"), *tmp_path.rglob("*.nb[ic]"))} == there
 
 
 @pytest.mark.parametrize("ending", [".nbc", ".nbi"])
-def test_a_damaged_cache_is_made_anew(pytestconfig, tmp_path, ending):
-    whole, error = in_a_process(pytestconfig, 0, {"NUMBA_CACHE_DIR": str(tmp_path)}).communicate()
-    assert whole, error
-    for path in tmp_path.rglob(f"*{ending}"):
+def test_a_damaged_cache_is_made_anew(pytestconfig, to_be_spoilt, ending):
+    folder, whole = to_be_spoilt
+    damaged = files_of_two_functions(folder, ending)
+    for path in damaged:
         path.write_bytes(path.read_bytes()[:100] if ending == ".nbi" else b"")
-    for _ in range(2):
-        again, error = in_a_process(pytestconfig, 0, {"NUMBA_CACHE_DIR": str(tmp_path)}).communicate()
+    for time_ in ("first", "second"):
+        again, error = in_a_process(pytestconfig, 0, {"NUMBA_CACHE_DIR": str(folder)}).communicate()
         assert again == whole, error
-    assert "cannot be read" not in error
+        assert error.count("cannot be read") == (len(damaged) if time_ == "first" else 0), error
 
 
-def test_a_cache_without_room_is_done_without(pytestconfig, tmp_path):
+def test_a_cache_without_room_is_done_without(pytestconfig, to_be_spoilt):
+    folder, whole = to_be_spoilt
+    for path in files_of_two_functions(folder, ""):
+        path.unlink()
     limited = f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))\n{ESTIMATE}"
     command = [sys.executable, "-c", limited, pytestconfig.rootpath / "workflow" / "scripts", "0"]
     made = subprocess.run(
-        command, env=os.environ | {"NUMBA_CACHE_DIR": str(tmp_path)}, capture_output=True, text=True, check=False
+        command, env=os.environ | {"NUMBA_CACHE_DIR": str(folder)}, capture_output=True, text=True, check=False
     )
+    assert made.stdout == whole, made.stderr
     assert made.stdout.endswith("True\n"), made.stderr
     assert "cannot be kept" in made.stderr
 
