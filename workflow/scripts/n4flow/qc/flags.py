@@ -106,8 +106,8 @@ FLAGS = {
         ("datatype", "shape", "voxel_size_mm"),
         _odd_size,
         lambda m: (
-            f"the longest edge of the image is {_longest_edge_mm(m['shape'], m['voxel_size_mm']):.3g} mm, not "
-            f"{LEAST_EDGE_MM:g} to {MOST_EDGE_MM:g}"
+            f"the longest edge of the image is {_longest_edge_mm(m['shape'], m['voxel_size_mm']):.3g} mm "
+            f"(limit {LEAST_EDGE_MM:g} to {MOST_EDGE_MM:g} mm)"
         ),
         meaning=f"longest edge of the image below {LEAST_EDGE_MM:g} (not in microscopy) or above {MOST_EDGE_MM:g} mm",
         look="at the units in the header (xyzt_units): lengths, volumes and the closing of the mask go by them",
