@@ -130,8 +130,8 @@ def calls_of(scan, config, folder):
     corrected = {
         "corrected": at / f"{stem}_desc-N4_{suffix}.nii.gz",
         "sidecar": at / f"{stem}_desc-N4_{suffix}.json",
-        "lattice": at / f"{stem}_biasfield.json",
-        "bias": at / f"{stem}_biasfield.nii.gz",
+        "field": at / f"{stem}_biasfield.json",
+        "field_image": at / f"{stem}_biasfield.nii.gz",
     }
     flags = {name: limit for name, limit in config["qc"]["flags"].items() if name != "outlier_z"}
 
@@ -161,7 +161,7 @@ def calls_of(scan, config, folder):
             image=Path(scan.image),
             mask=mask,
             corrected=corrected["corrected"],
-            field=corrected["lattice"],
+            field=corrected["field"],
             sidecar=corrected["sidecar"],
             page=at / "page.html",
             metrics=at / "metrics.json",

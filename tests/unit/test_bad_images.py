@@ -288,7 +288,7 @@ def test_bad_sidecar_of_the_image_does_not_keep_it_from_being_corrected(tmp_path
     mask = save(tmp_path / "mask.nii", np.ones(SHAPE, np.uint8))
     (tmp_path / "image.json").write_bytes(content)
     files = CorrectionFiles(
-        corrected=tmp_path / "out.nii.gz", sidecar=tmp_path / "out.json", lattice=tmp_path / "field.json"
+        corrected=tmp_path / "out.nii.gz", sidecar=tmp_path / "out.json", field=tmp_path / "field.json"
     )
     correct_scan(image, mask, files, parameters=N4Parameters(iterations=(2,), fwhm=0.1, twicing=0.9), device="cpu")
     assert json.loads(files.sidecar.read_text())["SkullStripped"] is False

@@ -149,8 +149,8 @@ def run_chain(image, folder, **options):
             "mask_json": "mask.json",
             "corrected": options.pop("name", "corrected.nii.gz"),
             "sidecar": "corrected.json",
-            "lattice": "field.json",
-            "bias": "field.nii.gz",
+            "field": "field.json",
+            "field_image": "field.nii.gz",
         }.items()
     }
     mask_scan(image, None, paths["mask"], paths["mask_json"], method="otsu", percentile=50)
@@ -170,7 +170,7 @@ def test_files_and_arrays_go_through_the_same_estimate(head, head_file, tmp_path
     paths = run_chain(head_file, tmp_path)
     mask = np.asarray(nib.load(paths["mask"]).dataobj) > 0
     result = correct(head.image, mask, voxel_size_mm=(2, 2, 2), device="cpu")
-    assert_array_equal(np.asarray(nib.load(paths["bias"]).dataobj), result.bias)
+    assert_array_equal(np.asarray(nib.load(paths["field_image"]).dataobj), result.bias)
     assert_array_equal(np.asarray(nib.load(paths["corrected"]).dataobj), result.corrected)
 
 
@@ -205,7 +205,7 @@ def test_background_moves_the_automatic_mask_and_its_field_hardly(head, tmp_path
         paths = run_chain(path, tmp_path / name)
         part = inner if name == "padded" else ...
         masks.append(np.asarray(nib.load(paths["mask"]).dataobj)[part] > 0)
-        fields.append(np.log(np.asarray(nib.load(paths["bias"]).dataobj)[part]))
+        fields.append(np.log(np.asarray(nib.load(paths["field_image"]).dataobj)[part]))
     assert np.mean(masks[0] != masks[1]) < 1e-3
     assert np.std((fields[1] - fields[0])[masks[0]]) <= 1e-3
 
@@ -218,7 +218,7 @@ def test_a_mouse_has_the_mask_and_the_field_of_a_head(head, tmp_path, unit):
         path = tmp_path / f"{size}.nii"
         nib.save(nib.Nifti1Image(head.image[::2, ::2, ::2], np.diag([size, size, size, 1])), path)
         found.append(run_chain(path, tmp_path / str(size)))
-    masks, fields = ([np.asarray(nib.load(paths[role]).dataobj) for paths in found] for role in ("mask", "bias"))
+    masks, fields = ([np.asarray(nib.load(paths[role]).dataobj) for paths in found] for role in ("mask", "field_image"))
     assert_array_equal(*masks)
     assert np.ptp(np.log(fields[0])) > 0.2
     assert_allclose(*fields, rtol=1e-6)
@@ -228,7 +228,7 @@ def test_slabs_of_any_size_give_the_same_files(head_file, tmp_path, monkeypatch)
     expected = run_chain(head_file, tmp_path / "a")
     monkeypatch.setattr("n4flow.images.nifti.SLAB_VOXELS", 30_000)
     result = run_chain(head_file, tmp_path / "b")
-    for role in ("mask", "corrected", "bias"):
+    for role in ("mask", "corrected", "field_image"):
         assert result[role].read_bytes() == expected[role].read_bytes()
 
 
@@ -350,7 +350,7 @@ def test_integers_of_any_type_keep_dark_and_negative_voxels(head, tmp_path, dtyp
     image.header.set_slope_inter(1, intercept)
     nib.save(image, path)
     paths = run_chain(path, tmp_path / "out", keep_dtype=True)
-    corrected, bias = nib.load(paths["corrected"]), nib.load(paths["bias"])
+    corrected, bias = nib.load(paths["corrected"]), nib.load(paths["field_image"])
     assert corrected.get_data_dtype() == dtype
     step = corrected.dataobj.slope
     error = corrected.get_fdata() * bias.get_fdata() - nib.load(path).get_fdata()
@@ -368,7 +368,7 @@ def test_self_check_notices_what_was_lost_in_writing(head, head_file, tmp_path, 
 
 
 def test_world_coordinates_are_in_mm_whatever_the_unit_of_a_file(head_file, tmp_path):
-    lattice = run_chain(head_file, tmp_path)["lattice"]
+    lattice = run_chain(head_file, tmp_path)["field"]
     corrected = []
     for unit, scale in (("mm", 1.0), ("micron", 1e3), ("meter", 1e-3)):
         image = nib.load(head_file)
@@ -385,14 +385,6 @@ def test_world_coordinates_are_in_mm_whatever_the_unit_of_a_file(head_file, tmp_
         assert_allclose(other, ours, rtol=1e-5)
 
 
-def test_a_field_of_an_earlier_run_does_not_stay_beside_another_correction(head_file, tmp_path):
-    paths = run_chain(head_file, tmp_path)
-    assert paths["bias"].exists()
-    files = CorrectionFiles(paths["corrected"], paths["sidecar"], paths["lattice"])
-    correct_scan(head_file, paths["mask"], files, parameters=N4Parameters(spline_distance_mm=80), device="cpu")
-    assert not paths["bias"].exists()
-
-
 @pytest.mark.parametrize("nameless", ["source", "target", "both", "neither"])
 @pytest.mark.parametrize("same", [True, False], ids=["same grid", "other grid"])
 def test_header_that_names_no_space_is_said(head, tmp_path, caplog, nameless, same):
@@ -407,7 +399,7 @@ def test_header_that_names_no_space_is_said(head, tmp_path, caplog, nameless, sa
     # what nibabel makes up for a header that names no space
     affine = nib.Nifti1Image(head.image, None).header.get_base_affine() @ np.diag([2.0, 2, 2, 1])
     affine[:3, 3] *= 2
-    lattice = run_chain(saved("source", head.image, affine), tmp_path / "sub-01")["lattice"]
+    lattice = run_chain(saved("source", head.image, affine), tmp_path / "sub-01")["field"]
     target = saved("target", head.image if same else head.image[2:-2], affine)
     files = CorrectionFiles(*(tmp_path / "sub-01" / f"target{end}" for end in (".nii", ".json", "_field.json")))
     caplog.clear()
@@ -420,7 +412,7 @@ def test_header_that_names_no_space_is_said(head, tmp_path, caplog, nameless, sa
 
 
 def test_share_of_the_image_outside_of_the_source_is_in_the_sidecar(head_file, tmp_path):
-    lattice = run_chain(head_file, tmp_path / "sub-01")["lattice"]
+    lattice = run_chain(head_file, tmp_path / "sub-01")["field"]
     image = nib.load(head_file)
     for name, shift, share in (("inside", 0, 0.0), ("outside", 3 * image.shape[0] // 4, 0.75)):
         affine = image.affine.copy()
@@ -430,20 +422,6 @@ def test_share_of_the_image_outside_of_the_source_is_in_the_sidecar(head_file, t
         apply_scan(tmp_path / f"{name}.nii", lattice, files)
         found = json.loads(files.sidecar.read_text())["N4"]["ShareOutside"]
         assert found == pytest.approx(share, abs=0.02)
-
-
-def test_reference_of_an_earlier_run_does_not_stay_beside_the_field_of_another_scan(head_file, tmp_path):
-    lattice = run_chain(head_file, tmp_path / "sub-01")["lattice"]
-    names = ("sub-01_desc-N4_T2w.nii.gz", "sub-01_desc-N4_T2w.json", "sub-01_desc-N4T2w_biasfield.json")
-    files = CorrectionFiles(*(tmp_path / "sub-01" / name for name in names))
-    stale = [tmp_path / "sub-01" / name.replace("desc-N4", "desc-N4sitk") for name in names]
-    kept = tmp_path / "sub-01" / "sub-01_desc-N4sitk_T1w.json"
-    for path in (*stale, kept):
-        path.write_text("{}")
-    apply_scan(head_file, lattice, files)
-    assert [path.exists() for path in stale] == [False] * 3
-    assert kept.exists()
-    assert all(path.exists() for path in files[:3])
 
 
 @pytest.mark.parametrize("scale", [1e-200, 1e200])

@@ -235,7 +235,7 @@ def test_sidecar_says_what_simpleitk_did_and_how_near_ours_came(head, tmp_path):
     assert facts["Agreement"]["rms"] < 5e-5
     assert 4 < len(facts["History"]) <= 200
     truth = np.log(head.bias)
-    found = load_field(files.lattice).log_at([np.arange(n) for n in head.image.shape])
+    found = load_field(files.field).log_at([np.arange(n) for n in head.image.shape])
     left = less_mean(found - truth, head.brain)
     assert rms(left) < 0.8 * rms(less_mean(truth, head.brain))
 

@@ -64,7 +64,9 @@ def test_the_core_touches_no_files(module):
 
 #: What `common.smk` may import.
 FOR_THE_WORKFLOW = ["console", "worker", "errors", "parameters", "images.files"]
-FOR_THE_WORKFLOW += [f"study.{name}" for name in ("bids", "config", "provenance", "ratings", "sheet")]
+FOR_THE_WORKFLOW += [
+    f"study.{name}" for name in ("bids", "config", "failures", "outputs", "provenance", "ratings", "sheet")
+]
 
 
 def test_the_workflow_itself_needs_no_numeric_library(pytestconfig):

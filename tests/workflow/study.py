@@ -125,11 +125,11 @@ def results_of(scan, results="results"):
         "mask sidecar": f"{stem}_desc-foreground{suffix}_mask.json",
         "corrected": f"{stem}_desc-N4_{suffix}.nii.gz",
         "sidecar": f"{stem}_desc-N4_{suffix}.json",
-        "bias": f"{stem}_desc-N4{suffix}_biasfield.nii.gz",
-        "lattice": f"{stem}_desc-N4{suffix}_biasfield.json",
+        "field_image": f"{stem}_desc-N4{suffix}_biasfield.nii.gz",
+        "field": f"{stem}_desc-N4{suffix}_biasfield.json",
         "reference": f"{stem}_desc-N4sitk_{suffix}.nii.gz",
         "reference sidecar": f"{stem}_desc-N4sitk_{suffix}.json",
-        "reference lattice": f"{stem}_desc-N4sitk{suffix}_biasfield.json",
+        "reference field": f"{stem}_desc-N4sitk{suffix}_biasfield.json",
         "page": f"{results}/qc/{scan.name}.html",
         "metrics": f"{results}/qc/data/{scan.name}.json",
         "pictures": f"{results}/qc/data/{scan.name}.webp",
@@ -137,7 +137,7 @@ def results_of(scan, results="results"):
     }
 
 
-REFERENCE_ROLES = {"reference", "reference sidecar", "reference lattice"}
+REFERENCE_ROLES = {"reference", "reference sidecar", "reference field"}
 
 
 def log_of(scan, step):

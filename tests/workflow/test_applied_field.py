@@ -81,7 +81,7 @@ def sidecar_of(folder, name):
 
 
 def lattice_of_source(name):
-    return results_of(SOURCES[APPLIED[name][3]])["lattice"]
+    return results_of(SOURCES[APPLIED[name][3]])["field"]
 
 
 @each_applied
@@ -95,21 +95,21 @@ def test_outputs_are_those_of_n4_but_for_the_reference(folder, name):
 def test_field_is_that_of_the_source_at_the_same_place_in_the_world(folder, name):
     scan, _, affine, _ = APPLIED[name]
     source = load_field(folder / lattice_of_source(name))
-    bias = load(folder / results_of(scan)["bias"])
+    bias = load(folder / results_of(scan)["field_image"])
     voxels = np.random.default_rng(0).integers(0, bias.shape, (200, 3))
     points = np.linalg.inv(source.affine) @ affine @ np.c_[voxels, np.ones(len(voxels))].T
     expected = [source.log_at([[x], [y], [z]])[0, 0, 0] for x, y, z, _ in points.T]
     np.testing.assert_allclose(np.log(bias[tuple(voxels.T)]), expected, atol=1e-6)
     assert np.ptp(expected) > 0.2
     # and so says the lattice that lies beside the image
-    own = load_field(folder / results_of(scan)["lattice"])
+    own = load_field(folder / results_of(scan)["field"])
     assert np.array_equal(own.ratio_tile((slice(None),) * 3), bias.astype(np.float32))
 
 
 @each_applied
 def test_image_is_divided_by_it(folder, name):
     scan, values, *_ = APPLIED[name]
-    bias = load(folder / results_of(scan)["bias"])
+    bias = load(folder / results_of(scan)["field_image"])
     corrected = nib.load(folder / results_of(scan)["corrected"])
     original = load(folder / scan.image)
     assert np.array_equal(corrected.affine, nib.load(folder / scan.image).affine)
@@ -125,7 +125,7 @@ def test_ratio_of_two_echoes_is_what_it_was(folder):
     head_only = before[0] > 100
     np.testing.assert_allclose((after[1] / after[0])[head_only], (before[1] / before[0])[head_only], rtol=3e-7)
     # the same grid gets the same bits
-    assert len({(folder / results_of(scan)["bias"]).read_bytes() for scan in echoes}) == 1
+    assert len({(folder / results_of(scan)["field_image"]).read_bytes() for scan in echoes}) == 1
 
 
 @each_applied
@@ -138,11 +138,11 @@ def test_sidecar_names_the_field_and_nothing_of_an_estimate(folder, name):
     links[""] = "."  # bids::path lies in the dataset of the sidecar
     split = [uri.split(":", 2) for uri in [*content["Sources"], content["N4"]["FieldFrom"]]]
     places = [os.path.normpath(folder / "results" / links[dataset] / path) for _, dataset, path in split]
-    inputs = {"image": SCANS[name].image, "lattice": lattice_of_source(name)}
-    assert places == [str(folder / path) for path in [*inputs.values(), inputs["lattice"]]]
+    inputs = {"image": SCANS[name].image, "field": lattice_of_source(name)}
+    assert places == [str(folder / path) for path in [*inputs.values(), inputs["field"]]]
     digests = {role: hashlib.sha256((folder / path).read_bytes()).hexdigest() for role, path in inputs.items()}
     assert content["Provenance"]["InputSHA256"] == digests
-    lattice = json.loads((folder / results_of(SCANS[name])["lattice"]).read_text())
+    lattice = json.loads((folder / results_of(SCANS[name])["field"]).read_text())
     assert lattice["Sources"] == content["Sources"]
 
 

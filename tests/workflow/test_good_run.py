@@ -209,8 +209,8 @@ def test_corrected_times_field_is_the_original(folder, name):
     original = load(folder / scan.image)
     images = images_of(folder, scan)
     assert images["corrected"].get_data_dtype().newbyteorder("=") == np.float32
-    assert images["bias"].get_data_dtype().newbyteorder("=") == np.float32
-    bias = load(folder / results_of(scan)["bias"])
+    assert images["field_image"].get_data_dtype().newbyteorder("=") == np.float32
+    bias = load(folder / results_of(scan)["field_image"])
     back = load(folder / results_of(scan)["corrected"]) * (bias if bias.ndim == original.ndim else bias[..., None])
     np.testing.assert_allclose(back, original, rtol=3e-7, atol=0)
     sidecar = json.loads((folder / results_of(scan)["sidecar"]).read_text())
@@ -219,7 +219,7 @@ def test_corrected_times_field_is_the_original(folder, name):
 
 @each_scan
 def test_field_varies_smoothly_about_one(folder, name):
-    bias = load(folder / results_of(SCANS[name])["bias"])
+    bias = load(folder / results_of(SCANS[name])["field_image"])
     assert 0.2 < bias.min() < 0.97
     assert 1.03 < bias.max() < 5
     steps = [np.abs(np.diff(np.log(bias), axis=axis)).max() for axis in range(bias.ndim) if bias.shape[axis] > 1]
@@ -330,7 +330,7 @@ def test_sidecar_keeps_what_that_of_the_image_says(folder):
 
 
 @pytest.mark.parametrize("name", ["plain", "bold", "annexed"])
-@pytest.mark.parametrize("role", ["mask sidecar", "sidecar", "lattice"])
+@pytest.mark.parametrize("role", ["mask sidecar", "sidecar", "field"])
 def test_sources_are_uris_of_files_in_the_linked_datasets(folder, name, role):
     scan = SCANS[name]
     sources = json.loads((folder / results_of(scan)[role]).read_text())["Sources"]

@@ -148,7 +148,7 @@ def files(name):
 @each_integer
 def test_files_that_were_not_asked_for_are_not_written(lean, name):
     there = {role for role, path in files(name).items() if (lean / path).is_file()}
-    assert there == {"mask", "mask sidecar", "corrected", "sidecar", "lattice", "page", "metrics", "pictures"}
+    assert there == {"mask", "mask sidecar", "corrected", "sidecar", "field", "page", "metrics", "pictures"}
     assert list(lean.rglob("*sitk*")) == []
     assert not (lean / "results").exists()
 
@@ -168,7 +168,7 @@ def test_integers_stay_integers_with_a_sound_slope(lean, name):
     assert image.get_data_dtype() == INTEGERS[name]["dtype"]
     slope, inter = image.dataobj.slope, image.dataobj.inter
     assert inter == 0
-    field = load_field(lean / files(name)["lattice"])
+    field = load_field(lean / files(name)["field"])
     wanted = load(lean / SCANS[name].image) / np.exp(field.log_tile((slice(None),) * 3))
     got = load(lean / files(name)["corrected"])
     # rounding to the slope, and float32 on the way
@@ -213,7 +213,7 @@ def test_auto_without_a_gpu_means_the_cpu_with_one_line(raw, tmp_path):
     for scan in SCANS.values():
         (line,) = [n for n in (folder / log_of(scan, "n4")).read_text().splitlines() if "computing on" in n]
         assert "computing on CPU (CuPy " in line
-        assert (folder / results_of(scan)["bias"]).is_file()
+        assert (folder / results_of(scan)["field_image"]).is_file()
 
 
 def fake_gpu_tool(folder: Path):

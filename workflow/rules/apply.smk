@@ -9,7 +9,7 @@ rule apply:
     """Divide the image by the field of another one, by world coordinates."""
     input:
         image=image_of,
-        lattice=source_field_of,
+        field=source_field_of,
     output:
         **CORRECTION,
     log:
@@ -17,7 +17,7 @@ rule apply:
     benchmark:
         "<benchmarks>/apply/{folder}/{entities}_{suffix}.tsv"
     wildcard_constraints:
-        entities=entities_with_source(),
+        entities=entities_pattern(scan for scan in SCANS if scan.field_from),
     conda:
         "../../envs/n4.yaml"
     resources:

@@ -1,6 +1,5 @@
 # What the rules share: the package, the checked config and sample sheet, and input functions.
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -18,10 +17,11 @@ from n4flow.study.bids import DATATYPE_OF
 from n4flow.worker import begin_run
 from n4flow.errors import InputError
 from n4flow.images.files import remove_abandoned, voxels_of_frame, why_not_writable
-from n4flow.console import last_error
 from n4flow.study.config import config_problems, grid_combinations, load_schema, tune_problems, with_defaults
 from n4flow.study.sheet import place_problem, read_sheet, results_problem, with_least_hash
 from n4flow.parameters import MOST_SAMPLES, N4Parameters
+from n4flow.study.failures import failed_scans
+from n4flow.study.outputs import NAMES, entities_pattern, output_of
 from n4flow.study.provenance import package_digest
 from n4flow.study.ratings import read_ratings
 
@@ -80,36 +80,17 @@ try:
 except InputError as error:
     raise WorkflowError(str(error)) from None
 
-# What comes of a scan, by role: the outputs of n4, and of apply, which takes its place where the field is another scan's.
-CORRECTION = {
-    "corrected": "<results>/{folder}/{entities}_desc-N4_{suffix}.nii.gz",
-    "sidecar": "<results>/{folder}/{entities}_desc-N4_{suffix}.json",
-    "lattice": "<results>/{folder}/{entities}_desc-N4{suffix}_biasfield.json",
-}
+# Paths of everything that is made of a scan, by role, with the wildcards of the rules.
+OUTPUT = {role: f"<results>/{name}" for role, name in NAMES.items()}
+
+# The outputs of n4, and of apply, which takes its place where the field is another scan's.
+CORRECTION = {role: OUTPUT[role] for role in ("corrected", "sidecar", "field")}
 if config["output"]["bias_field"]:
-    CORRECTION["bias"] = "<results>/{folder}/{entities}_desc-N4{suffix}_biasfield.nii.gz"
+    CORRECTION["field_image"] = OUTPUT["field_image"]
 
-
-def any_of(words):
-    """A regular expression of exactly these words, as a tree: thousands of them cost hardly more than one."""
-    tails = {}
-    for word in words:
-        tails.setdefault(word[:1], []).append(word[1:])
-    branches = [re.escape(head) + any_of(tails[head]) if head else "" for head in tails]
-    return branches[0] if len(branches) == 1 else f"(?:{'|'.join(branches)})"
-
-
-def entities_with_source():
-    """What constrains rule apply to the scans that take their field from another one; nothing matches if none does.
-
-    The entities do not tell a scan without its suffix, so that this looks ahead at the rest of the file's name.
-    """
-    taking = {}
-    for scan in SCANS:
-        if scan.field_from:
-            taking.setdefault(scan.suffix, []).append(scan.entities)
-    found = [rf"{any_of(entities)}(?=_desc-N4_?{suffix}[._])" for suffix, entities in taking.items()]
-    return "|".join(found) or "(?!)"
+PAGE = {role: OUTPUT[role] for role in ("page", "metrics", "pictures")}
+if config["qc"]["viewer_mb"]:
+    PAGE["viewer"] = OUTPUT["viewer"]
 
 
 wildcard_constraints:
@@ -143,47 +124,20 @@ def own_mask_of(wildcards):
 
 def source_field_of(wildcards):
     """The field that the scan is divided by: that of another scan."""
-    return products(SCAN_OF[scan_of(wildcards).field_source])["field"]
+    return made_of(SCAN_OF[scan_of(wildcards).field_source], "field")
 
 
-def derivative(scan, name):
-    return f"<results>/{scan.folder}/{scan.entities}_{name}"
-
-
-def page_path(scan):
-    return f"<results>/qc/{scan.name}.html"
-
-
-def metrics_path(scan):
-    return f"<results>/qc/data/{scan.name}.json"
+def made_of(scan, role):
+    """Path of what is made of a scan."""
+    return f"<results>/{output_of(scan, role)}"
 
 
 def products(scan):
     """Everything that is made of a scan, by role."""
-    made = {
-        "mask": derivative(scan, f"desc-foreground{scan.suffix}_mask.nii.gz"),
-        "mask_sidecar": derivative(scan, f"desc-foreground{scan.suffix}_mask.json"),
-        "corrected": derivative(scan, f"desc-N4_{scan.suffix}.nii.gz"),
-        "sidecar": derivative(scan, f"desc-N4_{scan.suffix}.json"),
-        "field": derivative(scan, f"desc-N4{scan.suffix}_biasfield.json"),
-        "page": page_path(scan),
-        "metrics": metrics_path(scan),
-        "pictures": f"<results>/qc/data/{scan.name}.webp",
-    }
-    if config["qc"]["viewer_mb"]:
-        made["viewer"] = f"<results>/qc/data/{scan.name}.js"
-    if config["output"]["bias_field"]:
-        made["bias"] = derivative(scan, f"desc-N4{scan.suffix}_biasfield.nii.gz")
-    return made | (reference_products(scan) if scan.name in WITH_REFERENCE else {})
-
-
-def reference_products(scan):
-    """What SimpleITK makes of a scan, by role."""
-    return {
-        "reference": derivative(scan, f"desc-N4sitk_{scan.suffix}.nii.gz"),
-        "reference_sidecar": derivative(scan, f"desc-N4sitk_{scan.suffix}.json"),
-        "reference_field": derivative(scan, f"desc-N4sitk{scan.suffix}_biasfield.json"),
-    }
+    roles = ["mask", "mask_sidecar", *CORRECTION, *PAGE]
+    if scan.name in WITH_REFERENCE:
+        roles += ["reference", "reference_sidecar", "reference_field"]
+    return {role: made_of(scan, role) for role in roles}
 
 
 def qc_inputs(wildcards):
@@ -212,9 +166,9 @@ def tune_inputs(wildcards):
     ]
     return {
         "images": [scan.image for scan in TUNED],
-        "masks": [products(scan)["mask"] for scan in TUNED],
+        "masks": [made_of(scan, "mask") for scan in TUNED],
         # of all of them: whom a dataset's own choice hits says nothing here
-        "references": [reference_products(scan)["reference_field"] for scan in TUNED if config["reference"]["scans"]],
+        "references": [made_of(scan, "reference_field") for scan in TUNED if config["reference"]["scans"]],
         "corrected": of_all("corrected.nii.gz"),
         "sidecars": of_all("corrected.json"),
         "fields": of_all("biasfield.json"),
@@ -274,25 +228,13 @@ def check_places():
 def report_failures():
     """After a run that failed: the index over the scans that are done, with the failed ones named."""
     place = lambda path: Path(workflow.pathvars.apply(path))
-    # what is older is of an older run
-    made_now = lambda path: path.is_file() and path.stat().st_mtime >= RUN_START
-    failed, without_field = {}, set()
-    for scan in SCANS:
-        for step in ("mask", "n4", "apply", "reference", "qc"):
-            log = place("<logs>") / step / ("" if step == "qc" else scan.folder) / f"{scan.name}.log"
-            if made_now(log) and (error := last_error(log)):
-                failed.setdefault(scan.name, error)
-                if step in ("mask", "n4"):
-                    without_field.add(scan.name)
-    for scan in SCANS:
-        if scan.field_from and scan.field_source in without_field and not made_now(place(products(scan)["corrected"])):
-            failed.setdefault(scan.name, f"its field is that of {scan.field_source}, which failed")
+    failed = failed_scans(SCANS, place("<logs>"), place("<results>"), since=RUN_START)
     if not failed:  # of no scan: the rule's own line says all
         return
     done = [
-        place(metrics_path(scan))
+        place(made_of(scan, "metrics"))
         for scan in SCANS
-        if scan.name not in failed and all(place(products(scan)[role]).is_file() for role in ("metrics", "corrected"))
+        if scan.name not in failed and all(place(made_of(scan, role)).is_file() for role in ("metrics", "corrected"))
     ]
     qc = place("<results>/qc")
     try:

@@ -9,8 +9,8 @@ rule mask:
         image=image_of,
         own=own_mask_of,
     output:
-        mask="<results>/{folder}/{entities}_desc-foreground{suffix}_mask.nii.gz",
-        sidecar="<results>/{folder}/{entities}_desc-foreground{suffix}_mask.json",
+        mask=OUTPUT["mask"],
+        sidecar=OUTPUT["mask_sidecar"],
     log:
         "<logs>/mask/{folder}/{entities}_{suffix}.log",
     benchmark:

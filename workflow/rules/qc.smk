@@ -7,10 +7,7 @@ rule qc:
     input:
         unpack(qc_inputs),
     output:
-        **({"viewer": "<results>/qc/data/{entities}_{suffix}.js"} if config["qc"]["viewer_mb"] else {}),
-        page="<results>/qc/{entities}_{suffix}.html",
-        metrics="<results>/qc/data/{entities}_{suffix}.json",
-        pictures="<results>/qc/data/{entities}_{suffix}.webp",
+        **PAGE,
     log:
         "<logs>/qc/{entities}_{suffix}.log",
     benchmark:
@@ -29,11 +26,11 @@ rule qc:
 rule index:
     """Gather the metrics of all scans into a table and the report's first page."""
     input:
-        metrics=[metrics_path(scan) for scan in SCANS],
-        pages=[page_path(scan) for scan in SCANS],
+        metrics=[made_of(scan, "metrics") for scan in SCANS],
+        pages=[made_of(scan, "page") for scan in SCANS],
         # by its path: see manifest.smk
         guide="<results>/qc/guide.html",
-        pictures=[products(scan)["pictures"] for scan in SCANS],
+        pictures=[made_of(scan, "pictures") for scan in SCANS],
         ratings=RATINGS_FILE,
     output:
         page="<results>/qc/index.html",
@@ -69,8 +66,8 @@ rule index:
 rule figures:
     """Draw the distributions of the metrics and the worst scans."""
     input:
-        metrics=[metrics_path(scan) for scan in SCANS],
-        pictures=[products(scan)["pictures"] for scan in SCANS],
+        metrics=[made_of(scan, "metrics") for scan in SCANS],
+        pictures=[made_of(scan, "pictures") for scan in SCANS],
     output:
         distributions=report(
             "<results>/qc/distributions.png",
@@ -105,7 +102,7 @@ if RATINGS_FILE:
         """List the scans that a reviewer failed."""
         input:
             ratings=RATINGS_FILE,
-            metrics=[metrics_path(scan) for scan in SCANS],
+            metrics=[made_of(scan, "metrics") for scan in SCANS],
         output:
             table=report(
                 "<results>/qc/exclude.tsv",

@@ -10,9 +10,9 @@ rule reference:
         # nothing is read from it: SimpleITK is to take no time for a scan that n4 refuses
         sidecar=ancient(rules.n4.output.sidecar),
     output:
-        corrected="<results>/{folder}/{entities}_desc-N4sitk_{suffix}.nii.gz",
-        sidecar="<results>/{folder}/{entities}_desc-N4sitk_{suffix}.json",
-        lattice="<results>/{folder}/{entities}_desc-N4sitk{suffix}_biasfield.json",
+        corrected=OUTPUT["reference"],
+        sidecar=OUTPUT["reference_sidecar"],
+        field=OUTPUT["reference_field"],
     log:
         "<logs>/reference/{folder}/{entities}_{suffix}.log",
     benchmark:

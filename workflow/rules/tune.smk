@@ -16,7 +16,7 @@ rule tune_n4:
     output:
         corrected=f"{TUNE_FOLDER}/corrected.nii.gz",
         sidecar=f"{TUNE_FOLDER}/corrected.json",
-        lattice=f"{TUNE_FOLDER}/biasfield.json",
+        field=f"{TUNE_FOLDER}/biasfield.json",
     log:
         "<logs>/tune/{folder}/{entities}_{suffix}/{combination}.log",
     benchmark:

@@ -8,7 +8,7 @@ def main(snakemake):
         "n4flow.steps.apply:apply_scan",
         snakemake.log[0],
         image=snakemake.input.image,
-        lattice=snakemake.input.lattice,
+        field=snakemake.input.field,
         files=dict(snakemake.output.items()),
         keep_dtype=snakemake.params.keep_dtype,
     )

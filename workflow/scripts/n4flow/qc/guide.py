@@ -73,8 +73,8 @@ class _Bench:
 
     def files(self, name: str) -> CorrectionFiles:
         kinds = ("corrected.nii", "corrected.json", "field.json")
-        corrected, sidecar, lattice = (self.folder / f"{name}_{kind}" for kind in kinds)
-        return CorrectionFiles(corrected, sidecar, lattice)
+        corrected, sidecar, field = (self.folder / f"{name}_{kind}" for kind in kinds)
+        return CorrectionFiles(corrected, sidecar, field)
 
     def correct(self, name: str, image: Path, mask: Path, **parameters: Any) -> CorrectionFiles:
         correct_scan(image, mask, self.files(name), parameters=N4Parameters(**parameters), device="cpu")
@@ -86,7 +86,7 @@ class _Bench:
         return _Made(self.image, self.mask, files)
 
     def good_field(self) -> BiasField:
-        return load_field(self.files("good").lattice)
+        return load_field(self.files("good").field)
 
 
 def _too_fine(bench: _Bench) -> _Made:
@@ -247,9 +247,9 @@ def make_guide(
             image=bench.image,
             mask=bench.mask,
             corrected=files.corrected,
-            field=files.lattice,
+            field=files.field,
             sidecar=files.sidecar,
-            reference_field=reference.lattice,
+            reference_field=reference.field,
             reference_sidecar=reference.sidecar,
             **limits,
         )
@@ -289,7 +289,7 @@ def _broken(case: Case, bench: _Bench, good: Subject, limits: Mapping[str, Any])
         image=image,
         mask=mask,
         corrected=files.corrected,
-        field=files.lattice,
+        field=files.field,
         sidecar=files.sidecar,
         **limits,
     )

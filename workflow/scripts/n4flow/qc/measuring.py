@@ -27,6 +27,7 @@ from n4flow.qc.metrics import (
 from n4flow.qc.rendering import plain, read_json
 from n4flow.qc.viewer import shrink, steps_within
 from n4flow.study.bids import DATATYPE_OF
+from n4flow.study.outputs import scan_and_role
 
 #: Slices as pictures: per plane, per slice, rows from bottom to top.
 Pictures = list[list[np.ndarray]]
@@ -289,5 +290,6 @@ def _run_metrics(facts: Mapping[str, Any], reference: Mapping[str, Any], mask_vo
 
 
 def _scan_of_field(uri: str) -> str:
-    """Name of the scan that a field was estimated on, out of the URI of its lattice."""
-    return uri.rpartition("/")[2].removesuffix("_biasfield.json").replace("_desc-N4", "_")
+    """Name of the scan that a field was estimated on; of a file that is called otherwise, its name."""
+    found = scan_and_role(uri)
+    return found[0] if found else uri.rpartition("/")[2]

@@ -88,7 +88,7 @@ def make_comparison(
                 image=scan.image,
                 mask=scan.mask,
                 corrected=files.corrected,
-                field=files.lattice,
+                field=files.field,
                 sidecar=files.sidecar,
                 reference_field=scan.reference_field,
                 field_window_log=field_window_log,

@@ -19,7 +19,7 @@ log = logging.getLogger(__name__)
 
 def apply_scan(
     image: str | Path,
-    lattice: str | Path,
+    field: str | Path,
     files: CorrectionFiles | Mapping[str, str | Path],
     *,
     keep_dtype: bool = False,
@@ -27,13 +27,12 @@ def apply_scan(
     """Divide a scan by the field of another one of the same space, and write what came about.
 
     The field is taken as it is. Its mean over this scan is not set to anything: so the ratios between scans that are
-    divided by one field, such as the echoes of a sequence, are what they were. What SimpleITK made of this scan in an
-    earlier run, when it had a field of its own, is removed.
+    divided by one field, such as the echoes of a sequence, are what they were.
 
     Parameters
     ----------
     image : path-like
-    lattice : path-like
+    field : path-like
         Field of the other scan: one of the outputs, see `images.fields.load_field`.
     files : CorrectionFiles or mapping of str to path-like
         A mapping by the names of `CorrectionFiles`.
@@ -46,22 +45,18 @@ def apply_scan(
         The scan or the field is unusable, or they do not meet.
     """
     start = time.perf_counter()
-    image, lattice, files = Path(image), Path(lattice), CorrectionFiles.of(files)
+    image, field, files = Path(image), Path(field), CorrectionFiles.of(files)
     volume = Volume(image)
-    source = load_field(lattice)
+    source = load_field(field)
     same_grid = volume.shape == source.image_shape and np.array_equal(volume.affine_mm, source.affine)
     if not (same_grid or (volume.has_spatial_reference and source.has_spatial_reference)):
         log.warning(
             "%s: %s names no space (qform_code and sform_code are 0), so that where the field lies in this image is a "
             "guess; set its qform or sform",
-            lattice if volume.has_spatial_reference else image,
+            field if volume.has_spatial_reference else image,
             "the header of the image that it was estimated on" if volume.has_spatial_reference else "its header",
         )
-    field = source.on_grid(volume.shape, volume.affine_mm, image)
+    here = source.on_grid(volume.shape, volume.affine_mm, image)
     outside = round(source.share_outside(volume.shape, volume.affine_mm), 4)
-    facts = {"FieldFrom": own_uri(lattice), "ShareOutside": outside}
-    write_derivatives(volume, {"lattice": lattice}, files, field, facts, (), start, keep_dtype=keep_dtype, xp=np)
-    for path in (files.corrected, files.sidecar, files.lattice):
-        # no rule makes it for this scan any longer, or would notice that it is of another field
-        if "_desc-N4" in path.name:
-            path.with_name(path.name.replace("_desc-N4", "_desc-N4sitk")).unlink(missing_ok=True)
+    facts = {"FieldFrom": own_uri(field), "ShareOutside": outside}
+    write_derivatives(volume, {"field": field}, files, here, facts, (), start, keep_dtype=keep_dtype, xp=np)

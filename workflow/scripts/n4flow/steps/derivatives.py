@@ -32,8 +32,8 @@ class CorrectionFiles(NamedTuple):
 
     corrected: Path
     sidecar: Path  # JSON of the corrected image
-    lattice: Path  # JSON of the field, see `fields.load_field`
-    bias: Path | None = None  # the multiplicative field as an image, if it is wanted
+    field: Path  # JSON of the field, see `fields.load_field`
+    field_image: Path | None = None  # the multiplicative field as an image, if it is wanted
 
     @classmethod
     def of(cls, files: CorrectionFiles | Mapping[str, str | Path]) -> CorrectionFiles:
@@ -75,12 +75,9 @@ def write_derivatives(
     keep_dtype : bool
     xp : module
     """
-    self_check = write_corrected(volume, field, files.corrected, files.bias, keep_dtype=keep_dtype, xp=xp)
-    if files.bias is None:
-        # one of an earlier run would be of another field
-        files.lattice.with_suffix(".nii.gz").unlink(missing_ok=True)
+    self_check = write_corrected(volume, field, files.corrected, files.field_image, keep_dtype=keep_dtype, xp=xp)
     sources = [raw_uri(volume.path, files.corrected), *map(own_uri, inputs.values())]
-    save_field(replace(field, has_spatial_reference=volume.has_spatial_reference), files.lattice, Sources=sources)
+    save_field(replace(field, has_spatial_reference=volume.has_spatial_reference), files.field, Sources=sources)
     seconds = round(time.perf_counter() - start, 3)
     write_json(
         files.sidecar,

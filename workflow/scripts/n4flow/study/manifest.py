@@ -17,8 +17,12 @@ from n4flow.core.field import BiasField
 from n4flow.errors import InputError
 from n4flow.images.fields import load_field
 from n4flow.images.files import atomic_text
+from n4flow.study.outputs import beside, scan_and_role
 
 FORMAT = "n4flow manifest, version 1"
+
+#: What is made with a field, by roles.
+MADE_WITH = {"field": ("corrected", "sidecar", "field_image"), "reference_field": ("reference", "reference_sidecar")}
 
 #: Largest difference of two log fields that are called equal within it.
 CLOSE_LOG = 1e-5
@@ -307,12 +311,10 @@ def _image_hashes(scan: Mapping[str, Any]) -> list[str]:
     return [facts["InputSHA256"]["image"] for _, facts in sorted(scan.get("Made", {}).items())]
 
 
-def _of_field(lattice: str) -> list[str]:
-    """The other files that are made with a field, by the file of its lattice: ``sub-01_desc-N4T1w_biasfield.json``."""
-    entities, _, described = lattice.removesuffix("_biasfield.json").rpartition("_desc-")
-    maker = "N4sitk" if described.startswith("N4sitk") else "N4"
-    image = f"{entities}_desc-{maker}_{described.removeprefix(maker)}"
-    return [f"{image}.nii.gz", f"{image}.json", lattice.replace(".json", ".nii.gz")]
+def _of_field(file: str) -> list[str]:
+    """The other files that are made with a field, by its own file."""
+    _, role = scan_and_role(file) or ("", "")
+    return [beside(file, other) for other in MADE_WITH.get(role, ())]
 
 
 def _list(files: Sequence[str]) -> str:
