@@ -34,7 +34,7 @@ def folder(tmp_path_factory):
     for seed, scan in enumerate(SCANS):
         save(folder / scan.image, head((24, 26, 22), seed))
     write_sheet(folder / "config" / "samples.tsv", SCANS)
-    write_config(folder, {"n4": {"shrink_factor": 1}, "reference": {"scans": 0}})
+    write_config(folder, {"n4": {"shrink_factor": 1}})
     results = folder / "results"
     results.mkdir()
     try:
