@@ -17,7 +17,7 @@ from tests.workflow.study import ROOT, partial_files, snakemake
 SUBJECTS = ("01", "02", "03", "04")
 
 #: All steps of a subject are one job, and this is what it is called.
-SCAN = "group_scan"
+SCAN = "rule_scan"
 
 #: For this subject less memory than Snakemake itself takes, at the first attempt.
 STARVED = "03"

@@ -89,6 +89,8 @@ class Run:
                 **dict(environment),
             },
             cwd=self.folder,
+            # which a shell switches off for what it starts in the background, as tests may be
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
             stderr=subprocess.PIPE,
             text=True,
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
@@ -35,6 +35,7 @@ def write_corrected(
     *,
     keep_dtype: bool = False,
     xp: Any = np,
+    look: Callable[[slice, np.ndarray], None] | None = None,
 ) -> float:
     """Divide an image by the field and write it, slab by slab.
 
@@ -52,6 +53,8 @@ def write_corrected(
         range; otherwise float32.
     xp : module
         numpy or cupy: where to compute.
+    look : callable, optional
+        Is shown each slab of the first frame, planes and values: so that nobody else has to read the image again.
 
     Returns
     -------
@@ -76,6 +79,8 @@ def write_corrected(
         )
         for slab, frame, values, corrected, ratio in _corrected_slabs(volume, field, xp):
             written = writer.write(corrected)
+            if look and frame == 0:
+                look(slab, values)
             if bias_writer and frame == 0:
                 bias_writer.write(ratio)
             worst = max(worst, _largest_error(values, written, ratio, rounding))

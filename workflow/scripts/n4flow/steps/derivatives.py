@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -75,14 +75,17 @@ def write_derivatives(
     keep_dtype : bool
     xp : module
     """
-    self_check = write_corrected(volume, field, files.corrected, files.field_image, keep_dtype=keep_dtype, xp=xp)
+    border = Border(volume.shape)
+    self_check = write_corrected(
+        volume, field, files.corrected, files.field_image, keep_dtype=keep_dtype, xp=xp, look=border.add
+    )
     sources = [raw_uri(volume.path, files.corrected), *map(own_uri, inputs.values())]
     save_field(replace(field, has_spatial_reference=volume.has_spatial_reference), files.field, Sources=sources)
     seconds = round(time.perf_counter() - start, 3)
     write_json(
         files.sidecar,
         {
-            **_image_metadata(volume, files.sidecar.stem.rpartition("_")[2]),
+            **_image_metadata(volume, files.sidecar.stem.rpartition("_")[2], border),
             "Sources": sources,
             "N4": {**facts, "SelfCheck": self_check, "WallTimeSeconds": seconds},
             "Provenance": provenance({"image": volume.path, **inputs}, ("numpy", "nibabel", "isal", *packages)),
@@ -90,7 +93,7 @@ def write_derivatives(
     )
 
 
-def _image_metadata(volume: Volume, suffix: str) -> dict[str, Any]:
+def _image_metadata(volume: Volume, suffix: str, border: Border) -> dict[str, Any]:
     """What the raw image's sidecars say, and what BIDS asks of a derivative of this suffix beside it."""
     metadata = metadata_of(volume.path)
     task = re.search(r"_task-([A-Za-z0-9]+)_", volume.path.name)
@@ -100,24 +103,35 @@ def _image_metadata(volume: Volume, suffix: str) -> dict[str, Any]:
     if suffix in TIME_SERIES and volume.frame_time_s > 0 and "VolumeTiming" not in metadata:
         metadata.setdefault("RepetitionTime", volume.frame_time_s)
     if DATATYPE_OF.get(suffix) != "micr" and "SkullStripped" not in metadata:
-        metadata["SkullStripped"] = _has_empty_border(volume)
+        metadata["SkullStripped"] = border.is_empty
     return metadata
 
 
-def _has_empty_border(volume: Volume) -> bool:
-    """Whether next to nothing of an image lies on its faces: noise of air would, and of a head the neck."""
-    counts = [np.zeros(2), np.zeros(2), np.zeros(2)]
-    for slab, frame, values in volume.slabs():
-        if frame:
-            break
+class Border:
+    """How much of an image lies on its faces: of a stripped brain next to nothing, of a head noise, and the neck.
+
+    Parameters
+    ----------
+    shape : three ints
+    """
+
+    def __init__(self, shape: Sequence[int]) -> None:
+        self.shape = shape
+        self.counts = [np.zeros(2) for _ in shape]
+
+    def add(self, planes: slice, values: np.ndarray) -> None:
+        """Look at a slab of the third axis."""
         shown = values > 0
-        ends = {0: 0, volume.shape[2] - 1: 1}
-        for plane, end in ends.items():
-            if slab.start <= plane < slab.stop:
-                counts[2][end] = np.count_nonzero(shown[:, :, plane - slab.start])
-        counts[0] += [np.count_nonzero(shown[end]) for end in (0, -1)]
-        counts[1] += [np.count_nonzero(shown[:, end]) for end in (0, -1)]
-        if slab.start == 0 and counts[2][0] > BORDER_SHARE * shown[:, :, 0].size and volume.shape[2] > 1:
-            return False  # as a rule
-    voxels = math.prod(volume.shape)
-    return all(count.max() <= BORDER_SHARE * voxels / n for count, n in zip(counts, volume.shape, strict=True) if n > 1)
+        self.counts[0] += [np.count_nonzero(shown[end]) for end in (0, -1)]
+        self.counts[1] += [np.count_nonzero(shown[:, end]) for end in (0, -1)]
+        for end, plane in enumerate((0, self.shape[2] - 1)):
+            if planes.start <= plane < planes.stop:
+                self.counts[2][end] = np.count_nonzero(shown[:, :, plane - planes.start])
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether all faces are, but for single voxels."""
+        voxels = math.prod(self.shape)
+        return all(
+            count.max() <= BORDER_SHARE * voxels / n for count, n in zip(self.counts, self.shape, strict=True) if n > 1
+        )
