@@ -115,9 +115,10 @@ def snakemake(folder, *arguments):
             check=True,
         )
     end = time.perf_counter()
-    with contextlib.suppress(ChildProcessError):  # the worker, which is an orphan by then: its CPU time counts
-        while True:
-            os.wait()
+    # the worker is an orphan by then, and ends at once: its CPU time counts
+    with contextlib.suppress(ChildProcessError):
+        while time.perf_counter() < end + 1 and not os.waitpid(-1, os.WNOHANG)[0]:
+            time.sleep(0.01)
     return end - start, cpu_seconds() - before
 
 
