@@ -37,7 +37,7 @@ def corrected(head, tmp_path_factory):
 
 def compare(corrected, page, *, name="sub-01_T1w", with_reference=True, **more):
     folder, made = corrected
-    reference = made[0].lattice if with_reference else None
+    reference = made[0].field if with_reference else None
     scan = TunedScan(name, folder / "image.nii", folder / "mask.nii", reference, made)
     make_comparison([scan], GRID, page, settings={"shrink_factor": 2}, field_window_log=math.log(1.5), **more)
     return page.read_text(encoding="utf-8")

@@ -1,6 +1,7 @@
 """A disk that is full or read-only, and two runs on one folder: one clear line, and nothing is lost that was done."""
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -112,12 +113,18 @@ def test_folder_of_one_scan_that_cannot_be_written_ends_the_run_before_its_first
 def test_second_run_on_a_folder_is_told_of_the_first(folder):
     command = [sys.executable, "-m", "snakemake", "-s", ROOT / "Snakefile", "--directory", folder, "--cores", "1"]
     targets = [results_of(scan)["page"] for scan in SCANS]
+    command += [*targets, "--forcerun", "qc"]
     with open(folder / "first.txt", "w") as said:
-        first = subprocess.Popen([*map(str, command), *targets], stdin=subprocess.DEVNULL, stdout=said, stderr=said)
-    while first.poll() is None and not any((folder / ".snakemake/locks").glob("*")):
-        time.sleep(0.05)
-    # without the option it may first complain of what the other one is just writing
-    second = snakemake(folder, *targets, "--cores", 1, "--rerun-incomplete")
+        first = subprocess.Popen([*map(str, command)], stdin=subprocess.DEVNULL, stdout=said, stderr=said)
+    while not any((folder / ".snakemake/locks").glob("*")):
+        assert first.poll() is None
+        time.sleep(0.01)
+    first.send_signal(signal.SIGSTOP)  # it holds its lock for as long as the second takes to come
+    try:
+        # without the option it may first complain of what the other one is just writing
+        second = snakemake(folder, *targets, "--cores", 1, "--rerun-incomplete")
+    finally:
+        first.send_signal(signal.SIGCONT)
     assert first.wait() == 0, (folder / "first.txt").read_text()
     assert second.returncode == 1
     assert "Directory cannot be locked" in second.stdout
