@@ -121,12 +121,11 @@ class Border:
 
     def add(self, planes: slice, values: np.ndarray) -> None:
         """Look at a slab of the third axis."""
-        shown = values > 0
-        self.counts[0] += [np.count_nonzero(shown[end]) for end in (0, -1)]
-        self.counts[1] += [np.count_nonzero(shown[:, end]) for end in (0, -1)]
+        self.counts[0] += [np.count_nonzero(values[end] > 0) for end in (0, -1)]
+        self.counts[1] += [np.count_nonzero(values[:, end] > 0) for end in (0, -1)]
         for end, plane in enumerate((0, self.shape[2] - 1)):
             if planes.start <= plane < planes.stop:
-                self.counts[2][end] = np.count_nonzero(shown[:, :, plane - planes.start])
+                self.counts[2][end] = np.count_nonzero(values[:, :, plane - planes.start] > 0)
 
     @property
     def is_empty(self) -> bool:
