@@ -13,7 +13,6 @@ PACKAGE_FILES = Path(workflow.source_path("../scripts/n4flow/files.txt")).read_t
 PACKAGE = [Path(workflow.source_path(f"../scripts/n4flow/{name}")) for name in PACKAGE_FILES]
 sys.path.insert(0, str(PACKAGE[0].parent.parent))
 
-from n4flow.study.bids import DATATYPE_OF
 from n4flow.worker import begin_run
 from n4flow.errors import InputError
 from n4flow.images.files import remove_abandoned, voxels_of_frame, why_not_writable
@@ -21,7 +20,7 @@ from n4flow.study.config import config_problems, grid_combinations, load_schema,
 from n4flow.study.sheet import place_problem, read_sheet, results_problem, with_least_hash
 from n4flow.parameters import MOST_SAMPLES, N4Parameters
 from n4flow.study.failures import failed_scans
-from n4flow.study.outputs import NAMES, entities_pattern, output_of
+from n4flow.study.outputs import NAMES, WILDCARDS, entities_pattern, output_of
 from n4flow.study.provenance import package_digest
 from n4flow.study.ratings import read_ratings
 
@@ -94,9 +93,7 @@ if config["qc"]["viewer_mb"]:
 
 
 wildcard_constraints:
-    folder=r"sub-[A-Za-z0-9]+(/ses-[A-Za-z0-9]+)?/[a-z]+",
-    entities=r"sub-[A-Za-z0-9_+-]+?",
-    suffix="|".join(DATATYPE_OF),
+    **WILDCARDS,
 
 
 def scan_of(wildcards):

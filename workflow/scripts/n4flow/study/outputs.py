@@ -11,6 +11,13 @@ from pathlib import Path
 
 from n4flow.study.bids import DATATYPE_OF, Scan
 
+#: What the wildcards stand for, as regular expressions.
+WILDCARDS = {
+    "folder": r"sub-[A-Za-z0-9]+(/ses-[A-Za-z0-9]+)?/[a-z]+",
+    "entities": r"sub-[A-Za-z0-9_+-]+?",
+    "suffix": "|".join(DATATYPE_OF),
+}
+
 #: By role, in the folder of the results; the wildcards are those of the rules, and attributes of a `Scan`.
 NAMES = {
     "mask": "{folder}/{entities}_desc-foreground{suffix}_mask.nii.gz",
@@ -96,11 +103,8 @@ def _parts_of(path: str | Path) -> tuple[re.Match[str] | None, str]:
 
 def _pattern(name: str) -> re.Pattern[str]:
     parts = re.split(r"({\w+})", name.rpartition("/")[2])
-    wildcards = {
-        "{entities}": r"(?P<entities>sub-[A-Za-z0-9_+-]+?)",
-        "{suffix}": rf"(?P<suffix>{'|'.join(DATATYPE_OF)})",
-    }
-    return re.compile("".join(wildcards.get(part) or re.escape(part) for part in parts))
+    groups = {f"{{{word}}}": f"(?P<{word}>{pattern})" for word, pattern in WILDCARDS.items()}
+    return re.compile("".join(groups.get(part) or re.escape(part) for part in parts))
 
 
 _PATTERNS = {role: _pattern(name) for role, name in NAMES.items()}

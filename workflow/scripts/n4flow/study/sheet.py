@@ -119,10 +119,16 @@ def read_sheet(path: str | Path, schema: Mapping[str, Any], to_be_made: Collecti
     return [scan for _, scan in scans.values()]
 
 
+def _wildcard_problem(path: str) -> str:
+    """What is wrong with a path that Snakemake would read as a pattern; empty if nothing is."""
+    bad = sorted(set(path) & set("{}<>"))
+    return f"holds {' '.join(bad)}, which Snakemake takes for wildcards; rename it" if bad else ""
+
+
 def place_problem(name: str, place: str) -> str:
     """What is wrong with a folder that pathvars names for what is written; empty if nothing is."""
-    if bad := sorted(set(place) & set("{}<>")):
-        return f"config: pathvars.{name}: {place} holds {' '.join(bad)}, which Snakemake takes for wildcards; rename it"
+    if problem := _wildcard_problem(place):
+        return f"config: pathvars.{name}: {place} {problem}"
     # no shell has seen it: the folder would be called ~
     if (meant := os.path.expandvars(os.path.expanduser(place))) != place:
         return f"config: pathvars.{name}: {place} is taken as it stands; write it out: {meant}"
@@ -174,12 +180,9 @@ def _read_row(
     found = [f"{problem}" for problem in scan.problems()]
     for role in ("image", "mask"):
         path = getattr(scan, role)
-        if bad := sorted(set(path) & set("{}<>")):
-            found.append(
-                f"{role} {shortened(path)} holds {' '.join(bad)}, which Snakemake takes for wildcards; rename it"
-            )
-            continue
-        if path and path not in to_be_made and (missing := missing_file(path)):
+        if problem := _wildcard_problem(path):
+            found.append(f"{role} {shortened(path)} {problem}")
+        elif path and path not in to_be_made and (missing := missing_file(path)):
             found.append(f"{role} {shortened(path)} {'; '.join(missing)}")
     return found, scan
 
