@@ -69,9 +69,10 @@ def do_step(step: str, log_path: str | Path, *, on_gpu: bool = False, **argument
         "environment": dict(os.environ),
         "stays": on_gpu,
     }
-    try:
+    connection = None
+    with contextlib.suppress(KeyError, ValueError, OSError):  # no worker is to be had
         connection = _connect(int(os.environ[RUN]))
-    except (KeyError, ValueError, OSError):  # no worker is to be had
+    if connection is None:
         with reporting(log_path):
             _call(request)
         return

@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from n4flow import kernels
 from n4flow.core.quadrature import keep_mean_intensity
 from n4flow.core.samples import Samples
 from n4flow.device import DeviceChoice, select_device
@@ -16,8 +15,8 @@ from n4flow.estimate import Estimate, estimate_field, repeatability
 from n4flow.images.nifti import Volume
 from n4flow.images.sampling import read_samples
 from n4flow.parameters import N4Parameters
+from n4flow.steps import preload as preload  # what the worker looks for
 from n4flow.steps.derivatives import CorrectionFiles, write_derivatives
-from n4flow.study.provenance import remember_package
 
 log = logging.getLogger(__name__)
 
@@ -70,12 +69,6 @@ def correct_scan(
     }
     packages = ("cupy",) if chosen.kind == "gpu" else ("numba",)
     write_derivatives(volume, {"mask": mask}, files, field, facts, packages, start, keep_dtype=keep_dtype, xp=chosen.xp)
-
-
-def preload() -> None:
-    """What makes the first step slow, for a process that is to do many."""
-    kernels.preload()
-    remember_package()
 
 
 def estimate_facts(estimate: Estimate, samples: Samples, parameters: N4Parameters) -> dict[str, Any]:

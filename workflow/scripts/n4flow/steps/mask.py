@@ -10,7 +10,6 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from n4flow import kernels
 from n4flow.core.bspline import one_blas_thread
 from n4flow.core.field import BiasField
 from n4flow.core.samples import Samples, check_range, inside_mask, largest_step, log_where, sample_positions
@@ -19,8 +18,9 @@ from n4flow.estimate import estimate_field
 from n4flow.images.files import write_json
 from n4flow.images.nifti import Volume, VolumeWriter
 from n4flow.parameters import N4Parameters
+from n4flow.steps import preload as preload  # what the worker looks for
 from n4flow.study.bids import check_magnitude, raw_uri
-from n4flow.study.provenance import provenance, remember_package
+from n4flow.study.provenance import provenance
 
 log = logging.getLogger(__name__)
 
@@ -453,9 +453,3 @@ def mask_scan(
         },
     )
     log.info("%s: %s", image, facts)
-
-
-def preload() -> None:
-    """What makes the first step slow, for a process that is to do many."""
-    kernels.preload()
-    remember_package()

@@ -21,6 +21,7 @@ from n4flow.estimate import Estimate, Iteration, estimate_field
 from n4flow.images.nifti import Volume
 from n4flow.images.sampling import read_samples
 from n4flow.parameters import N4Parameters
+from n4flow.steps import preload as preload  # what the worker looks for
 from n4flow.steps.correct import estimate_facts
 from n4flow.steps.derivatives import CorrectionFiles, write_derivatives
 
