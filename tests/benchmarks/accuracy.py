@@ -19,6 +19,7 @@ import multiprocessing
 import os
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import fields, replace
@@ -34,11 +35,10 @@ import SimpleITK as sitk
 REPOSITORY = Path(__file__).parents[2]
 sys.path[:0] = [str(REPOSITORY / "workflow" / "scripts"), str(REPOSITORY)]
 
-from n4flow import InputError, __version__, basis_matrix, correct  # noqa: E402
+from n4flow import InputError, __version__, basis_matrix, correct, estimate  # noqa: E402
 from n4flow.core import sharpening  # noqa: E402
 from n4flow.core.bspline import expand  # noqa: E402
 from n4flow.core.samples import Samples, log_where, sample_positions, shrink_per_axis  # noqa: E402
-from n4flow.estimate import estimate_field  # noqa: E402
 from n4flow.parameters import PRESETS, N4Parameters  # noqa: E402
 from n4flow.qc.metrics import coefficient_of_joint_variation  # noqa: E402
 from n4flow.steps.mask import otsu_threshold  # noqa: E402
@@ -75,13 +75,13 @@ def with_n4flow(parameters, image, mask, voxel_size_mm, positions=None):
     """n4flow, on its own samples or on those at `positions`."""
     if positions is None:
         result = correct(image, mask, voxel_size_mm=voxel_size_mm, parameters=parameters, device="cpu")
-        return Found(result.field.log_at, len(result.history))
+        return Found(result.field.log_at, max(Counter(line.half for line in result.history).values(), default=0))
     values = image[np.ix_(*positions)]
     used = mask[np.ix_(*positions)] & (values > 0)
     affine = np.diag([*voxel_size_mm, 1.0])
     samples = Samples(log_where(values, used), used, positions, image.shape, voxel_size_mm, affine, {}, "scan")
-    estimate = estimate_field(samples, parameters)
-    return Found(estimate.field.log_at, len(estimate.history))
+    found = estimate.estimate_field(samples, parameters)
+    return Found(found.field.log_at, len(found.history))
 
 
 def on_samples(method, image, mask, voxel_size_mm, positions=None):
@@ -384,7 +384,7 @@ def error_by_iteration(case):
     grid = np.ix_(*positions)
     brain, truth = scan.brain[grid], scan.log_bias[grid]
     arguments = {"voxel_size_mm": scan.voxel_size_mm, "device": "cpu"}
-    history = correct(scan.image, scan.mask, **arguments).history
+    history = [line for line in correct(scan.image, scan.mask, **arguments).history if line.half < 2]
     errors = []
     for n in (*(n for n in AFTER if n < len(history)), len(history)):
         stages = [sum(i.stage == stage for i in history[:n]) for stage in sorted({i.stage for i in history[:n]})]
@@ -460,6 +460,12 @@ def blind_to_gain(*arguments):
         return with_n4flow(N4Parameters(), *arguments)
 
 
+def undivided(*arguments):
+    """The default, if the field were estimated from all samples together."""
+    with mock.patch.object(estimate, "SPLIT_SAMPLES", np.inf):
+        return with_n4flow(N4Parameters(), *arguments)
+
+
 FIRST, *_, LAST = N4Parameters().stages
 #: The default without one of its pieces each, beside SimpleITK.
 PIECES = {
@@ -471,6 +477,7 @@ PIECES = {
     "a hundredth of the stiffness": partial(with_n4flow, N4Parameters(stiffness=N4Parameters().stiffness / 100)),
     "ITK's fit on the same mesh": partial(with_n4flow, N4Parameters(fit="lee-wolberg-shin")),
     "gain taken for 1": blind_to_gain,
+    "all samples together": undivided,
     "every 4th voxel": partial(with_n4flow, N4Parameters(shrink_factor=4)),
 }
 

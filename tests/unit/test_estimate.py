@@ -12,9 +12,10 @@ from n4flow.core.field import Mesh
 from n4flow.core.phantom import make_phantom
 from n4flow.core.quadrature import MaskIntensity
 from n4flow.core.samples import sample_positions
-from n4flow.estimate import estimate_field, repeatability
+from n4flow.estimate import SPLIT_SAMPLES, estimate_field, estimate_twice
 from n4flow.images.sampling import read_samples
 from n4flow.kernels import plain
+from n4flow.parameters import PRESETS
 from n4flow.steps.mask import otsu_threshold
 from tests.anatomies import REAL_SCANS, real_scan
 from tests.conftest import demeaned_error, lee_wolberg_shin, rms, samples_of
@@ -107,7 +108,7 @@ def test_the_estimate_is_the_direct_one(head, weighted, name, monkeypatch):
         [(0.20, 0.45), (0.16, 0.54), (0.13, 0.63), (0.105, 0.72), (0.085, 0.81), (0.07, 0.9)],
         samples.weights[samples.mask] if weighted else None,
     )
-    field, history = estimate_field(samples, parameters)
+    field, history, _ = estimate_field(samples, parameters)
     assert len(history) == iterations
     assert np.std(expected) > 0.05
     assert_allclose(field.log_at(samples.positions)[samples.mask], expected, atol=1e-7 if name == "plain" else 2e-6)
@@ -278,13 +279,13 @@ def test_repeatability_is_the_difference_of_the_fields_of_alternate_planes(small
     image, mask = small_head
     samples = samples_of(image, mask, (6, 6, 6))
     axis = int(np.argmax(image.shape))
-    fields = []
+    mesh, fields = estimate_field(samples, N4Parameters()).field.mesh, []
     for first in (0, 1):
         half = tuple(slice(first, None, 2) if n == axis else slice(None) for n in range(3))
         positions = tuple(p[along] for p, along in zip(samples.positions, half, strict=True))
         part = replace(samples, log_image=samples.log_image[half], mask=samples.mask[half], positions=positions)
-        fields.append(estimate_field(part, N4Parameters()).field.log_at(samples.positions)[samples.mask])
-    found = repeatability(samples, N4Parameters())
+        fields.append(estimate_field(part, N4Parameters(), mesh=mesh).field.log_at(samples.positions)[samples.mask])
+    found = estimate_twice(samples, N4Parameters()).repeatability
     assert found == pytest.approx(np.std(fields[0] - fields[1]), rel=0.01)
     assert found > 0
 
@@ -293,10 +294,42 @@ def test_repeatability_of_what_has_no_half_is_not_known(small_head):
     image, mask = small_head
     few = samples_of(image[10:22, 10:22, 10:20], np.ones((12, 12, 10), dtype=bool), (6, 6, 6))
     assert estimate_field(few, N4Parameters()).history
-    assert repeatability(few, N4Parameters()) is None
+    alone = estimate_twice(few, N4Parameters())
+    assert alone.repeatability is None
+    np.testing.assert_array_equal(alone.field.lattice, estimate_field(few, N4Parameters()).field.lattice)
     # a mesh that fits all samples, and not every other one
     fine = lee_wolberg_shin((2,), spans=(30, 30, 30), domain="image")
-    assert repeatability(samples_of(image, mask, (6, 6, 6)), fine) is None
+    assert estimate_twice(samples_of(image, mask, (6, 6, 6)), fine).repeatability is None
+
+
+def finer(*arrays):
+    """Each voxel as 4 x 4 x 4 of them."""
+    return [np.kron(array, np.ones((4, 4, 4), dtype=array.dtype)) for array in arrays]
+
+
+def test_field_is_the_mean_of_two_halves_where_there_are_many_samples(small_head):
+    image, mask = small_head
+    samples = samples_of(*finer(image, mask), (1.5, 1.5, 1.5))
+    assert np.count_nonzero(samples.mask) >= SPLIT_SAMPLES
+    found = estimate_twice(samples, N4Parameters())
+    halves = [estimate_field(half, N4Parameters(), mesh=found.field.mesh) for half in samples.halves()]
+    np.testing.assert_array_equal(found.field.lattice, np.mean([half.field.lattice for half in halves], axis=0))
+    for number, half in enumerate(halves, start=1):
+        assert [line._replace(half=0) for line in found.history if line.half == number] == half.history
+
+
+@pytest.mark.parametrize("many", [False, True])
+def test_field_is_of_all_samples_where_they_are_few_or_it_is_itks(small_head, many):
+    image, mask = small_head
+    if many:
+        image, mask = finer(image, mask)
+    samples = samples_of(image, mask, (3, 3, 3))
+    assert (np.count_nonzero(samples.mask) >= SPLIT_SAMPLES) == many
+    parameters = N4Parameters(**PRESETS["itk"]) if many else N4Parameters()
+    found, whole = (f(samples, parameters) for f in (estimate_twice, estimate_field))
+    np.testing.assert_array_equal(found.field.lattice, whole.field.lattice)
+    assert found.history == whole.history
+    assert found.repeatability > 0
 
 
 @pytest.mark.parametrize("levels", [10, 20, 40])

@@ -13,7 +13,7 @@ from n4flow.core.field import BiasField
 from n4flow.core.quadrature import keep_mean_intensity
 from n4flow.core.samples import inside_mask, usable_voxels
 from n4flow.device import DeviceChoice, array_module, available_cores, select_device, to_host, to_module
-from n4flow.estimate import Iteration, estimate_field
+from n4flow.estimate import Iteration, estimate_twice
 from n4flow.images.division import Tiles, divided_tiles, planes_of
 from n4flow.images.sampling import Box, Image, Slab, take_samples
 from n4flow.parameters import N4Parameters
@@ -29,6 +29,7 @@ class Correction(NamedTuple):
     bias: Any  # multiplicative field, float32, likewise
     field: BiasField
     history: list[Iteration]
+    repeatability: float | None  # see `estimate.estimate_twice`
 
 
 @one_blas_thread
@@ -157,7 +158,7 @@ def correct(
     box.add(usable_voxels(image, taking_part)[0], 0)
     described = Image("volume", image.shape, size_mm, affine, slabs)
     samples, intensity = take_samples(described, box, parameters, box_is_final=True)
-    field, history = estimate_field(samples, parameters, xp=xp, threads=available_cores())
+    field, history, repeatability = estimate_twice(samples, parameters, xp=xp, threads=available_cores())
     field = keep_mean_intensity(field, intensity, "volume")
     if resident:
         from n4flow.kernels.cuda import FieldDivision
@@ -167,7 +168,7 @@ def correct(
         # a tile is read before it is written: the image may be one of the outputs
         for tile, results in zip(tiles, divided_tiles(field, parts(), xp), strict=True):
             corrected[tile], bias[tile] = (to_module(result, home) for result in results)
-    return Correction(out, bias_out, field, history)
+    return Correction(out, bias_out, field, history, repeatability)
 
 
 def _as_array(given: Any) -> Any:

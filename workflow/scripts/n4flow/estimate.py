@@ -13,7 +13,7 @@ import numpy as np
 from n4flow.core.affine import LARGEST_LENGTH
 from n4flow.core.bspline import evaluate_at, one_blas_thread, refine
 from n4flow.core.field import BiasField, Mesh
-from n4flow.core.fit import LeeWolbergShin, PenalisedLeastSquares, SplineFit
+from n4flow.core.fit import FEW_SAMPLES, LeeWolbergShin, PenalisedLeastSquares, SplineFit
 from n4flow.core.samples import Samples, largest_step, sample_positions
 from n4flow.errors import InputError
 from n4flow.kernels import choose_kernels
@@ -27,6 +27,9 @@ MOST_PENALISED_POINTS = 2500
 #: Two smooth fields are compared on about so many samples.
 COMPARED_SAMPLES = 2**15
 
+#: Of so many samples, the halves give as good a field as all together; the penalty on fewer would be another.
+SPLIT_SAMPLES = 20 * FEW_SAMPLES
+
 #: Of a slab, this share of the root of its area counts as its size; of a head it is less than the volume says.
 PROJECTED_SIZE = 0.78
 
@@ -37,13 +40,15 @@ class Iteration(NamedTuple):
     stage: int
     iteration: int
     cv: float
+    half: int = 0  # of the samples, 1 or 2; 0 where all were taken together
 
 
 class Estimate(NamedTuple):
-    """What `estimate_field` returns."""
+    """What `estimate_field` and `estimate_twice` return."""
 
     field: BiasField
     history: list[Iteration]
+    repeatability: float | None = None  # rms of the difference of the log fields of two half-samples
 
 
 @one_blas_thread
@@ -117,8 +122,11 @@ def estimate_field(
 
 
 @one_blas_thread
-def repeatability(samples: Samples, parameters: N4Parameters, *, xp: Any = np, threads: int = 1) -> float | None:
-    """How much a field hangs on which voxels were taken: the difference of the fields of two half-samples.
+def estimate_twice(samples: Samples, parameters: N4Parameters, *, xp: Any = np, threads: int = 1) -> Estimate:
+    """Estimate the field from each half of the samples: the mean is the field, and the difference says how sure it is.
+
+    Together the halves cost what all samples would, and their mean is as close to the truth. All samples are taken
+    together where they are few, and where the field is to be ITK's; the halves then only tell how repeatable it is.
 
     Parameters
     ----------
@@ -129,24 +137,54 @@ def repeatability(samples: Samples, parameters: N4Parameters, *, xp: Any = np, t
 
     Returns
     -------
-    float or None
-        Root mean square over the samples, in natural log, each field less its mean; see `Samples.halves`. None where no
-        field can be estimated from the halves: they are too few, or too few for the mesh.
+    Estimate
+        The field, whose mean is free; the history of both halves; the repeatability: root mean square over the samples,
+        in natural log, of the difference of both fields, each less its mean, see `Samples.halves`. None where no field
+        can be estimated from the halves: they are too few, or too few for the mesh.
+
+    Raises
+    ------
+    InputError
+        As `estimate_field`.
     """
-    halves = [replace(half, source=f"{half.source}, half of the samples") for half in samples.halves()]
+    within = samples.cropped()
+    mesh = initial_mesh(within.image_shape, within.voxel_size_mm, within.domain or within.positions, parameters)
+    repeatability, many = None, np.count_nonzero(samples.confidence) >= SPLIT_SAMPLES
     try:
-        fields = [estimate_field(half, parameters, xp=xp, threads=threads).field for half in halves]
+        halves = [replace(half, source=f"{half.source}, half of the samples") for half in samples.halves()]
+        one, other = (estimate_field(half, parameters, xp=xp, threads=threads, mesh=mesh) for half in halves)
     except InputError as error:
         log.info("%s; how repeatable the field is remains unknown", error)
-        return None
+    else:
+        repeatability = rms_difference(one.field, other.field, samples)
+        if many and not parameters.as_itk:
+            lattice = (one.field.lattice + other.field.lattice) / 2
+            history = [line._replace(half=n) for n, half in ((1, one), (2, other)) for line in half.history]
+            return Estimate(replace(one.field, lattice=lattice), history, repeatability)
+    return estimate_field(samples, parameters, xp=xp, threads=threads)._replace(repeatability=repeatability)
+
+
+def rms_difference(one: BiasField, other: BiasField, samples: Samples) -> float:
+    """How far two log fields lie apart on samples, each less its mean.
+
+    Parameters
+    ----------
+    one, other : BiasField
+    samples : Samples
+        Where the confidence is above 0; of many, `COMPARED_SAMPLES` are taken.
+
+    Returns
+    -------
+    float
+    """
     indices = np.argwhere(samples.confidence > 0)
     indices = indices[:: max(1, len(indices) // COMPARED_SAMPLES)]
     voxels = [p[index] for p, index in zip(samples.positions, indices.T, strict=True)]
-    one, other = (
+    of_one, of_other = (
         evaluate_at(field.lattice, [field.mesh.coordinate(axis, p) for axis, p in enumerate(voxels)], field.mesh.spans)
-        for field in fields
+        for field in (one, other)
     )
-    return float(np.std(one - other))
+    return float(np.std(of_one - of_other))
 
 
 def initial_mesh(

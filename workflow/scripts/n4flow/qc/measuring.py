@@ -262,16 +262,18 @@ def _run_metrics(facts: Mapping[str, Any], reference: Mapping[str, Any], mask_vo
     agreement = reference_run.get("Agreement") or {}
     parameters = run.get("Parameters") or {}
     history = run.get("History") or []
+    # of two halves of the samples, what the slower one took
+    halves = [[line["CV"] for line in history if line.get("Half") == n] for n in {line.get("Half") for line in history}]
     most = parameters.get("iterations")
     converged = run.get("Converged")
     dropped = run.get("Dropped")
     lost = sum(dropped.values()) if dropped is not None else None
     return {
-        "iterations_used": len(history) if history else None,
+        "iterations_used": max(map(len, halves), default=None),
         "iterations_max": sum(most) if most else None,
         # with a threshold of 0, a stage is to take all its iterations
         "converged": all(converged) if converged is not None and parameters.get("convergence_threshold") != 0 else None,
-        "convergence_cv": history[-1]["CV"] if history else None,
+        "convergence_cv": max((cvs[-1] for cvs in halves), default=None),
         "dropped_voxels": lost,
         "dropped_fraction": lost / mask_voxels if lost is not None else None,
         "samples": run.get("Samples"),

@@ -93,12 +93,16 @@ class _PlainNumbers(LogFormatter):
 
 
 def convergence_plot(history: Sequence[dict[str, Any]], threshold: float | None) -> Image.Image:
-    """Coefficient of variation (CV) of each update, a line per stage."""
+    """Coefficient of variation (CV) of each update, a line per stage; that of the second half-sample is dashed."""
     figure, axes = _plot()
-    steps = list(enumerate(history, start=1))
-    for stage in sorted({i["Stage"] for i in history}):
-        points = [(n, i["CV"]) for n, i in steps if i["Stage"] == stage]
-        axes.plot(*zip(*points, strict=True), color=AFTER, linewidth=1.2, marker="o", markersize=2.5)
+    last = 1
+    for half in sorted({i.get("Half", 1) for i in history}):
+        steps = list(enumerate((i for i in history if i.get("Half", 1) == half), start=1))
+        last = max(last, len(steps))
+        for stage in sorted({i["Stage"] for _, i in steps}):
+            points = [(n, i["CV"]) for n, i in steps if i["Stage"] == stage]
+            style = {"linestyle": "-" if half == 1 else "--", "marker": "o" if half == 1 else "s"}
+            axes.plot(*zip(*points, strict=True), color=AFTER, linewidth=1.2, markersize=2.5, **style)
     if threshold:
         axes.axhline(threshold, color=INK, linewidth=0.9, linestyle="--", label=f"threshold {threshold:g}")
         axes.legend(fontsize=7, edgecolor="none", framealpha=0.8)
@@ -108,7 +112,7 @@ def convergence_plot(history: Sequence[dict[str, Any]], threshold: float | None)
         axes.yaxis.set_minor_formatter(_PlainNumbers())
     axes.set_position((0.22, 0.17, 0.75, 0.8))  # its tick labels are wide
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.set(xlabel="iteration", ylabel="CV", xlim=(0.5, len(history) + 0.5))
+    axes.set(xlabel="iteration", ylabel="CV", xlim=(0.5, last + 0.5))
     return picture_of(figure)
 
 

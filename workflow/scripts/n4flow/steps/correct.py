@@ -11,7 +11,7 @@ from typing import Any
 from n4flow.core.quadrature import keep_mean_intensity
 from n4flow.core.samples import Samples
 from n4flow.device import DeviceChoice, select_device
-from n4flow.estimate import Estimate, estimate_field, repeatability
+from n4flow.estimate import Estimate, estimate_twice
 from n4flow.images.nifti import Volume
 from n4flow.images.sampling import read_samples
 from n4flow.parameters import N4Parameters
@@ -59,11 +59,11 @@ def correct_scan(
     log.info("%s: computing on %s (%s)", image, chosen.name, chosen.reason)
     volume, inside = Volume(image), Volume(mask)
     samples, intensity = read_samples(volume, inside, parameters)
-    estimate = estimate_field(samples, parameters, xp=chosen.xp, threads=threads)
+    estimate = estimate_twice(samples, parameters, xp=chosen.xp, threads=threads)
     field = keep_mean_intensity(estimate.field, intensity, image)
     facts = {
         **estimate_facts(estimate, samples, parameters),
-        "Repeatability": repeatability(samples, parameters, xp=chosen.xp, threads=threads),
+        "Repeatability": estimate.repeatability,
         "Device": chosen.name,
         "DeviceReason": chosen.reason,
     }
@@ -87,13 +87,15 @@ def estimate_facts(estimate: Estimate, samples: Samples, parameters: N4Parameter
         Plain values, ready for JSON: ``Parameters``, as set; ``Shrink``, per axis; ``Spans``, per axis at the last
         stage, and their ``SpanLengthMm``; ``Samples``, how many there were; ``Dropped``, voxels of the mask that had
         no logarithm, by reason; ``History``, the CV of the update (without unit) at every iteration of each
-        stage; ``Converged``, whether each stage came to the threshold.
+        stage, ``Half`` by half of the samples where the field is the mean of two; ``Converged``, whether each stage
+        came to the threshold, of both halves.
     """
-    converged = []
-    for stage in range(1, len(parameters.stages) + 1):
-        cvs = [line.cv for line in estimate.history if line.stage == stage]
-        # a stage without an iteration found all values the same
-        converged.append(not cvs or cvs[-1] <= parameters.convergence_threshold)
+    last = {(line.half, line.stage): line.cv for line in estimate.history}
+    # a stage without an iteration found all values the same
+    converged = [
+        all(cv <= parameters.convergence_threshold for (_, of), cv in last.items() if of == stage)
+        for stage in range(1, len(parameters.stages) + 1)
+    ]
     return {
         "Parameters": parameters.to_mapping(),
         "Shrink": [int(p[1] - p[0]) if len(p) > 1 else 1 for p in samples.positions],
@@ -104,6 +106,9 @@ def estimate_facts(estimate: Estimate, samples: Samples, parameters: N4Parameter
         ],
         "Samples": int(samples.mask.sum()),
         "Dropped": samples.dropped,
-        "History": [{"Stage": n.stage, "Iteration": n.iteration, "CV": float(n.cv)} for n in estimate.history],
+        "History": [
+            {"Stage": n.stage, "Iteration": n.iteration, "CV": float(n.cv)} | ({"Half": n.half} if n.half else {})
+            for n in estimate.history
+        ],
         "Converged": converged,
     }
