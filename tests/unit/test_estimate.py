@@ -332,15 +332,15 @@ def test_field_is_of_all_samples_where_they_are_few_or_it_is_itks(small_head, ma
     assert found.repeatability > 0
 
 
-@pytest.mark.parametrize("levels", [10, 20, 40])
-def test_few_grey_levels_still_show_the_field(tissues, levels):
+@pytest.mark.parametrize(("levels", "left"), [(7, 0.5), (10, 0.4), (20, 0.4), (40, 0.4)])
+def test_few_grey_levels_still_show_the_field(tissues, levels, left):
     head = make_phantom(tissues, 2.0, inu_percent=60, noise_percent=3, seed=5)
     image = np.rint(head.image / np.percentile(head.image[head.brain], 99) * levels)
     mask = head.brain & (image > 0)
     found = np.log(correct(image, mask, voxel_size_mm=(2, 2, 2), device="cpu").bias[mask])
     truth = np.log(head.bias[mask])
     # without spreading, a few spikes are as sharp as can be: nothing is found
-    assert np.std(found - truth) < 0.4 * np.std(truth)
+    assert np.std(found - truth) < left * np.std(truth)
     samples = samples_of(image, mask)
     spread = samples.cropped().spread()
     steps = np.abs(spread.log_image - samples.cropped().log_image)[spread.mask]

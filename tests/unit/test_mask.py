@@ -132,6 +132,15 @@ def shading_left(image, mask, log_bias, wm):
     return (field - log_bias)[wm].std()
 
 
+def test_a_mask_that_has_not_settled_is_told(tissues, tmp_path, monkeypatch, caplog):
+    image = save(tmp_path / "a.nii", coil_scan(tissues, (1, 0.3, 0.2), 3)[0])
+    make_mask(image, tmp_path / "mask.nii")
+    assert "not settled" not in caplog.text
+    monkeypatch.setattr(n4flow.steps.mask, "MOST_TURNS", 1)
+    make_mask(image, tmp_path / "mask.nii")
+    assert "has not settled" in caplog.text
+
+
 COILS = [(1, 0.3, 0.2), (0, 1, 0.5), (-0.2, -0.3, 1)]
 
 

@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 MINIMUM_SAMPLES = 1000
 
 #: With so many grey levels the steps between them may be wider than the peaks of tissues; fewer are no scale of greys.
-FEWEST_LEVELS, FEW_LEVELS = 8, 100
+FEWEST_LEVELS, FEW_LEVELS = 6, 100
 
 #: A level of no more than this share of the samples does not count: it may be off the scale.
 RARE = 1e-4

@@ -36,7 +36,7 @@ SUB_GRID_VOXELS = 2**20
 FIELD_SAMPLES = 20_000
 
 #: The mask is found again until fewer than this share of its voxels on the sub-grid change, at most so many times.
-SAME_MASK, MOST_TURNS = 0.02, 5
+SAME_MASK, MOST_TURNS = 0.02, 10
 
 #: What lies outside of the mask is taken for noise up to its median and so many times the median distance from that:
 #: of the magnitude of Gaussian noise, up to three of its standard deviations.
@@ -202,6 +202,7 @@ def find_foreground(volume: Volume, method: MaskMethod = "otsu", percentile: flo
             f"has air as bright as what it shows: noise in {100 * at_border:.0f} % of its border",
             "give a mask, for MP2RAGE's uniform image (UNIT1) one of its second inversion image (INV2)",
         )
+    changed = 0.0
     for turn in range(1, MOST_TURNS + 1):
         try:
             field = estimate_field(_thinned_samples(volume, positions, values, inside), N4Parameters()).field
@@ -229,6 +230,14 @@ def find_foreground(volume: Volume, method: MaskMethod = "otsu", percentile: flo
         )
         if changed < SAME_MASK:  # an ordinary scan keeps what the threshold gives
             return found if turn > 1 else at_once
+    if changed >= SAME_MASK:
+        log.warning(
+            "%s: the mask has not settled in %d turns, the last of which changed %.1f %% of it; look at it, "
+            "or give a mask in the sheet",
+            volume.path,
+            found.turns,
+            100 * changed,
+        )
     return found
 
 
