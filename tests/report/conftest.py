@@ -4,6 +4,11 @@ import shutil
 
 import pytest
 
+from n4flow.qc.dataset import make_index
+from n4flow.qc.pages import make_subject
+from tests.report.reviewing import SCANS
+from tests.unit.test_qc import HOSTILE, make_files
+
 NAMES = {"chromium": ("chromium", "chromium-browser", "google-chrome"), "firefox": ("firefox-esr", "firefox")}
 
 
@@ -44,7 +49,7 @@ class Visit:
 
     def __init__(self, browser, **options):
         self.context = browser.new_context(**{"viewport": {"width": 1280, "height": 900}, **options})
-        self.requests, self.errors = [], []
+        self.requests, self.errors, self.warnings = [], [], 0
         self.context.on("request", lambda request: self.requests.append(request.url))
         self.context.on("weberror", lambda error: self.errors.append(str(error.error)))
         self.page = self.open()
@@ -52,10 +57,17 @@ class Visit:
     def open(self, path=None):
         page = self.context.new_page()
         page.set_default_timeout(15_000)
-        page.on("dialog", lambda dialog: self.errors.append(f"dialog {dialog.message}"))
+        page.on("dialog", self.on_dialog)
         if path:
             page.goto(path.as_uri())
         return page
+
+    def on_dialog(self, dialog):
+        if dialog.type == "beforeunload":
+            self.warnings += 1
+        else:
+            self.errors.append(f"dialog {dialog.message}")
+        dialog.accept()
 
     def check(self):
         assert self.errors == []
@@ -78,3 +90,51 @@ def visit(browser):
     for made in visits:
         made.check()
         made.context.close()
+
+
+@pytest.fixture(scope="session")
+def qc(tmp_path_factory):
+    """A report over three scans and one whose name is hostile."""
+    folder = tmp_path_factory.mktemp("a report#1")
+    made = []
+    for number, name in enumerate((*SCANS, HOSTILE)):
+        place = folder / f"scan{number}"
+        place.mkdir(parents=True)
+        stem = "hostile & <b>" if name == HOSTILE else name
+        qc = folder / "qc"
+        (qc / "data").mkdir(parents=True, exist_ok=True)
+        files = make_files(place, strength=0.1 + 0.1 * number) | {
+            "page": qc / f"{stem}.html",
+            "metrics": qc / "data" / f"{stem}.json",
+            "pictures": qc / "data" / f"{stem}.webp",
+            "viewer": qc / "data" / f"{stem}.js",
+            "viewer_mb": 1,
+        }
+        make_subject(name=name, **files)
+        made.append(files["metrics"])
+    make_index(made, folder / "qc" / "index.html", folder / "qc" / "metrics.tsv", [(HOSTILE, "<i>broken</i>")])
+    return folder / "qc"
+
+
+@pytest.fixture
+def export(downloads):
+    """Presses the button and takes the file from the downloads."""
+
+    def save(page, path):
+        if page.context.browser.browser_type.name == "chromium":
+            with page.expect_download() as download:
+                page.click("#export")
+            assert download.value.suggested_filename == "ratings.tsv"
+            download.value.save_as(path)
+            return path
+        # Playwright hears nothing of Firefox's downloads from a blob
+        page.click("#export")
+        there = downloads / "ratings.tsv"
+        for _ in range(100):
+            if there.is_file() and there.stat().st_size:
+                break
+            page.wait_for_timeout(50)
+        there.replace(path)
+        return path
+
+    return save

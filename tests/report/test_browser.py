@@ -18,75 +18,20 @@ from n4flow.images.fields import load_field
 from n4flow.qc.dataset import make_index
 from n4flow.qc.pages import make_subject
 from n4flow.study.ratings import Rating, read_ratings
+from tests.report.reviewing import (
+    ONE,
+    SCANS,
+    give_name,
+    index_of,
+    order_of,
+    rate_here,
+    rating_of,
+    show_others,
+    shown_page,
+    table,
+    write_ratings,
+)
 from tests.unit.test_qc import HOSTILE, make_files, write_metrics
-
-SCANS = ("sub-01_T1w", "sub-02_ses-a_run-1_T1w", "sub-03_T1w")
-
-
-@pytest.fixture(scope="session")
-def qc(tmp_path_factory):
-    """A report over three scans and one whose name is hostile."""
-    folder = tmp_path_factory.mktemp("a report#1")
-    made = []
-    for number, name in enumerate((*SCANS, HOSTILE)):
-        place = folder / f"scan{number}"
-        place.mkdir(parents=True)
-        stem = "hostile & <b>" if name == HOSTILE else name
-        qc = folder / "qc"
-        (qc / "data").mkdir(parents=True, exist_ok=True)
-        files = make_files(place, strength=0.1 + 0.1 * number) | {
-            "page": qc / f"{stem}.html",
-            "metrics": qc / "data" / f"{stem}.json",
-            "pictures": qc / "data" / f"{stem}.webp",
-            "viewer": qc / "data" / f"{stem}.js",
-            "viewer_mb": 1,
-        }
-        make_subject(name=name, **files)
-        made.append(files["metrics"])
-    make_index(made, folder / "qc" / "index.html", folder / "qc" / "metrics.tsv", [(HOSTILE, "<i>broken</i>")])
-    return folder / "qc"
-
-
-def rating_of(page, scan):
-    return page.locator("#scans tbody tr", has=page.get_by_text(scan, exact=True)).locator(".rating").inner_text()
-
-
-def order_of(page):
-    return page.locator("#scans tbody th").all_inner_texts()
-
-
-def shown_page(page):
-    return page.frame_locator("#frames iframe:not(.away)")
-
-
-def give_name(page, name):
-    page.click("#rater")
-    page.keyboard.type(name)
-    page.keyboard.press("Tab")
-
-
-@pytest.fixture
-def export(downloads):
-    """Presses the button and takes the file from the downloads."""
-
-    def save(page, path):
-        if page.context.browser.browser_type.name == "chromium":
-            with page.expect_download() as download:
-                page.click("#export")
-            assert download.value.suggested_filename == "ratings.tsv"
-            download.value.save_as(path)
-            return path
-        # Playwright hears nothing of Firefox's downloads from a blob
-        page.click("#export")
-        there = downloads / "ratings.tsv"
-        for _ in range(100):
-            if there.is_file() and there.stat().st_size:
-                break
-            page.wait_for_timeout(50)
-        there.replace(path)
-        return path
-
-    return save
 
 
 def test_keys_on_the_table_rate_the_selected_scan(qc, visit):
@@ -217,31 +162,17 @@ def test_export_and_import_round_trip(qc, visit, export, tmp_path):
     assert rows[SCANS[1]].comment == 'say "no" to <script>alert(1)</script>'
     assert 0 < float(rows[SCANS[1]].time_sec) < 60
     metrics = json.loads((qc / "data" / f"{SCANS[1]}.json").read_text())
-    assert rows[SCANS[1]].report_hash == metrics["report_hash"]
+    assert rows[SCANS[1]].report_hash == f"sha256:{metrics['report_hash']}"
 
     other = visit(qc / "index.html").page
     assert rating_of(other, names[0]) == "○ not rated"
     other.set_input_files("#import", first)
     other.locator("#told", has_text="2 ratings by Ann B: 2 taken over").wait_for()
+    show_others(other)
     assert rating_of(other, SCANS[1]) == "Ann B: ▲ warn"
     give_name(other, "Ann B")
     assert rating_of(other, SCANS[1]) == "▲ warn"
     assert export(other, tmp_path / "second.tsv").read_bytes() == first.read_bytes()
-
-
-def table(path):
-    with open(path, encoding="utf-8", newline="") as file:
-        return list(csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
-
-
-def write_ratings(path, *rows):
-    blank = dict.fromkeys(Rating._fields, "n/a")
-    lines = ["\t".join(Rating._fields), *("\t".join((blank | row).values()) for row in rows)]
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    return path
-
-
-ONE = {"participant_id": "sub-01", "modality": "T1w"}
 
 
 def test_two_raters_are_merged_and_their_disagreement_is_shown(qc, visit, tmp_path):
@@ -252,6 +183,7 @@ def test_two_raters_are_merged_and_their_disagreement_is_shown(qc, visit, tmp_pa
     both = [write_ratings(tmp_path / "ann.tsv", ann), write_ratings(tmp_path / "bo.tsv", bo, unknown)]
     page.set_input_files("#import", both)
     page.locator("#told", has_text="Left out 1: line 3: sub-99_T1w is not in this dataset").wait_for()
+    show_others(page)
     assert rating_of(page, SCANS[0]).split("\n") == ["ann: ● pass", "bo: ✕ fail", "≠ raters disagree"]
     page.select_option("#only", "disagree")
     assert order_of(page) == [SCANS[0]]
@@ -273,6 +205,7 @@ def test_stored_ratings_are_shown_and_stale_ones_are_marked(qc, visit, export, t
     paths = [folder / "data" / f"{scan}.json" for scan in SCANS]
     make_index(paths, folder / "index.html", folder / "metrics.tsv", ratings=stored)
     page = visit(folder / "index.html").page
+    show_others(page)
     assert rating_of(page, SCANS[0]) == "ann: ● pass (stale)"
     assert rating_of(page, SCANS[2]) == "ann: ▲ warn"
     give_name(page, "ann")
@@ -290,17 +223,6 @@ def test_stored_ratings_are_shown_and_stale_ones_are_marked(qc, visit, export, t
     row.locator(".rating", has_text=re.compile(r"^● pass$")).wait_for()  # no longer stale
     ratings = read_ratings(export(page, tmp_path / "out.tsv"), known=SCANS.__contains__)
     assert [(r.scan, r.rating) for r in ratings] == [(SCANS[0], "pass"), (SCANS[2], "warn")]
-
-
-def index_of(folder, *scans):
-    """An index over scans that have only a name, as the workflow makes it anew over what is done."""
-    metrics = [{"name": scan, "report_hash": "0" * 12, "cjv_after": 0.5} for scan in scans]
-    make_index(write_metrics(folder, metrics), folder / "index.html", folder / "metrics.tsv")
-    return folder / "index.html"
-
-
-def rate_here(page, scan, **change):
-    page.evaluate("([scan, change]) => rate(scan, change)", [scan, change])
 
 
 def test_the_ratings_of_a_scan_that_is_not_there_for_a_while_are_kept(visit, tmp_path):
@@ -337,6 +259,7 @@ def test_fractions_of_a_second_count(visit, tmp_path):
     for number, row in enumerate(rows):
         page.set_input_files("#import", write_ratings(tmp_path / f"{number}.tsv", row))
         page.locator("#told", has_text=f"{number}.tsv: 1 ratings by ann").wait_for()
+    show_others(page)
     assert rating_of(page, SCANS[0]) == "ann: ● pass"
 
 

@@ -1,9 +1,10 @@
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from n4flow.errors import InputError
-from n4flow.study.ratings import RATINGS, Rating, exclusions, read_ratings, write_exclusions
+from n4flow.study.ratings import RATINGS, Rating, agreement, exclusions, read_ratings, write_exclusions
 
 HEADER = "\t".join(Rating._fields)
 
@@ -21,7 +22,8 @@ def write(path, *lines):
 
 
 def test_a_table_is_read(tmp_path):
-    path = write(tmp_path / "r.tsv", line(session="ses-a", modality="run-1_T1w", comment='a "quote'), line(rater="bo"))
+    prefixed = line(rater="bo", report_hash="sha256:0123456789ab")  # no number for a spreadsheet
+    path = write(tmp_path / "r.tsv", line(session="ses-a", modality="run-1_T1w", comment='a "quote'), prefixed)
     first, second = read_ratings(path)
     assert (first.scan, first.comment, first.reasons) == ("sub-01_ses-a_run-1_T1w", 'a "quote', "")
     assert (second.scan, second.rater, second.report_hash) == ("sub-01_T1w", "bo", "0123456789ab")
@@ -47,7 +49,7 @@ def test_no_rating_yet_is_no_problem(tmp_path):
         (line(participant_id="01"), "line 2: participant_id '01' is not valid; give it as in sub-01"),
         (line(time_sec="long"), "line 2: time_sec 'long' is not valid; give seconds, or n/a"),
         (line(timestamp="yesterday"), "line 2: timestamp 'yesterday' is not valid; give it as in 2026-01-31T12:00:00Z"),
-        (line(report_hash="x"), "line 2: report_hash 'x' is not valid; give the 12 characters that the report exports"),
+        (line(report_hash="x"), "line 2: report_hash 'x' is not valid; give what the report exports, or n/a"),
         (line(participant_id="sub-02"), "line 2: sub-02_T1w is not in the sample sheet; remove the line, or add the"),
         (line() + "\n" + line(rating="fail"), "line 3: ann rated sub-01_T1w in line 2 already; keep the later one"),
         (line() + "\tmore", "line 2: has another number of columns than the header; separate them by tabs"),
@@ -85,9 +87,8 @@ def test_one_fail_excludes_and_every_word_is_kept(tmp_path):
         line(participant_id="sub-03"),
         line(session="ses-b", rating="fail", report_hash="ffffffffffff"),
     )
-    write_exclusions(
-        path, dict.fromkeys(["sub-01_ses-b_T1w", "sub-02_T1w", "sub-03_T1w"], "0123456789ab"), tmp_path / "e"
-    )
+    hashes = dict.fromkeys(["sub-01_ses-b_T1w", "sub-02_T1w", "sub-03_T1w"], "0123456789ab")
+    write_exclusions(path, hashes, tmp_path / "e", tmp_path / "a")
     assert (tmp_path / "e").read_text().splitlines() == [
         "participant_id\tsession\tmodality\treason",
         "sub-01\tses-b\tT1w\tann: fail (stale: the scan has changed since, look again)",
@@ -109,3 +110,51 @@ def test_exactly_the_failed_are_excluded(given_ratings):
     assert [row[0] for row in exclusions(ratings, {})] == sorted(
         {f"sub-{scan}" for scan, _, rating in given_ratings if rating == "fail"}
     )
+
+
+def ratings_by(rater, letters):
+    words = {"p": "pass", "w": "warn", "f": "fail"}
+    blank = dict.fromkeys(Rating._fields, "")
+    return [
+        Rating(**blank | {"participant_id": f"sub-{n}", "modality": "T1w", "rater": rater, "rating": words[letter]})
+        for n, letter in enumerate(letters)
+        if letter != "-"
+    ]
+
+
+def test_kappa_of_the_textbook():
+    """20 and 15 of 50 alike: 0.4 (Cohen's kappa in Wikipedia, simple example)."""
+    ours = "p" * 25 + "f" * 25
+    theirs = "p" * 20 + "f" * 5 + "p" * 10 + "f" * 15
+    ((rater, other, scans, alike, kappa, weighted),) = agreement(ratings_by("bo", theirs) + ratings_by("ann", ours))
+    assert (rater, other, scans, alike) == ("ann", "bo", 50, 35)
+    assert kappa == pytest.approx(0.4)
+    assert weighted == pytest.approx(0.4)  # of two ratings there is one distance
+
+
+def test_weighted_kappa_forgives_neighbours():
+    """Of the 3 x 3 table of counts, as Cohen 1968 has it."""
+    ours, theirs = "ppppwwwfff", "pppwwwfffp"
+    ((*_, kappa, weighted),) = agreement(ratings_by("ann", ours) + ratings_by("bo", theirs))
+    counts = np.zeros((3, 3))
+    for a, b in zip(ours, theirs, strict=True):
+        counts["pwf".index(a), "pwf".index(b)] += 1
+    share = counts / counts.sum()
+    chance = np.outer(share.sum(axis=1), share.sum(axis=0))
+    assert kappa == pytest.approx((np.trace(share) - np.trace(chance)) / (1 - np.trace(chance)))
+    distance = np.abs(np.subtract.outer(range(3), range(3)))
+    assert weighted == pytest.approx(1 - (distance * share).sum() / (distance * chance).sum())
+
+
+def test_only_scans_that_both_rated_as_they_are_count(tmp_path):
+    stale = ratings_by("bo", "-p")[0]._replace(report_hash="a" * 12)
+    fresh = ratings_by("ann", "pp")[1]._replace(report_hash="b" * 12)
+    assert agreement([*ratings_by("ann", "p"), fresh, stale]) == []
+    rows = agreement([*ratings_by("ann", "pp-"), *ratings_by("bo", "-pp")])
+    assert [row[:4] for row in rows] == [("ann", "bo", 1, 1)]
+    path = write(tmp_path / "r.tsv", line(), line(rater="bo"))
+    write_exclusions(path, {}, tmp_path / "e", tmp_path / "a")
+    assert (tmp_path / "a").read_text().splitlines() == [
+        "rater\tother\tscans\talike\tkappa\tweighted_kappa",
+        "ann\tbo\t1\t1\tn/a\tn/a",
+    ]

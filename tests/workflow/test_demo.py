@@ -106,5 +106,6 @@ def test_ratings_go_back_into_the_workflow(demo, tmp_path):
         "sub-01\tn/a\tT1w\tann: fail, mask wrong",
         "sub-02\tn/a\tT1w\tann: fail (stale: the scan has changed since, look again)",
     ]
+    assert (folder / "results/qc/agreement.tsv").read_text().startswith("rater\tother\tscans\talike\tkappa")
     assert '"rater":"ann"' in (folder / "results/qc/index.html").read_text(encoding="utf-8")
     assert {path: path.stat().st_mtime for path in pages} == pages, "pages do not hang on ratings"

@@ -99,7 +99,7 @@ rule figures:
 if RATINGS_FILE:
 
     rule exclude:
-        """List the scans that a reviewer failed."""
+        """List the scans that a reviewer failed, and how raters agree."""
         input:
             ratings=RATINGS_FILE,
             metrics=[made_of(scan, "metrics") for scan in SCANS],
@@ -109,6 +109,12 @@ if RATINGS_FILE:
                 caption="../report/exclude.rst",
                 category="All scans",
                 labels={"what": "scans that a reviewer failed", "kind": "table"},
+            ),
+            raters=report(
+                "<results>/qc/agreement.tsv",
+                caption="../report/agreement.rst",
+                category="All scans",
+                labels={"what": "agreement of the raters", "kind": "table"},
             ),
         log:
             "<logs>/exclude.log",

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import csv
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
+from itertools import combinations
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,7 +33,8 @@ class Rating(NamedTuple):
     time_sec : str
         For how long the scan was on show until it was rated.
     report_hash : str
-        ``report_hash`` of the scan's metrics when it was rated.
+        ``report_hash`` of the scan's metrics when it was rated; in the table ``sha256:`` stands before it, so that no
+        spreadsheet takes it for a number.
     timestamp : str
         UTC, ISO 8601.
     """
@@ -59,7 +62,7 @@ CELLS: Mapping[str, tuple[str, str]] = {
     "session": (r"ses-[A-Za-z0-9]+", "give it as in ses-1"),
     "rating": ("|".join(RATINGS), f"use one of {' '.join(RATINGS)}"),
     "time_sec": (r"\d+(\.\d*)?", "give seconds, or n/a"),
-    "report_hash": (r"[0-9a-f]{12}", "give the 12 characters that the report exports, or n/a"),
+    "report_hash": (r"(sha256:)?[0-9a-f]{12}", "give what the report exports, or n/a"),
     "timestamp": (r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d+)?Z", "give it as in 2026-01-31T12:00:00Z, or n/a"),
 }
 NEEDED = ("participant_id", "modality", "rater", "rating")
@@ -90,6 +93,7 @@ def read_ratings(path: str | Path, known: Callable[[str], bool] = lambda scan: T
             continue
         cells = {key: "" if text.strip() == "n/a" else text.strip() for key, text in row.items()}
         rating = Rating(**{**dict.fromkeys(Rating._fields, ""), **cells})
+        rating = rating._replace(report_hash=rating.report_hash.removeprefix("sha256:"))
         found = [f"{key} is empty; fill it in" for key in NEEDED if not cells[key]]
         found += [
             f"{key} {cells[key]!r} is not valid; {remedy}"
@@ -145,9 +149,84 @@ def exclusions(ratings: Sequence[Rating], hashes: Mapping[str, str | None]) -> l
     return sorted(rows)
 
 
-def write_exclusions(ratings_file: str | Path, hashes: Mapping[str, str | None], output: str | Path) -> None:
-    """Write `exclusions` of a table of ratings as a table (participant_id, session, modality, reason)."""
-    rows = exclusions(read_ratings(ratings_file), hashes)
-    with atomic_text(output) as file:
-        for row in [("participant_id", "session", "modality", "reason"), *rows]:
-            file.write("\t".join(row) + "\n")
+class Agreement(NamedTuple):
+    """How two raters agree on the scans that both have rated, as a row of agreement.tsv.
+
+    Parameters
+    ----------
+    rater, other : str
+    scans, alike : int
+        Scans that both have rated in the same state, and those that both rated alike.
+    kappa, weighted_kappa : float
+        Cohen's kappa ``1 - sum(w o) / sum(w e)`` of the ratings that were found, o, and those that chance alone would
+        pair, e: with w = 1 for any two that differ, and with w = 1 for neighbours and 2 for pass and fail. 1 is full
+        agreement, 0 that of chance; NaN where chance would agree on all.
+    """
+
+    rater: str
+    other: str
+    scans: int
+    alike: int
+    kappa: float
+    weighted_kappa: float
+
+
+def agreement(ratings: Sequence[Rating]) -> list[Agreement]:
+    """How each two raters agree. Ratings of one scan that was made anew in between are not compared.
+
+    References
+    ----------
+    Cohen 1960, doi:10.1177/001316446002000104; Cohen 1968, doi:10.1037/h0026256 (weighted).
+    """
+    of_rater: dict[str, dict[str, Rating]] = {}
+    for rating in ratings:
+        of_rater.setdefault(rating.rater, {})[rating.scan] = rating
+    rows = []
+    for rater, other in combinations(sorted(of_rater), 2):
+        mine, theirs = of_rater[rater], of_rater[other]
+        both = [s for s in mine if s in theirs and not stale(mine[s], theirs[s].report_hash)]
+        if not both:
+            continue
+        pairs = [(RATINGS.index(mine[s].rating), RATINGS.index(theirs[s].rating)) for s in both]
+        found = _kappa(pairs, lambda a, b: a != b), _kappa(pairs, lambda a, b: abs(a - b))
+        rows.append(Agreement(rater, other, len(both), sum(a == b for a, b in pairs), *found))
+    return rows
+
+
+def _kappa(pairs: Sequence[tuple[int, int]], disagreement: Callable[[int, int], float]) -> float:
+    found = sum(disagreement(a, b) for a, b in pairs)
+    chance = sum(disagreement(a, b) for a, _ in pairs for _, b in pairs) / len(pairs)
+    return 1 - found / chance if chance else math.nan
+
+
+def write_exclusions(
+    ratings_file: str | Path, hashes: Mapping[str, str | None], table: str | Path, raters: str | Path
+) -> None:
+    """Write what a table of ratings comes to.
+
+    Parameters
+    ----------
+    ratings_file : path-like
+        See `read_ratings`.
+    hashes : mapping
+        ``report_hash`` by scan.
+    table : path-like
+        Gets the `exclusions` (participant_id, session, modality, reason).
+    raters : path-like
+        Gets the `agreement` of the raters.
+    """
+    ratings = read_ratings(ratings_file)
+    rows = [tuple(_cell(value) for value in row) for row in agreement(ratings)]
+    excluded = exclusions(ratings, hashes)
+    for path, header, lines in (
+        (table, ("participant_id", "session", "modality", "reason"), excluded),
+        (raters, Agreement._fields, rows),
+    ):
+        with atomic_text(path) as file:
+            file.writelines("\t".join(line) + "\n" for line in (header, *lines))
+
+
+def _cell(value: str | float) -> str:
+    if isinstance(value, float):
+        return f"{value:.4f}" if math.isfinite(value) else "n/a"
+    return str(value)

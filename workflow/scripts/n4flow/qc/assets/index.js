@@ -94,7 +94,15 @@ function ratingLines(scan) {
   const lines = own ? [line(own, "")] : [];
   lines.push(...ratings.others(scan).map((entry) => line(entry, `${entry.rater || "unnamed"}: `)));
   if (ratings.disagree(scan)) lines.push(made("span", { className: "rated disagree" }, "≠ raters disagree"));
-  return lines.length ? lines : [made("span", { className: "soft" }, "○ not rated")];
+  const comment = ratings.note(scan).comment ? ", with a comment" : "";
+  if (!own && (comment || !lines.length)) lines.unshift(made("span", { className: "rated soft" }, `○ not rated${comment}`));
+  if (ratings.all(scan).length > ratings.of(scan).length) lines.push(made("span", { className: "rated soft" }, "others hidden"));
+  return lines;
+}
+
+function flagChip(flag) {
+  const [name, sentence] = [flag.split(":")[0], flag.replaceAll("_", " ")];
+  return made("span", { className: "flag", title: sentence }, `▲ ${name.replaceAll("_", " ")}`);
 }
 
 const linkTo = (row) => made("a", { href: `#${encodeURIComponent(row[0])}` }, row[0]);
@@ -186,150 +194,50 @@ function drawProgress() {
       done += 1;
       counts[own.rating] += 1;
     }
-    any += ratings.of(scan).length > 0;
+    any += ratings.all(scan).length > 0;
     apart += ratings.disagree(scan);
   }
   $("progress").max = Math.max(1, rows.length);
   $("progress").value = done;
+  const fresh = ratings.unexported().length;
+  const without = ratings.unrated().length;
   $("rated").textContent = [
     `${done} of ${rows.length} rated by ${ratings.rater || "you"}: ● ${counts.pass} pass, ▲ ${counts.warn} warn, ✕ ${counts.fail} fail`,
     stale ? `${stale} stale` : "",
     any > done + stale ? `${any} rated by anybody` : "",
     apart ? `≠ raters disagree on ${apart}` : "",
+    without ? `${without} with a comment and no rating` : "",
     ratings.saved ? "" : "this browser keeps nothing: export before you close the page",
   ].filter(Boolean).join("; ");
+  for (const place of document.querySelectorAll(".unexported")) place.textContent = fresh ? `▲ ${fresh} not exported` : "";
+  $("autosave").textContent = file.handle ? "saving into a file ●" : "Save into a file…";
+  drawAgreement();
 }
 
-// ---------------------------------------------------------------- review
-
-const review = { order: [], at: -1, frames: new Map(), since: 0, spent: new Map() };
-const reviewing = () => review.at >= 0;
-const scanShown = () => rows[review.order[review.at]][0];
-
-function countTime() {
-  const now = performance.now();
-  if (reviewing() && review.since) review.spent.set(scanShown(), (review.spent.get(scanShown()) || 0) + (now - review.since) / 1000);
-  review.since = reviewing() && !document.hidden ? now : 0;
-}
-document.addEventListener("visibilitychange", countTime);
-
-// The address says what is on show, so the browser's own back works.
-function route() {
-  const [name, action] = location.hash.slice(1).split("/").map(decodeURIComponent);
-  const n = rowOf.get(name);
-  if (n === undefined) return closeReview();
-  if (!reviewing() || !review.order.includes(n)) {
-    review.order = state.kept.includes(n) ? [...state.kept] : rows.map((_, m) => m);
-  }
-  show(review.order.indexOf(n));
-  if (action) {
-    // a key that was pressed on a page of its own
-    location.replace(`#${encodeURIComponent(name)}`);
-    reviewKey(action);
-  }
+// As exclude.tsv's companion, agreement.tsv, has it.
+function drawAgreement() {
+  const found = ratings.agreements();
+  $("agreement").hidden = !found.length;
+  $("agreement").replaceChildren(...found.map(({ raters: [a, b], scans, alike, kappa: plainKappa, weighted }) => {
+    const shown = (number) => (Number.isFinite(number) ? number.toFixed(2) : "n/a");
+    return made("span", {}, `${a || "you"} and ${b || "you"}: ${alike} of ${scans} alike, κ ${shown(plainKappa)}, weighted κ ${shown(weighted)}`);
+  }));
 }
 
-function show(at) {
-  if (reviewing()) $("comment").blur(); // what was being written is of the scan that goes
-  countTime();
-  review.at = at;
-  const near = [at, at + 1, at - 1].filter((n) => n >= 0 && n < review.order.length);
-  const names = near.map((n) => rows[review.order[n]][0]);
-  for (const [name, frame] of review.frames) {
-    if (names.includes(name)) continue;
-    frame.remove();
-    review.frames.delete(name);
-  }
-  for (const name of names) {
-    if (!review.frames.has(name)) {
-      // neighbours too, so that the next scan is there at once
-      const frame = made("iframe", { title: `page of ${name}`, src: rows[rowOf.get(name)][1] });
-      review.frames.set(name, frame);
-      $("frames").append(frame);
-    }
-    review.frames.get(name).classList.toggle("away", name !== names[0]);
-    review.frames.get(name).inert = name !== names[0];
-  }
-  $("review").hidden = false;
-  document.body.classList.add("reviewing");
-  countTime();
-  drawReview();
-  focusPage();
-}
-
-const focusPage = () => review.frames.get(scanShown()).contentWindow.focus();
-
-function closeReview() {
-  if (!reviewing()) return;
-  $("comment").blur();
-  countTime();
-  const last = state.kept.indexOf(review.order[review.at]);
-  for (const frame of review.frames.values()) frame.remove();
-  review.frames.clear();
-  review.at = -1;
-  $("review").hidden = true;
-  document.body.classList.remove("reviewing");
-  if (last >= 0) state.selected = last;
-  state.page = Math.floor(state.selected / ROWS_A_PAGE[state.view]);
-  draw();
-  select(state.selected);
-}
-
-function drawReview() {
-  const scan = scanShown();
-  const own = ratings.mine(scan);
-  const given = own && !ratings.stale(own) ? own.rating : "";
-  document.title = `${scan} · n4flow`;
-  $("scan").textContent = scan;
-  $("position").textContent = `${review.at + 1} of ${review.order.length}`;
-  $("previous").disabled = review.at === 0;
-  $("following").disabled = review.at === review.order.length - 1;
-  for (const button of document.querySelectorAll("[data-rate]")) {
-    button.setAttribute("aria-pressed", String(button.dataset.rate !== "" && button.dataset.rate === given));
-  }
-  const reasons = own ? reasonsOf(own) : [];
-  for (const box of $("why").querySelectorAll("input")) {
-    box.checked = reasons.includes(box.value);
-    box.disabled = !own || own.rating === "pass";
-  }
-  if (document.activeElement !== $("comment")) $("comment").value = own ? own.comment : ""; // else it is being written
-  $("comment").disabled = !own;
-  $("comment").placeholder = own ? "comment" : "rate first";
-  $("said").replaceChildren(...ratingLines(scan));
-}
-
-function rate(scan, change) {
-  countTime();
-  const time = review.spent.get(scan);
-  ratings.set(scan, "rating" in change && time !== undefined ? { ...change, time_sec: time.toFixed(1) } : change);
-  redrawRating(scan);
-  if (reviewing()) drawReview();
-}
-
-const goTo = (at) => {
-  if (at >= 0 && at < review.order.length) location.replace(`#${encodeURIComponent(rows[review.order[at]][0])}`);
-};
-const RATE_KEYS = { __proto__: null, 1: "pass", 2: "warn", 3: "fail" };
-
-function reviewKey(key) {
-  if (RATE_KEYS[key]) rate(scanShown(), { rating: RATE_KEYS[key] });
-  else if (key === "j") goTo(review.at + 1);
-  else if (key === "k") goTo(review.at - 1);
-  else if (key === "c") $("comment").focus();
-  else if (key === "Escape") location.hash = "";
-  else if ([" ", "b", "v"].includes(key)) review.frames.get(scanShown()).contentWindow.postMessage({ n4flow: key }, "*");
-  else return false;
-  return true;
-}
+// ---------------------------------------------------------------- keys and controls
 
 function tableKey(key) {
-  const row = rows[state.kept[state.selected]];
-  if (!row) return false;
-  if (RATE_KEYS[key]) rate(row[0], { rating: RATE_KEYS[key] });
+  const n = state.kept[state.selected];
+  if (key === "u") undo();
+  else if (key === "?") $("keys").showModal();
+  else if (n === undefined) return false;
+  else if (RATE_KEYS[key]) giveRating(rows[n][0], RATE_KEYS[key]);
   else if (key === "j") select(state.selected + 1);
   else if (key === "k") select(state.selected - 1);
-  else if (key === "Enter" || key === "c") location.hash = encodeURIComponent(row[0]) + (key === "c" ? "/c" : "");
-  else if (key === "b" || key === " ") {
+  else if (key === "Enter" || key === "c") {
+    goToScan(n);
+    if (key === "c") reviewKey("c");
+  } else if (key === "b" || key === " ") {
     if (state.view !== "pictures") return false;
     const swap = key === "b" ? "bias field" : "original";
     showPanel($("panel").value === swap ? "corrected" : swap);
@@ -346,9 +254,13 @@ function showPanel(panel) {
 }
 
 document.addEventListener("keydown", (event) => {
-  if (event.ctrlKey || event.metaKey || event.altKey) return;
+  if (event.ctrlKey || event.metaKey || event.altKey || event.isComposing) return;
+  if ($("keys").open) {
+    if (event.key === "?") $("keys").close();
+    return;
+  }
   const inField = event.target.closest("input:not([type=checkbox], [type=radio]), select");
-  if (inField && ["Escape", "Enter"].includes(event.key) && inField.id === "comment") {
+  if (inField && ["Escape", "Enter"].includes(event.key) && reviewing()) {
     inField.blur();
     focusPage();
     event.preventDefault();
@@ -358,16 +270,11 @@ document.addEventListener("keydown", (event) => {
   if (event.repeat && (reviewing() || !["j", "k"].includes(event.key))) return; // pages that rush by flicker
   if ((reviewing() ? reviewKey : tableKey)(event.key)) event.preventDefault();
 });
-window.addEventListener("message", (event) => {
-  // from the page on show alone
-  if (!reviewing() || event.source !== review.frames.get(scanShown()).contentWindow) return;
-  if (typeof event.data?.n4flow === "string") reviewKey(event.data.n4flow);
-});
 window.addEventListener("hashchange", route);
 window.addEventListener("storage", (event) => {
   if (event.key !== ratings.key) return;
   ratings.read();
-  if (document.activeElement !== $("rater")) $("rater").value = ratings.rater;
+  nameRater();
   draw();
   if (reviewing()) drawReview();
 });
@@ -386,15 +293,6 @@ for (const [text, key] of headings) {
   Object.assign(heading.dataset, { key, text });
   $("scans").tHead.rows[0].append(heading);
 }
-for (const reason of REASONS) {
-  const box = made("input", { type: "checkbox", value: reason });
-  box.addEventListener("change", () => {
-    const checked = [...$("why").querySelectorAll(":checked")].map(({ value }) => value);
-    const written = reasonsOf(ratings.mine(scanShown())).filter((other) => !REASONS.includes(other)); // by hand, in the table
-    rate(scanShown(), { reasons: [...checked, ...written].join("; ") });
-  });
-  $("why").append(made("label", {}, box, reason));
-}
 const panelNames = [...new Set(data.panels.flat())];
 $("panel").append(...panelNames.map((panel) => made("option", { value: panel }, panel)));
 $("panel").value = panelNames.includes("corrected") ? "corrected" : panelNames[0];
@@ -404,7 +302,7 @@ const plots = columns
   .map(({ heading, digits, values }) => stripPlot(heading, values, digits, {
     flagged: (n) => rows[n][2].length > 0,
     name: (n) => rows[n][0],
-    open: (n) => { location.hash = encodeURIComponent(rows[n][0]); },
+    open: goToScan,
   }));
 $("plots").append(...plots.map((plot) => plot.figure));
 const drawPlots = () => {
@@ -438,44 +336,35 @@ for (const [id, step] of [["back", -1], ["next", 1]]) {
     draw();
   });
 }
-$("rater").value = ratings.rater;
-$("rater").addEventListener("change", () => {
-  ratings.rename($("rater").value);
+const raters = document.querySelectorAll(".rater");
+function nameRater() {
+  for (const input of raters) if (document.activeElement !== input) input.value = ratings.rater;
+}
+for (const input of raters) {
+  input.addEventListener("change", () => {
+    ratings.rename(input.value);
+    nameRater();
+    draw();
+    if (reviewing()) drawReview();
+    autosave();
+  });
+}
+nameRater();
+$("open").checked = ratings.open;
+$("open").addEventListener("change", () => {
+  ratings.open = $("open").checked;
+  ratings.write();
   draw();
 });
 $("start").addEventListener("click", () => {
   const next = state.kept.find((n) => only.unrated(rows[n])) ?? state.kept[0];
-  if (next !== undefined) location.hash = encodeURIComponent(rows[next][0]);
+  if (next !== undefined) goToScan(next);
 });
-$("export").addEventListener("click", () => {
-  if (!ratings.rater && [...ratings.entries.values()].some((entry) => !entry.rater)) {
-    $("told").textContent = "Give your name first, so that your ratings can be told from others'.";
-    $("rater").focus();
-    return;
-  }
-  const url = URL.createObjectURL(new Blob([ratings.toTsv()], { type: "text/tab-separated-values" }));
-  made("a", { href: url, download: "ratings.tsv" }).click();
-  setTimeout(() => URL.revokeObjectURL(url), 1000);
-  $("told").textContent = "ratings.tsv is in your downloads. Name it in the config (qc.ratings), and the workflow takes it back.";
+$("advance").checked = ratings.advance;
+// A link is followed at once, as a key is.
+$("dataset").addEventListener("click", (event) => {
+  const link = event.target.closest("a[href^='#']");
+  if (!link || event.ctrlKey || event.metaKey || event.shiftKey) return;
+  event.preventDefault();
+  goToScan(rowOf.get(decodeURIComponent(link.hash.slice(1))));
 });
-$("import").addEventListener("change", async () => {
-  const told = [];
-  for (const file of $("import").files) told.push(`${file.name}: ${ratings.fromTsv(await file.text())}`);
-  $("import").value = "";
-  $("told").textContent = told.join(" ");
-  draw();
-});
-$("previous").addEventListener("click", () => reviewKey("k"));
-$("following").addEventListener("click", () => reviewKey("j"));
-$("close").addEventListener("click", () => reviewKey("Escape"));
-for (const button of document.querySelectorAll("[data-rate]")) {
-  button.addEventListener("click", (event) => {
-    rate(scanShown(), { rating: button.dataset.rate });
-    if (event.detail) focusPage(); // a mouse leaves the keys to the page
-  });
-}
-$("comment").addEventListener("change", () => rate(scanShown(), { comment: cellText($("comment").value) }));
-
-choose();
-drawPlots();
-route();

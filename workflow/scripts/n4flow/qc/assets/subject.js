@@ -18,27 +18,65 @@ function swap(key) {
     radio(image).checked = true;
   }
 }
+// A comment is written here where the key was pressed here: what is typed goes nowhere else from that moment on. The bar of the
+// review shows it as it comes, and keeps it.
+const note = document.querySelector("dialog#note");
+const noteInput = note.querySelector("input");
+let comment = ""; // as the review has it
+let leaving = false; // an alone page that a key leads away from takes no other
+function writeNote() {
+  noteInput.value = comment;
+  note.showModal();
+  noteInput.setSelectionRange(comment.length, comment.length);
+}
+const tellReview = (message) => parent.postMessage({ n4flow: message }, "*");
+const toReview = (action) => {
+  leaving = true;
+  location.href = `${document.body.dataset.index}/${action}`;
+};
+noteInput.addEventListener("input", () => { if (framed) tellReview({ comment: noteInput.value }); });
+note.addEventListener("close", () => {
+  if (framed) tellReview({ comment: noteInput.value, done: true });
+  else if (noteInput.value.trim()) toReview(`c:${encodeURIComponent(noteInput.value)}`);
+});
+window.addEventListener("pageshow", () => { leaving = false; });
 const zoom = document.querySelector("dialog#zoom");
 function act(key) {
+  if (key === "c") {
+    writeNote();
+    return true;
+  }
   if (zoom.open) return false;
   if (document.querySelector("#viewer[open]") && [" ", "b", "v"].includes(key)) return viewerKey(key);
   if (key === " " || key === "b") swap(key);
   else if (key === "v") window.openViewer?.();
-  else if (["1", "2", "3", "j", "k", "c", "Escape"].includes(key)) {
-    if (framed) parent.postMessage({ n4flow: key }, "*");
-    else if (key !== "Escape") location.href = `${document.body.dataset.index}/${key}`;
-  } else return false;
+  else if (framed && /^([1-8jku?]|Escape)$/.test(key)) tellReview(key);
+  else if (/^[123jk]$/.test(key)) toReview(key);
+  else return false;
   return true;
 }
 document.addEventListener("keydown", (event) => {
-  if (event.ctrlKey || event.metaKey || event.altKey) return;
+  if (event.ctrlKey || event.metaKey || event.altKey || event.isComposing) return;
+  if (leaving) {
+    event.preventDefault();
+    return;
+  }
+  if (note.open) {
+    if (event.key === "Enter") note.close();
+    else if (event.target !== noteInput) noteInput.focus(); // the key is text
+    return;
+  }
   if ([" ", "Enter"].includes(event.key) && event.target.closest("summary, a, button, select")) return;
   if (event.repeat) return; // pages that rush by flicker
   if (event.key === "Escape" && document.querySelector("dialog[open]")) return;
   if (act(event.key)) event.preventDefault();
 });
 window.addEventListener("message", (event) => {
-  if (framed && event.source === parent && typeof event.data?.n4flow === "string") act(event.data.n4flow);
+  const said = event.data?.n4flow;
+  if (!framed || event.source !== parent || said === undefined) return;
+  if (typeof said === "string") act(said);
+  else if (said.leave) note.close();
+  else if (typeof said.comment === "string" && !note.open) comment = said.comment;
 });
 for (const button of document.querySelectorAll("[data-key]")) button.addEventListener("click", () => act(button.dataset.key));
 for (const name of ["original", "corrected"]) radio(name).addEventListener("change", () => { image = name; });
@@ -53,3 +91,4 @@ for (const picture of document.querySelectorAll("figure img")) {
   picture.addEventListener("keydown", (event) => { if (event.key === "Enter") enlarge(); });
 }
 zoom.addEventListener("click", () => zoom.close());
+if (framed) tellReview("ready");
