@@ -102,6 +102,31 @@ def test_a_key_on_a_page_of_its_own_reaches_the_table(qc, visit):
     assert rating_of(page, SCANS[0]) == "✕ fail"
 
 
+def test_a_page_has_the_flags_of_the_table(qc, visit, tmp_path):
+    """An outlier is known to the dataset alone; a page that was taken elsewhere knows its own flags."""
+    folder = tmp_path / "qc"
+    shutil.copytree(qc, folder)
+    values = json.loads((folder / "data" / f"{SCANS[0]}.json").read_text())
+    (folder / "data" / "0.json").write_text(json.dumps(values | {"inu_range": 9.0}))
+    others = [values | {"name": f"sub-{n:02d}_T1w", "page": "../sub-01_T1w.html"} for n in range(11, 16)]
+    paths = [folder / "data" / "0.json", *write_metrics(tmp_path, others)]
+    make_index(paths, folder / "index.html", folder / "metrics.tsv")
+    page = visit(folder / "index.html").page
+    flags = page.evaluate(f"rows[rowOf.get({SCANS[0]!r})][2]")
+    said = [flag.partition(":")[0].replace("_", " ") for flag in flags]
+    assert said[-1] == "outlier"
+    page.goto(f"{page.url}#{SCANS[0]}")
+    assert page.locator("#raised .flag").all_inner_texts() == [f"▲ {name}" for name in said]
+    shown_page(page).locator(".flags li", has_text="outlier").wait_for()
+    assert shown_page(page).locator(".flags b").all_inner_texts() == said
+    page.goto((folder / f"{SCANS[0]}.html").as_uri())
+    page.locator(".flags li", has_text="outlier: inu_range 9.000").wait_for()
+    assert page.inner_text("#flagged") == f"▲ {len(said)} flag{'s' if len(said) > 1 else ''}"
+    (folder / "outliers.js").unlink()
+    page.reload()
+    assert page.locator(".flags", has_text="outlier").count() == 0
+
+
 def test_space_swaps_and_b_shows_the_field_there(qc, visit):
     page = visit(qc / f"{SCANS[0]}.html").page
 

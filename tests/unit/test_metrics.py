@@ -149,6 +149,15 @@ def test_robust_z_of_equal_values_is_zero():
     assert robust_z([2, 2, 2, 5]).tolist() == [0, 0, 0, 0]
 
 
+def test_the_mad_has_a_floor():
+    """Of 0.1 here: what is alike to a size that matters has no outlier."""
+    assert robust_z([2, 2, 2, 5], floor=0.1) == pytest.approx([0, 0, 0, 0.6745 * 3 / 0.1])
+    assert robust_z([2, 2, 2, 5], floor_share=0.05) == pytest.approx([0, 0, 0, 0.6745 * 3 / 0.1])
+    assert robust_z([2, 2, 2, 5], floor=0.2, floor_share=0.05) == pytest.approx([0, 0, 0, 0.6745 * 3 / 0.2])
+    wide = [1, 2, 3, 4, 100]
+    assert (robust_z(wide, floor=0.5) == robust_z(wide)).all()
+
+
 def phantom_voxels():
     rng = np.random.default_rng(3)
     tissue = np.concatenate([rng.normal(m, 3, 4000) for m in (30, 60, 100)])

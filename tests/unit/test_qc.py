@@ -24,7 +24,7 @@ from n4flow.images.fields import load_field
 from n4flow.images.nifti import Volume
 from n4flow.qc import figures, measuring, panels, plots, viewer
 from n4flow.qc.dataset import make_index
-from n4flow.qc.definitions import COLUMNS, DEFINITIONS
+from n4flow.qc.definitions import COLUMNS, DEFINITIONS, FLOOR_SHARES, FLOORS
 from n4flow.qc.pages import PAGE_BYTES, make_subject
 
 #: What a reference's sidecar says of the check of our arithmetic.
@@ -791,6 +791,43 @@ def test_a_scan_is_an_outlier_among_those_of_its_suffix_alone(tmp_path):
     assert [row[3] for row in rows if row[0].endswith("FLAIR")] == [None, None]
     assert [row[0] for row in rows if row[2]] == ["sub-1_FLAIR", "sub-odd_bold"]
     assert "look at it beside other bold scans" in rows[1][2][0]
+
+
+def test_an_outlier_has_a_size_that_matters(tmp_path):
+    """0.03 % of saturated voxels beside nearly none had z = 316."""
+    tiny = [{"name": f"sub-{n}_T1w", "saturated_fraction": 1e-6 * n, "mask_volume_ml": 1500 + n} for n in range(8)]
+    tiny += [{"name": "sub-x_T1w", "saturated_fraction": 3e-4, "mask_volume_ml": 1600}]
+    make_index(write_metrics(tmp_path, tiny), tmp_path / "index.html", tmp_path / "metrics.tsv")
+    assert [row[2] for row in index_rows(tmp_path / "index.html")] == [[]] * 9
+    tiny[-1] |= {"saturated_fraction": 6e-3}
+    tiny[0] |= {"mask_volume_ml": 900}
+    tiny[1] |= {"mask_volume_ml": 2100}  # either side is odd
+    make_index(write_metrics(tmp_path, tiny), tmp_path / "index.html", tmp_path / "metrics.tsv")
+    flagged = {row[0]: row[2][0] for row in index_rows(tmp_path / "index.html") if row[2]}
+    assert {name: flag.partition(" (median")[0] for name, flag in flagged.items()} == {
+        "sub-0_T1w": "outlier: mask (ml) 900",
+        "sub-1_T1w": "outlier: mask (ml) 2,100",
+        "sub-x_T1w": "outlier: saturated 0.0060",
+    }
+
+
+def test_whatever_can_be_an_outlier_has_a_size_that_matters():
+    ranked = {key for key, _, _, worse in COLUMNS if worse}
+    assert ranked <= {*FLOORS, *FLOOR_SHARES}
+    assert all(floor > 0 for floor in (FLOORS | FLOOR_SHARES).values())
+
+
+def test_flags_with_a_limit_come_before_outliers(tmp_path):
+    cjv = [0.50, 0.52, 0.9, 0.51, 0.49, 0.53, 0.6]
+    scans = [{"name": f"sub-{n}_T1w", "cjv_after": value} for n, value in enumerate(cjv)]
+    scans[4]["flags"] = ["cjv_worse: rose"]
+    scans[0]["flags"] = ["field_flat: little"]
+    make_index(write_metrics(tmp_path, scans), tmp_path / "index.html", tmp_path / "metrics.tsv")
+    rows = index_rows(tmp_path / "index.html")
+    assert [row[0] for row in rows[:4]] == ["sub-0_T1w", "sub-4_T1w", "sub-2_T1w", "sub-6_T1w"]
+    text = (tmp_path / "outliers.js").read_text(encoding="utf-8")
+    found = json.loads(text.removeprefix("showOutliers(").removesuffix(");\n"))
+    assert found == {"sub-2_T1w": rows[2][2][0]}
 
 
 def test_every_metric_of_the_table_is_defined_once():

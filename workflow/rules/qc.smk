@@ -41,6 +41,7 @@ rule index:
             labels={"what": "metrics", "kind": "table"},
         ),
         multiqc="<results>/qc/metrics_mqc.tsv",
+        outliers="<results>/qc/outliers.js",
         bundle=report(
             directory(BUNDLE),
             htmlindex="index.html",

@@ -15,11 +15,14 @@ import numpy as np
 from markupsafe import Markup
 
 from n4flow.images.files import atomic_text
-from n4flow.qc.definitions import COLUMNS, SHOWN
+from n4flow.qc.definitions import COLUMNS, EITHER, FLOOR_SHARES, FLOORS, SHOWN
 from n4flow.qc.metrics import robust_z
 from n4flow.qc.multiqc import multiqc_path, write_multiqc
 from n4flow.qc.rendering import number, plain, read_json, render
 from n4flow.study.ratings import read_ratings
+
+#: A script beside the pages: which scans are outliers among the others, and by what.
+OUTLIERS = "outliers.js"
 
 #: Robust z beyond which a scan is called an outlier among those of its suffix, and from how many of them on.
 OUTLIER_Z, OUTLIER_SCANS = 3.5, 5
@@ -33,14 +36,15 @@ def make_index(
     ratings: str | Path | None = None,
     outlier_z: float = OUTLIER_Z,
 ) -> None:
-    """Write the dataset's index page, metrics.tsv and metrics_mqc.tsv, from the metrics files alone.
+    """Write the dataset's index page, metrics.tsv, metrics_mqc.tsv and outliers.js, from the metrics files alone.
 
     Parameters
     ----------
     metrics_files : paths
         As `pages.make_subject` wrote them.
     output_page, output_table : path-like
-        Beside the table, the same for MultiQC: its name with ``_mqc`` before the extension.
+        Beside the table, the same for MultiQC: its name with ``_mqc`` before the extension. Beside the page, what only
+        the dataset tells of a scan, for the scan's own page to show: `OUTLIERS`.
     failed : sequence of (name, error line)
     ratings : path-like, optional
         What reviewers said so far, see `read_ratings`.
@@ -54,6 +58,7 @@ def make_index(
             if values.get(key):
                 values[f"{key}_href"] = quote(os.path.relpath(values["folder"] / str(values[key]), folder))
     _write_table(subjects, output_table)
+    _write_outliers(subjects, folder / OUTLIERS)
     write_multiqc(subjects, [column[:3] for column in COLUMNS], multiqc_path(output_table))
 
     known = [column for column in COLUMNS if column[0] in SHOWN and any(v.get(column[0]) is not None for v in subjects)]
@@ -100,17 +105,19 @@ def make_index(
 
 
 def load_ranked(metrics_files: Iterable[str | Path], outlier_z: float = OUTLIER_Z) -> list[dict[str, Any]]:
-    """Metrics of all scans, worst first, with their ``folder``, their ``worst_z`` and the flag that it raises."""
+    """Metrics of all scans, with their ``folder``, their ``worst_z`` and, as ``outlier``, the flag that it raises.
+
+    The worst come first: those with a flag of their own, which has a limit that means something, then by z.
+    """
     subjects = [read_json(path) | {"folder": Path(path).resolve().parent} for path in metrics_files]
     worst = _worst_z(subjects, outlier_z)
     for values, (z, reason) in zip(subjects, worst, strict=True):
-        values["worst_z"] = z
+        values["worst_z"], values["outlier"] = z, reason
         values["flags"] = list(values.get("flags") or []) + ([reason] if reason else [])
 
     def rank(values: dict[str, Any]) -> tuple[Any, ...]:
-        # without enough scans of a suffix their z is None, and the flags decide
-        z, flags = values["worst_z"], len(values["flags"])
-        return not (z is None and flags), -(z or 0.0), -flags, str(values.get("name"))
+        own = len(values["flags"]) - bool(values["outlier"])
+        return not own, -(values["worst_z"] or 0.0), -own, str(values.get("name"))
 
     return sorted(subjects, key=rank)
 
@@ -154,7 +161,8 @@ def _worst_z_of_suffix(
         if not worse:
             continue
         column = np.array([math.nan if v.get(key) is None else float(v[key]) for v in subjects])
-        for n, z in enumerate(worse * robust_z(column)):
+        signed = robust_z(column, FLOORS.get(key, 0.0), FLOOR_SHARES.get(key, 0.0))
+        for n, z in enumerate(np.abs(signed) if worse == EITHER else worse * signed):
             if math.isfinite(z):
                 worst[n] = max(worst[n], float(z))
             if z > limit:
@@ -171,6 +179,12 @@ def _worst_z_of_suffix(
 
 def _listed(named: list[tuple[float, str]]) -> str:
     return ", ".join(text for _, text in sorted(named, reverse=True))
+
+
+def _write_outliers(subjects: Sequence[Mapping[str, Any]], path: Path) -> None:
+    found = {str(values.get("name")): values["outlier"] for values in subjects if values["outlier"]}
+    with atomic_text(path) as file:
+        file.write(f"showOutliers({json.dumps(found, ensure_ascii=False, indent=0)});\n")
 
 
 def _write_table(subjects: Sequence[Mapping[str, Any]], path: str | Path) -> None:

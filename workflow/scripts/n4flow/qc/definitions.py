@@ -169,7 +169,11 @@ DEFINITIONS: tuple[Definition, ...] = (
     Definition(("wall_time_s",), "time", "seconds from reading to writing", "As usual for the size of the scan."),
 )
 
-#: Columns of metrics.tsv and of the dataset table: key, heading, digits, the direction that is worse.
+#: A metric that is odd on either side.
+EITHER = 2
+
+#: Columns of metrics.tsv and of the dataset table: key, heading, digits, the direction that is worse (1, -1, `EITHER`;
+#: 0 for none: nothing is an outlier by it).
 COLUMNS: tuple[tuple[str, str, int, int], ...] = (
     ("cjv_before", "CJV before", 3, 0),
     ("cjv_after", "CJV after", 3, 1),
@@ -200,7 +204,7 @@ COLUMNS: tuple[tuple[str, str, int, int], ...] = (
     ("agreement_max_log", "max |Δlog|, same settings", 7, 0),
     ("iterations_used", "iterations", 0, 0),
     ("iterations_max", "iterations max", 0, 0),
-    ("mask_volume_ml", "mask (ml)", 0, 0),
+    ("mask_volume_ml", "mask (ml)", 0, EITHER),
     ("dropped_voxels", "dropped voxels", 0, 0),
     ("self_check_max", "self-check", 9, 0),
     ("mean_ratio", "mean after / before", 4, 0),
@@ -208,6 +212,18 @@ COLUMNS: tuple[tuple[str, str, int, int], ...] = (
     ("field_from", "field from", 0, 0),
     ("outside_fraction", "outside of the field's image", 3, 0),
 )
+
+#: The least MAD that outliers are measured by, in the unit of the metric, see `metrics.robust_z`: with a limit of 3.5,
+#: 5.2 times as much is the least deviation from the median that makes an outlier.
+FLOORS = {
+    "cjv_after": 0.01, "foreground_cv_after": 0.01, "section_spread_after": 0.02, "seam_ratio_after": 0.05,
+    "saturated_fraction": 0.001, "mask_dark_fraction": 0.01, "bright_outside_fraction": 0.02,
+    "mask_speckle_fraction": 0.002, "wrapped_fraction": 0.02, "inu_range": 0.02, "field_min": 0.02, "field_max": 0.02,
+    "field_steepness": 0.1, "repeatability_log": 0.001, "reference_rms_log": 0.005, "reference_p99_log": 0.01,
+}  # fmt: skip
+
+#: The same as a share of the median, for what has no scale of its own: 0.05 is 26 % off.
+FLOOR_SHARES = {"mask_volume_ml": 0.05}
 
 #: What the dataset table shows; metrics.tsv has every column.
 SHOWN = (

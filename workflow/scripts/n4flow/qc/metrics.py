@@ -433,18 +433,23 @@ def mask_volume_ml(voxels: int, voxel_size_mm: Sequence[float]) -> float:
     return voxels * math.prod(float(s) for s in voxel_size_mm) / 1000
 
 
-def robust_z(values: Sequence[float] | np.ndarray) -> np.ndarray:
+def robust_z(values: Sequence[float] | np.ndarray, floor: float = 0.0, floor_share: float = 0.0) -> np.ndarray:
     """``0.6745 * (x - median) / MAD``: how unusual a value is among all, whatever the outliers.
 
     Parameters
     ----------
     values : (n,) sequence
         NaN is left out and gets NaN.
+    floor : float
+        The least MAD, in the values' unit: where all values are nearly the same, a deviation that matters to nobody
+        is none.
+    floor_share : float
+        The same as a share of the median; the larger of both holds.
 
     Returns
     -------
     (n,) float64 array
-        0 everywhere where the MAD is 0: more than half of the values are the same.
+        0 everywhere where the MAD and its floor are 0: more than half of the values are the same.
 
     References
     ----------
@@ -454,8 +459,9 @@ def robust_z(values: Sequence[float] | np.ndarray) -> np.ndarray:
     known = array[np.isfinite(array)]
     if known.size == 0:
         return np.full(array.shape, math.nan)
-    deviation = array - np.median(known)
-    mad = float(np.median(np.abs(known - np.median(known))))
+    median = float(np.median(known))
+    deviation = array - median
+    mad = max(float(np.median(np.abs(known - median))), floor, floor_share * abs(median))
     return 0.6745 * deviation / mad if mad > 0 else np.where(np.isfinite(array), 0.0, math.nan)
 
 

@@ -29,6 +29,20 @@ function writeNote() {
   note.showModal();
   noteInput.setSelectionRange(comment.length, comment.length);
 }
+// What only the dataset tells, as its table has it: outliers.js lies beside the pages, unless one was taken elsewhere.
+function showOutliers(found) {
+  const [name, main] = [document.querySelector("h1").textContent, document.querySelector("main")];
+  if (!Object.hasOwn(found, name)) return;
+  if (!main.querySelector(".flags")) main.prepend(Object.assign(document.createElement("ul"), { className: "flags warn" }));
+  const flags = main.querySelector(".flags");
+  const line = document.createElement("li");
+  const [flag, reason] = found[name].split(/: (.*)/s);
+  line.append(Object.assign(document.createElement("b"), { textContent: flag }), `: ${reason}`);
+  flags.append(line);
+  const count = flags.children.length;
+  Object.assign(document.getElementById("flagged"), { className: "chip warn", textContent: `▲ ${count} flag${count > 1 ? "s" : ""}` });
+}
+document.head.append(Object.assign(document.createElement("script"), { src: "outliers.js" }));
 const tellReview = (message) => parent.postMessage({ n4flow: message }, "*");
 const toReview = (action) => {
   leaving = true;
