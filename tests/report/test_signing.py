@@ -171,7 +171,7 @@ def test_a_pass_goes_on_by_choice_and_only_once(qc, visit):
     page = visit(qc / "index.html").page
     first = order_of(page)[0]
     from_bar(page, first)
-    page.get_by_label("go on after a pass").check()
+    page.get_by_label("pass goes on").check()
     page.locator("#position").click()
     page.keyboard.press("3")  # reasons may follow
     assert page.inner_text("#scan") == first

@@ -735,7 +735,7 @@ def index_rows(path):
 
 
 def index_headings(path):
-    return [heading for heading, *_ in index_data(path)["columns"]]
+    return [column["heading"] for column in index_data(path)["columns"] if column["shown"]]
 
 
 def test_links_lead_to_the_pages(tmp_path):

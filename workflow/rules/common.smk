@@ -245,6 +245,7 @@ def report_failures():
             failed=list(failed.items()),
             ratings=RATINGS_FILE or None,
             outlier_z=config["qc"]["flags"]["outlier_z"],
+            limits=page_settings()["flags"],
         )
     # the workflow's own environment need not hold the QC's packages; a disk may be full
     except (ImportError, InputError) as error:

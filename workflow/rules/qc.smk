@@ -59,6 +59,7 @@ rule index:
         mem_mb=500,
     params:
         outlier_z=config["qc"]["flags"]["outlier_z"],
+        limits=page_settings()["flags"],
         package=package_digest("qc.dataset"),
     script:
         "../scripts/index.py"

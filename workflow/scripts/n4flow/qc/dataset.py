@@ -16,6 +16,7 @@ from markupsafe import Markup
 
 from n4flow.images.files import atomic_text
 from n4flow.qc.definitions import COLUMNS, EITHER, FLOOR_SHARES, FLOORS, SHOWN
+from n4flow.qc.flags import FLAG_LIMITS, limit_lines
 from n4flow.qc.metrics import robust_z
 from n4flow.qc.multiqc import multiqc_path, write_multiqc
 from n4flow.qc.rendering import number, plain, read_json, render
@@ -23,6 +24,9 @@ from n4flow.study.ratings import read_ratings
 
 #: A script beside the pages: which scans are outliers among the others, and by what.
 OUTLIERS = "outliers.js"
+
+#: Entities of names in full.
+GROUP_NAMES = {"ses": "session", "acq": "acquisition", "rec": "reconstruction"}
 
 #: Robust z beyond which a scan is called an outlier among those of its suffix, and from how many of them on.
 OUTLIER_Z, OUTLIER_SCANS = 3.5, 5
@@ -35,6 +39,7 @@ def make_index(
     failed: Sequence[tuple[str, str]] = (),
     ratings: str | Path | None = None,
     outlier_z: float = OUTLIER_Z,
+    limits: Mapping[str, float] = FLAG_LIMITS,
 ) -> None:
     """Write the dataset's index page, metrics.tsv, metrics_mqc.tsv and outliers.js, from the metrics files alone.
 
@@ -50,6 +55,8 @@ def make_index(
         What reviewers said so far, see `read_ratings`.
     outlier_z : float
         Robust z beyond which a scan is flagged as an outlier.
+    limits : mapping
+        Those of the other flags, as lines in the plots.
     """
     subjects = load_ranked(metrics_files, outlier_z)
     folder = Path(output_page).resolve().parent
@@ -61,9 +68,10 @@ def make_index(
     _write_outliers(subjects, folder / OUTLIERS)
     write_multiqc(subjects, [column[:3] for column in COLUMNS], multiqc_path(output_table))
 
-    known = [column for column in COLUMNS if column[0] in SHOWN and any(v.get(column[0]) is not None for v in subjects)]
-    same = [column for column in known if _same_in_all(subjects, column[0], column[2])]
-    shown = [column for column in known if column not in same]
+    known = [column for column in COLUMNS if any(v.get(column[0]) is not None for v in subjects)]
+    usual = [column for column in known if column[0] in SHOWN]
+    same = [column for column in usual if _same_in_all(subjects, column[0], column[2])]
+    lines = limit_lines(limits)
     panels = list(dict.fromkeys(tuple(v.get("panels") or ()) for v in subjects))
     rows = [
         [
@@ -74,13 +82,25 @@ def make_index(
             v.get("report_hash"),
             v.get("pictures_href"),
             panels.index(tuple(v.get("panels") or ())),
-            *(_round(v.get(key), digits) for key, _, digits, _ in shown),
+            *(_round(v.get(key), digits) for key, _, digits, _ in known),
         ]
         for v in subjects
     ]
     ranked = any(v["worst_z"] is not None for v in subjects)
     table = {
-        "columns": [column[1:] for column in shown],
+        "columns": [
+            {
+                "key": key,
+                "heading": heading,
+                "digits": digits,
+                "shown": key in SHOWN and (key, heading, digits, worse) not in same,
+                "lines": lines.get(key, []),
+                "floor": FLOORS.get(key, 0),
+                "floorShare": FLOOR_SHARES.get(key, 0),
+            }
+            for key, heading, digits, worse in known
+        ],
+        "groups": _groups([str(v.get("name")) for v in subjects]),
         "rows": rows,
         "panels": panels,
         "ratings": [r._asdict() | {"scan": r.scan} for r in (read_ratings(ratings) if ratings else ())],
@@ -96,7 +116,7 @@ def make_index(
         flagged=sum(bool(v["flags"]) for v in subjects),
         failed=list(failed),
         ranked=ranked,
-        known={key for key, *_ in known},
+        known={key for key, *_ in usual},
         same=[f"{heading} {_printed(subjects[0][key], digits)}" for key, heading, digits, _ in same],
         table_href=quote(os.path.relpath(Path(output_table).resolve(), folder)),
     )
@@ -120,6 +140,25 @@ def load_ranked(metrics_files: Iterable[str | Path], outlier_z: float = OUTLIER_
         return not own, -(values["worst_z"] or 0.0), -own, str(values.get("name"))
 
     return sorted(subjects, key=rank)
+
+
+def _groups(names: Sequence[str]) -> list[dict[str, Any]]:
+    """By what scans can be told apart, and how: their suffix, and each entity of their names but the subject.
+
+    Each has its ``name``, its ``values`` and, as ``of``, which of these each scan has; what all have alike is left out.
+    """
+    found: dict[str, list[str]] = {}
+    for place, name in enumerate(names):
+        *entities, suffix = name.split("_")
+        parts = {"suffix": suffix} | dict(entity.split("-", 1) for entity in entities[1:] if "-" in entity)
+        for key, value in parts.items():
+            found.setdefault(GROUP_NAMES.get(key, key), [""] * len(names))[place] = value
+    groups = []
+    for key, cells in found.items():
+        values = sorted(set(cells))
+        if len(values) > 1:
+            groups.append({"name": key, "values": values, "of": [values.index(cell) for cell in cells]})
+    return groups
 
 
 def _same_in_all(subjects: Sequence[Mapping[str, Any]], key: str, digits: int) -> bool:

@@ -304,5 +304,26 @@ def find_flags(metrics: Metrics, limits: Mapping[str, float] = FLAG_LIMITS) -> l
     return found
 
 
+def limit_lines(limits: Mapping[str, float] = FLAG_LIMITS) -> dict[str, list[float]]:
+    """Where a plot of a metric has its lines: the limits of the flags that look at this metric alone.
+
+    Parameters
+    ----------
+    limits : mapping
+        As `FLAG_LIMITS`.
+
+    Returns
+    -------
+    dict of str to list of float
+        By the key of the metric.
+    """
+    lines: dict[str, list[float]] = {}
+    for name, flag in FLAGS.items():
+        if name in limits and len(flag.metrics) == 1:
+            limit = limits[name]
+            lines.setdefault(flag.metrics[0], []).extend([1 - limit, 1 + limit] if flag.fires is _off_one else [limit])
+    return lines
+
+
 def _known(value: Any) -> bool:
     return value is not None and not (isinstance(value, float) and not math.isfinite(value))

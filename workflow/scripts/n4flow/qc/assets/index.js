@@ -4,7 +4,7 @@
 const ROWS_A_PAGE = { table: 200, pictures: 50 };
 const FIRST_NUMBER = 7; // a row is [name, link, flags, worst z, report hash, pictures, list of panels, numbers…]
 const data = JSON.parse(document.getElementById("data").textContent);
-const { columns, rows, ranked } = data;
+const { columns, rows, ranked, groups } = data;
 const $ = (id) => document.getElementById(id);
 const made = (tag, properties = {}, ...children) => {
   const element = Object.assign(document.createElement(tag), properties);
@@ -25,7 +25,10 @@ const ratings = new Ratings(
   data.ratings,
   `n4flow ratings ${folderName()}`,
 );
-const state = { view: "table", key: null, down: true, page: 0, kept: [], selected: 0 };
+const columnOf = new Map(columns.map((column, n) => [column.key, { ...column, place: FIRST_NUMBER + n }]));
+const usual = columns.filter((column) => column.shown).map((column) => column.key);
+// key: what the table is sorted by, null for worst first. raised: names of flags. group: a way to tell scans apart.
+const state = { view: "table", key: null, down: true, page: 0, kept: [], selected: 0, raised: new Set(), columns: usual, group: null };
 const collator = new Intl.Collator(undefined, { numeric: true });
 
 function shownNumber(number, places) {
@@ -38,6 +41,7 @@ function shownNumber(number, places) {
 
 const texts = rows.map((row) => `${row[0]} ${row[2].join(" ")}`.replaceAll("_", " ").toLowerCase());
 const only = {
+  __proto__: null,
   all: () => true,
   flagged: (row) => row[2].length > 0,
   unrated: (row) => !ratings.mine(row[0]) || ratings.stale(ratings.mine(row[0])),
@@ -52,13 +56,18 @@ function sortValue(row) {
   if (state.key === "name") return row[0];
   if (state.key === "flags") return row[2].length;
   if (state.key === "rating") return 1 + ["pass", "warn", "fail"].indexOf((ratings.mine(row[0]) || {}).rating);
-  return row[state.key];
+  if (state.key === "group") return groupOf(rowOf.get(row[0]));
+  return row[state.key === "z" ? 3 : columnOf.get(state.key).place];
 }
+
+const flagName = (flag) => flag.split(":")[0];
+const groupOf = (n) => (state.group ? state.group.values[state.group.of[n]] : "");
 
 function choose() {
   const words = $("filter").value.toLowerCase().replaceAll("_", " ").split(/\s+/).filter(Boolean);
   const wanted = only[$("only").value];
-  const kept = rows.map((_, n) => n).filter((n) => wanted(rows[n]) && words.every((word) => texts[n].includes(word)));
+  const raised = (row) => [...state.raised].every((name) => row[2].some((flag) => flagName(flag) === name));
+  const kept = rows.map((_, n) => n).filter((n) => wanted(rows[n]) && raised(rows[n]) && words.every((word) => texts[n].includes(word)));
   if (state.key !== null) {
     const sign = state.down ? -1 : 1;
     const values = new Map(kept.map((n) => [n, sortValue(rows[n])]));
@@ -76,14 +85,29 @@ function choose() {
 
 // ---------------------------------------------------------------- table and pictures
 
-const headings = [
+const headings = () => [
   ["Scan", "name"],
   ["Rating", "rating"],
   ["Flags", "flags"],
-  ...(ranked ? [["Worst z", 3]] : []),
-  ...columns.map(([heading], n) => [heading, FIRST_NUMBER + n]),
+  ...(state.group ? [[state.group.name, "group"]] : []),
+  ...(ranked ? [["Worst z", "z"]] : []),
+  ...state.columns.map((key) => [columnOf.get(key).heading, key]),
 ];
-const digitsOf = (key) => (key === 3 ? 1 : columns[key - FIRST_NUMBER][1]);
+
+function drawHead() {
+  $("scans").tHead.rows[0].replaceChildren(...headings().map(([text, key]) => {
+    const button = made("button", {}, text);
+    button.addEventListener("click", () => {
+      // numbers start with the largest, names with A
+      if (state.key === key) state.down = !state.down;
+      else Object.assign(state, { key, down: !["name", "group"].includes(key) });
+      choose();
+    });
+    const heading = made("th", { scope: "col", className: ["flags", "rating", "group"].includes(key) ? "words" : "" }, button);
+    Object.assign(heading.dataset, { key, text });
+    return heading;
+  }));
+}
 
 function ratingLines(scan) {
   const line = (entry, who) => {
@@ -100,20 +124,32 @@ function ratingLines(scan) {
   return lines;
 }
 
-function flagChip(flag) {
-  const [name, sentence] = [flag.split(":")[0], flag.replaceAll("_", " ")];
-  return made("span", { className: "flag", title: sentence }, `▲ ${name.replaceAll("_", " ")}`);
+const inWords = (text) => text.replaceAll("_", " ");
+const flagChip = (flag) => made("span", { className: "flag", title: inWords(flag) }, `▲ ${inWords(flagName(flag))}`);
+
+// Names of the flags in one line; a click shows what they say.
+function flagsOf(row) {
+  if (!row[2].length) return ["● none"];
+  const button = made("button", { title: row[2].map(inWords).join("\n") }, ...row[2].map(flagChip));
+  button.setAttribute("aria-expanded", "false");
+  button.addEventListener("click", () => {
+    const open = button.getAttribute("aria-expanded") === "false";
+    button.setAttribute("aria-expanded", String(open));
+    if (open) button.after(...row[2].map((flag) => made("span", { className: "sentence" }, `▲ ${inWords(flag)}`)));
+    else button.parentElement.querySelectorAll(".sentence").forEach((sentence) => sentence.remove());
+  });
+  return [button];
 }
 
 const linkTo = (row) => made("a", { href: `#${encodeURIComponent(row[0])}` }, row[0]);
-const flagLines = (row) => (row[2].length ? row[2].map((flag) => made("span", {}, `▲ ${flag.replaceAll("_", " ")}`)) : ["● none"]);
-
-function tableRow(row) {
-  const cells = headings.map(([, key]) => {
+function tableRow(row, shownHeadings) {
+  const cells = shownHeadings.map(([, key]) => {
     if (key === "name") return made("th", { scope: "row" }, linkTo(row));
     if (key === "rating") return made("td", { className: "words rating" }, ...ratingLines(row[0]));
-    if (key === "flags") return made("td", { className: "words why" }, ...flagLines(row));
-    return made("td", {}, shownNumber(row[key], digitsOf(key)));
+    if (key === "flags") return made("td", { className: "words why" }, ...flagsOf(row));
+    if (key === "group") return made("td", { className: "words" }, groupOf(rowOf.get(row[0])) || "none");
+    if (key === "z") return made("td", {}, shownNumber(row[3], 1));
+    return made("td", {}, shownNumber(row[columnOf.get(key).place], columnOf.get(key).digits));
   });
   return made("tr", {}, ...cells);
 }
@@ -122,8 +158,8 @@ function card(row) {
   const panel = $("panel").value;
   const panels = data.panels[row[6]] || [];
   const place = panels.indexOf(panel);
-  const known = columns.map((_, n) => n).filter((n) => row[FIRST_NUMBER + n] !== null); // MRI and microscopy differ
-  const numbers = known.slice(0, 2).map((n) => `${columns[n][0]} ${shownNumber(row[FIRST_NUMBER + n], columns[n][1])}`);
+  const known = state.columns.map((key) => columnOf.get(key)).filter((column) => row[column.place] !== null); // MRI and microscopy differ
+  const numbers = known.slice(0, 2).map((column) => `${column.heading} ${shownNumber(row[column.place], column.digits)}`);
   const figure = made("figure", { className: "thumbnail" });
   const link = made("a", { href: `#${encodeURIComponent(row[0])}`, className: "crop" });
   if (place < 0 || !row[5]) link.append(made("span", { className: "soft" }, `no ${panel}`));
@@ -144,11 +180,13 @@ function draw() {
   state.page = Math.min(state.page, pages - 1);
   const part = state.kept.slice(state.page * size, (state.page + 1) * size);
   const table = state.view === "table";
+  const shownHeadings = headings();
   $("table").hidden = !table;
   $("pictures").hidden = table;
-  $("scans").tBodies[0].replaceChildren(...(table ? part.map((n) => tableRow(rows[n])) : []));
+  $("scans").tBodies[0].replaceChildren(...(table ? part.map((n) => tableRow(rows[n], shownHeadings)) : []));
   $("pictures").replaceChildren(...(table ? [] : part.map((n) => card(rows[n]))));
   $("count").textContent = `${state.kept.length} of ${rows.length} scans`;
+  $("all").hidden = state.kept.length === rows.length;
   $("where").textContent = `page ${state.page + 1} of ${pages}`;
   $("back").disabled = state.page === 0;
   $("next").disabled = state.page === pages - 1;
@@ -158,8 +196,10 @@ function draw() {
     heading.setAttribute("aria-sort", sorted ? (state.down ? "descending" : "ascending") : "none");
     heading.firstElementChild.textContent = heading.dataset.text + (sorted ? (state.down ? " ▼" : " ▲") : "");
   }
+  $("worst").hidden = state.key === null;
   select(Math.max(state.page * size, Math.min(state.selected, state.page * size + part.length - 1)), false);
   drawProgress();
+  addressChanged();
 }
 
 const itemAt = (n) => (state.view === "table" ? $("scans").tBodies[0] : $("pictures")).children[n - state.page * ROWS_A_PAGE[state.view]];
@@ -224,6 +264,58 @@ function drawAgreement() {
   }));
 }
 
+// ---------------------------------------------------------------- the address
+
+// What is filtered, sorted and chosen, so that a link shows the same; nothing of what is as it comes.
+function stateText() {
+  const found = new URLSearchParams();
+  const add = (name, value, asItComes) => { if (value !== asItComes) found.set(name, value); };
+  add("view", state.view, "table");
+  add("sort", state.key === null ? "" : `${state.down ? "-" : ""}${state.key}`, "");
+  add("filter", $("filter").value, "");
+  add("only", $("only").value, "all");
+  add("flags", [...state.raised].join(" "), "");
+  add("columns", state.columns.join(" "), usual.join(" "));
+  add("group", state.group ? state.group.name : "", "");
+  add("panel", state.view === "pictures" ? $("panel").value : "", "");
+  return found.toString();
+}
+const address = (scan) => {
+  const text = stateText();
+  return `#${scan === null ? "" : encodeURIComponent(scan)}${text ? `?${text}` : ""}`;
+};
+
+function takeState(text) {
+  if (text === stateText()) return;
+  const found = new URLSearchParams(text);
+  const words = (name) => (found.get(name) || "").split(" ").filter(Boolean);
+  const sort = found.get("sort") || "";
+  const key = sort.replace(/^-/, "");
+  state.view = found.get("view") === "pictures" ? "pictures" : "table";
+  state.group = groups.find(({ name }) => name === found.get("group")) || null;
+  const chosen = words("columns").filter((name) => columnOf.has(name));
+  state.columns = found.has("columns") ? chosen : usual;
+  const sortable = headings().some(([, name]) => name === key);
+  Object.assign(state, { key: sortable ? key : null, down: sort.startsWith("-") });
+  state.raised = new Set(words("flags").filter((name) => raisedBy.has(name)));
+  $("filter").value = found.get("filter") || "";
+  $("only").value = found.get("only") in only ? found.get("only") : "all";
+  if (panelNames.includes(found.get("panel"))) $("panel").value = found.get("panel");
+  drawControls();
+  drawHead();
+  chooseAndPlot();
+}
+
+// Not at every key in the filter: browsers allow a page only so many changes of its address.
+let waiting = 0;
+function addressChanged() {
+  clearTimeout(waiting);
+  waiting = setTimeout(() => {
+    const now = address(reviewing() ? scanShown() : null);
+    if (now !== (location.hash || "#")) location.replace(now);
+  }, 300);
+}
+
 // ---------------------------------------------------------------- keys and controls
 
 function tableKey(key) {
@@ -281,36 +373,97 @@ window.addEventListener("storage", (event) => {
 
 // ---------------------------------------------------------------- controls
 
-for (const [text, key] of headings) {
-  const button = made("button", {}, text);
+const raisedBy = new Map();
+for (const row of rows) for (const flag of row[2]) raisedBy.set(flagName(flag), (raisedBy.get(flagName(flag)) || 0) + 1);
+const flagChips = [...raisedBy].sort(([, a], [, b]) => b - a).map(([name, count]) => {
+  const button = made("button", { className: "chip", title: "only scans with this flag" }, `▲ ${inWords(name)} `, made("b", {}, String(count)));
+  button.dataset.flag = name;
   button.addEventListener("click", () => {
-    // numbers start with the largest, names with A
-    if (state.key === key) state.down = !state.down;
-    else Object.assign(state, { key, down: key !== "name" });
-    choose();
+    if (!state.raised.delete(name)) state.raised.add(name);
+    drawControls();
+    chooseAndPlot();
   });
-  const heading = made("th", { scope: "col", className: key === "flags" || key === "rating" ? "words" : "" }, button);
-  Object.assign(heading.dataset, { key, text });
-  $("scans").tHead.rows[0].append(heading);
+  return button;
+});
+$("flags").append(...flagChips);
+const columnBoxes = columns.map(({ key, heading }) => {
+  const box = made("input", { type: "checkbox", value: key });
+  box.addEventListener("change", () => {
+    state.columns = columnBoxes.filter((one) => one.checked).map((one) => one.value);
+    if (columnOf.has(state.key) && !state.columns.includes(state.key)) state.key = null;
+    drawHead();
+    chooseAndPlot();
+  });
+  $("column-boxes").append(made("label", {}, box, " ", heading));
+  return box;
+});
+$("group").append(...groups.map(({ name }) => made("option", { value: name }, name)));
+$("group").parentElement.hidden = !groups.length;
+$("group").addEventListener("change", () => {
+  state.group = groups.find(({ name }) => name === $("group").value) || null;
+  if (state.key === "group") state.key = null;
+  drawHead();
+  chooseAndPlot();
+});
+$("worst").addEventListener("click", () => {
+  state.key = null;
+  choose();
+});
+$("all").addEventListener("click", () => {
+  $("filter").value = "";
+  $("only").value = "all";
+  state.raised.clear();
+  drawControls();
+  chooseAndPlot();
+});
+
+// What the state says that is not drawn with the table.
+function drawControls() {
+  for (const button of flagChips) button.setAttribute("aria-pressed", String(state.raised.has(button.dataset.flag)));
+  for (const box of columnBoxes) box.checked = state.columns.includes(box.value);
+  for (const radio of document.getElementsByName("view")) radio.checked = radio.value === state.view;
+  $("group").value = state.group ? state.group.name : "";
+  $("which-panel").hidden = state.view !== "pictures";
 }
+
 const panelNames = [...new Set(data.panels.flat())];
 $("panel").append(...panelNames.map((panel) => made("option", { value: panel }, panel)));
 $("panel").value = panelNames.includes("corrected") ? "corrected" : panelNames[0];
-const plots = columns
-  .map(([heading, digits, worse], n) => ({ heading, digits, worse, values: rows.map((row) => row[FIRST_NUMBER + n]) }))
-  .filter(({ worse, values }) => worse && new Set(values.filter((value) => value !== null)).size > 1)
-  .map(({ heading, digits, values }) => stripPlot(heading, values, digits, {
-    flagged: (n) => rows[n][2].length > 0,
-    name: (n) => rows[n][0],
-    open: goToScan,
-  }));
-$("plots").append(...plots.map((plot) => plot.figure));
-const drawPlots = () => {
-  if (!$("distributions").open) return;
-  const shown = new Set(state.kept);
-  for (const plot of plots) plot.show(shown);
+const pointed = {
+  flagged: (n) => rows[n][2].length > 0,
+  name: (n) => rows[n][0],
+  open: goToScan,
+  light: (n) => { for (const plot of [...plots.values(), scatter]) plot.light(n); },
 };
-$("distributions").hidden = rows.length < 2;
+const valuesOf = ({ place }) => rows.map((row) => row[place]);
+const plotted = [...columnOf.values()].filter((column) => {
+  const values = valuesOf(column).filter((value) => value !== null);
+  return typeof values[0] === "number" && new Set(values).size > 1;
+});
+const plots = new Map();
+const scatter = scatterPlot(pointed);
+for (const axis of ["across", "up"]) {
+  $(axis).append(...plotted.map(({ key, heading }) => made("option", { value: key }, heading)));
+  $(axis).addEventListener("change", drawPlots);
+}
+$("up").selectedIndex = Math.min(1, plotted.length - 1);
+$("scatter").append(scatter.figure);
+$("scatter").hidden = plotted.length < 2;
+$("scatter").addEventListener("toggle", drawPlots);
+
+function drawPlots() {
+  if (!$("distributions").open || reviewing()) return;
+  const shown = new Set(state.kept);
+  const chosen = plotted.filter(({ key }) => state.columns.includes(key));
+  for (const column of chosen) if (!plots.has(column.key)) plots.set(column.key, stripPlot(column, valuesOf(column), pointed));
+  $("plots").replaceChildren(...chosen.map(({ key }) => plots.get(key).figure));
+  for (const { key } of chosen) plots.get(key).show(shown, state.group);
+  if (!$("scatter").open || plotted.length < 2) return;
+  const [across, up] = ["across", "up"].map((axis) => columnOf.get($(axis).value));
+  scatter.show({ ...across, values: valuesOf(across) }, { ...up, values: valuesOf(up) }, shown, state.group);
+}
+$("distributions").hidden = rows.length < 2 || !plotted.length;
+$("distributions").open = window.innerHeight >= 900; // ten rows of the table come first
 $("distributions").addEventListener("toggle", drawPlots);
 window.addEventListener("resize", drawPlots);
 
@@ -324,7 +477,7 @@ $("panel").addEventListener("change", draw);
 for (const radio of document.getElementsByName("view")) {
   radio.addEventListener("change", () => {
     state.view = radio.value;
-    $("which-panel").hidden = state.view !== "pictures";
+    drawControls();
     state.page = Math.floor(state.selected / ROWS_A_PAGE[state.view]);
     draw();
   });

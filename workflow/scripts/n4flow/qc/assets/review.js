@@ -15,13 +15,15 @@ document.addEventListener("visibilitychange", countTime);
 
 // The address says what is on show, so the browser's own back works.
 function route() {
-  const [name, action] = location.hash.slice(1).split("/").map(decodeURIComponent);
+  const [place, text] = location.hash.slice(1).split("?");
+  const [name, action] = place.split("/").map(decodeURIComponent);
+  if (text !== undefined) takeState(text);
   const n = rowOf.get(name);
   if (n === undefined) return closeReview();
   openScan(n);
   if (action) {
     // what was pressed or written on a page of its own
-    location.replace(`#${encodeURIComponent(name)}`);
+    location.replace(address(name));
     if (action.startsWith("c:")) keepComment(name, [ratings.note(name).comment, action.slice(2)].filter(Boolean).join("; "));
     else reviewKey(action);
   }
@@ -36,13 +38,13 @@ function openScan(n) {
 // As a key or a click does: at once, and the address follows.
 function goToScan(n) {
   openScan(n);
-  location.hash = encodeURIComponent(rows[n][0]);
+  location.hash = address(rows[n][0]);
 }
 
 function goTo(at) {
   if (at < 0 || at >= review.order.length) return;
   show(at);
-  location.replace(`#${encodeURIComponent(scanShown())}`);
+  location.replace(address(scanShown()));
 }
 
 function show(at) {
@@ -107,6 +109,7 @@ function closeReview() {
   if (last >= 0) state.selected = last;
   state.page = Math.floor(state.selected / ROWS_A_PAGE[state.view]);
   draw();
+  drawPlots();
   select(state.selected);
 }
 
@@ -202,7 +205,7 @@ function reviewKey(key) {
   else if (key === "?") $("keys").showModal();
   else if (key === "Escape") {
     closeReview();
-    location.hash = "";
+    location.hash = address(null);
   } else if ([" ", "b", "v"].includes(key)) tellPage(key);
   else return false;
   return true;
