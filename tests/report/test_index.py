@@ -150,6 +150,23 @@ def test_a_scan_that_is_pointed_at_is_lit_in_all_plots(index, visit):
     assert page.inner_text("#scan") == name
 
 
+def test_methods_are_copied_as_the_file_has_them(index, visit):
+    made = visit(index)
+    page = made.page
+    text = (index.parent / "methods.md").read_text(encoding="utf-8")
+    page.click("#show-methods")
+    assert page.input_value("#methods-text") == text
+    page.click("#copy")
+    page.locator("#copied", has_text="copied").wait_for()
+    page.click("#filter")
+    page.keyboard.press("ControlOrMeta+V")
+    assert page.input_value("#filter") == " ".join(text.split("\n")) or "# Methods" in page.input_value("#filter")
+    assert "a Snakemake workflow" in text
+    page.click("#methods-text")
+    page.keyboard.type("123j")  # no command there
+    assert page.evaluate("ratings.entries.size") == 0
+
+
 def test_axes_do_not_fill_themselves_with_noise(index, visit):
     page = visit(index).page
     ends = "(lines, values) => axisOf({ floor: 0.01, floorShare: 0, lines }, values)"

@@ -448,12 +448,17 @@ def test_report_zip_holds_the_pages(folder):
         index = next(name for name in report.namelist() if name.endswith("/index.html"))
         place = index.removesuffix("index.html")
         # side by side, as in the folder: so the links between them lead somewhere
-        for path in [*PAGES, "results/qc/metrics.tsv", results_of(SCANS["plain"])["pictures"]]:
+        over_all = ["results/qc/metrics.tsv", "results/qc/outliers.js", "results/qc/methods.md"]
+        for path in [*PAGES, *over_all, results_of(SCANS["plain"])["pictures"]]:
             inside = Path(path).relative_to("results/qc").as_posix()
             assert report.read(place + inside) == (folder / path).read_bytes()
         listed = report.read(next(name for name in report.namelist() if name.endswith("/report.html"))).decode()
         shown = ("distributions of the metrics", "the worst scans", "the report, with a page per scan")
         assert [what for what in shown if what not in listed] == []
+        # sorted by this label: a sign comes before letters
+        labels = re.findall(r'"what": "(.*?)"', listed)
+        assert [what for what in labels if not what[0].isalpha()] == ["\\u25b8 the report, with a page per scan"]
+        assert "volumes are not in this archive" in listed
 
 
 def test_config_of_the_repository_names_its_own_sheet():

@@ -141,7 +141,7 @@ def qc_inputs(wildcards):
     """What the page of a scan shows; SimpleITK's field for the scans that have one."""
     scan = scan_of(wildcards)
     made = products(scan)
-    shown = ("mask", "corrected", "sidecar", "field", "reference_field", "reference_sidecar")
+    shown = ("mask", "mask_sidecar", "corrected", "sidecar", "field", "reference_field", "reference_sidecar")
     return {"image": scan.image} | {role: made[role] for role in shown if role in made}
 
 

@@ -4,7 +4,7 @@
 
 # By their paths: beside rules.….output, Snakemake 9.27 takes a time for the other inputs that grows with their square.
 OVER_ALL = ["dataset_description.json", ".bidsignore", "qc/guide.html", "qc/index.html", "qc/metrics.tsv"]
-OVER_ALL += ["qc/metrics_mqc.tsv", "qc/distributions.png", "qc/worst.png", "qc/outliers.js"]
+OVER_ALL += ["qc/metrics_mqc.tsv", "qc/distributions.png", "qc/worst.png", "qc/outliers.js", "qc/methods.md"]
 OVER_ALL += ["qc/exclude.tsv", "qc/agreement.tsv"] if RATINGS_FILE else []
 OVER_ALL = [f"<results>/{name}" for name in OVER_ALL]
 MANIFEST = "<results>/manifest.json"

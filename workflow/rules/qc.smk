@@ -42,12 +42,19 @@ rule index:
         ),
         multiqc="<results>/qc/metrics_mqc.tsv",
         outliers="<results>/qc/outliers.js",
+        methods=report(
+            "<results>/qc/methods.md",
+            caption="../report/methods.rst",
+            category="All scans",
+            labels={"what": "methods, to paste", "kind": "text"},
+        ),
         bundle=report(
             directory(BUNDLE),
             htmlindex="index.html",
             caption="../report/index.rst",
             category="All scans",
-            labels={"what": "the report, with a page per scan", "kind": "pages"},
+            # a sign stands before letters, and so the report first
+            labels={"what": "▸ the report, with a page per scan", "kind": "pages"},
         ),
     log:
         "<logs>/index.log",

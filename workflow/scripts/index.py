@@ -25,7 +25,8 @@ def main(snakemake):
     bundle = complete.with_name(f"{complete.name}.partial")
     shutil.rmtree(bundle, ignore_errors=True)
     (bundle / "data").mkdir(parents=True)
-    for file in map(Path, [page, table, snakemake.output.outliers, snakemake.input.guide, *snakemake.input.pages]):
+    out, pages = snakemake.output, snakemake.input.pages
+    for file in map(Path, [page, table, out.outliers, out.methods, snakemake.input.guide, *pages]):
         link(file, bundle / file.name)
     for file in map(Path, snakemake.input.pictures):
         link(file, bundle / "data" / file.name)

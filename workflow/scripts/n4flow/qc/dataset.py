@@ -17,6 +17,7 @@ from markupsafe import Markup
 from n4flow.images.files import atomic_text
 from n4flow.qc.definitions import COLUMNS, EITHER, FLOOR_SHARES, FLOORS, SHOWN
 from n4flow.qc.flags import FLAG_LIMITS, limit_lines
+from n4flow.qc.methods import methods_text
 from n4flow.qc.metrics import robust_z
 from n4flow.qc.multiqc import multiqc_path, write_multiqc
 from n4flow.qc.rendering import number, plain, read_json, render
@@ -24,6 +25,9 @@ from n4flow.study.ratings import read_ratings
 
 #: A script beside the pages: which scans are outliers among the others, and by what.
 OUTLIERS = "outliers.js"
+
+#: What was done, for a paper.
+METHODS = "methods.md"
 
 #: Entities of names in full.
 GROUP_NAMES = {"ses": "session", "acq": "acquisition", "rec": "reconstruction"}
@@ -41,15 +45,15 @@ def make_index(
     outlier_z: float = OUTLIER_Z,
     limits: Mapping[str, float] = FLAG_LIMITS,
 ) -> None:
-    """Write the dataset's index page, metrics.tsv, metrics_mqc.tsv and outliers.js, from the metrics files alone.
+    """Write the dataset's index page and what lies beside it, from the metrics files alone.
 
     Parameters
     ----------
     metrics_files : paths
         As `pages.make_subject` wrote them.
     output_page, output_table : path-like
-        Beside the table, the same for MultiQC: its name with ``_mqc`` before the extension. Beside the page, what only
-        the dataset tells of a scan, for the scan's own page to show: `OUTLIERS`.
+        Beside the table, the same for MultiQC: its name with ``_mqc`` before the extension. Beside the page, what
+        only the dataset tells of a scan, for the scan's own page to show (`OUTLIERS`), and `METHODS`.
     failed : sequence of (name, error line)
     ratings : path-like, optional
         What reviewers said so far, see `read_ratings`.
@@ -66,6 +70,10 @@ def make_index(
                 values[f"{key}_href"] = quote(os.path.relpath(values["folder"] / str(values[key]), folder))
     _write_table(subjects, output_table)
     _write_outliers(subjects, folder / OUTLIERS)
+    given = read_ratings(ratings) if ratings else []
+    methods = methods_text(subjects, len(failed), given)
+    with atomic_text(folder / METHODS) as file:
+        file.write(methods)
     write_multiqc(subjects, [column[:3] for column in COLUMNS], multiqc_path(output_table))
 
     known = [column for column in COLUMNS if any(v.get(column[0]) is not None for v in subjects)]
@@ -103,7 +111,7 @@ def make_index(
         "groups": _groups([str(v.get("name")) for v in subjects]),
         "rows": rows,
         "panels": panels,
-        "ratings": [r._asdict() | {"scan": r.scan} for r in (read_ratings(ratings) if ratings else ())],
+        "ratings": [r._asdict() | {"scan": r.scan} for r in given],
         "ranked": ranked,
     }
     # inside <script> only "<" can end the element
@@ -116,6 +124,7 @@ def make_index(
         flagged=sum(bool(v["flags"]) for v in subjects),
         failed=list(failed),
         ranked=ranked,
+        methods=methods,
         known={key for key, *_ in usual},
         same=[f"{heading} {_printed(subjects[0][key], digits)}" for key, heading, digits, _ in same],
         table_href=quote(os.path.relpath(Path(output_table).resolve(), folder)),

@@ -166,6 +166,7 @@ def measure_subject(
     corrected: str | Path,
     field: str | Path,
     sidecar: str | Path,
+    mask_sidecar: str | Path | None = None,
     reference_field: str | Path | None = None,
     reference_sidecar: str | Path | None = None,
     field_window_log: float,
@@ -184,6 +185,8 @@ def measure_subject(
         Lattice JSON, see `images.fields.load_field`; without a reference its panels are absent.
     sidecar, reference_sidecar : path-like
         JSON of the images corrected with these fields.
+    mask_sidecar : path-like, optional
+        JSON of the mask: says how it was found.
     field_window_log : float
         Field maps run from ``-field_window_log`` to this, natural log; one for a dataset, so that subjects compare.
     flags : mapping
@@ -233,6 +236,8 @@ def measure_subject(
         "field_window_log": field_window_log,
         "field_beyond_window_fraction": float(np.mean(np.abs(log_field) > field_window_log)),
         **_run_metrics(facts, reference_facts, view.voxels),
+        "mask_method": (read_json(mask_sidecar).get("Mask") or {}).get("Method") if mask_sidecar else None,
+        "versions": _versions(reference_facts) | _versions(facts),
     }
     values["flags"] = find_flags(values, flags)
     small = None if original.small is None or result.small is None else (original.small, result.small)
@@ -288,7 +293,15 @@ def _run_metrics(facts: Mapping[str, Any], reference: Mapping[str, Any], mask_vo
         "skull_stripped": facts.get("SkullStripped"),
         "field_from": _scan_of_field(run["FieldFrom"]) if run.get("FieldFrom") else None,
         "outside_fraction": run.get("ShareOutside"),
+        "halves": any("Half" in line for line in history),
+        "parameters": parameters or None,
     }
+
+
+def _versions(facts: Mapping[str, Any]) -> dict[str, str]:
+    """Of what a result was made with, by name."""
+    made_by = facts.get("Provenance") or {}
+    return {"n4flow": made_by.get("n4flow"), **{name.lower(): v for name, v in (made_by.get("Versions") or {}).items()}}
 
 
 def _scan_of_field(uri: str) -> str:

@@ -351,7 +351,7 @@ document.addEventListener("keydown", (event) => {
     if (event.key === "?") $("keys").close();
     return;
   }
-  const inField = event.target.closest("input:not([type=checkbox], [type=radio]), select");
+  const inField = event.target.closest("input:not([type=checkbox], [type=radio]), select, textarea");
   if (inField && ["Escape", "Enter"].includes(event.key) && reviewing()) {
     inField.blur();
     focusPage();
@@ -520,4 +520,19 @@ $("dataset").addEventListener("click", (event) => {
   if (!link || event.ctrlKey || event.metaKey || event.shiftKey) return;
   event.preventDefault();
   goToScan(rowOf.get(decodeURIComponent(link.hash.slice(1))));
+});
+$("show-methods").addEventListener("click", () => {
+  $("methods").open = true;
+  $("methods").scrollIntoView();
+  $("copy").focus();
+});
+$("copy").addEventListener("click", async () => {
+  const text = $("methods-text");
+  try {
+    await navigator.clipboard.writeText(text.value);
+  } catch {
+    text.select(); // where a page from a folder may not write there
+    document.execCommand("copy");
+  }
+  $("copied").textContent = "copied";
 });
