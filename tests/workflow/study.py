@@ -5,7 +5,7 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 
 import nibabel as nib
@@ -88,7 +88,7 @@ def describe_raw(folder):
 def write_sheet(path, scans):
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, ["subject", "session", "modality", "image", "mask", "field_from"], delimiter="\t")
+        writer = csv.DictWriter(file, [field.name for field in fields(Scan)], delimiter="\t")
         writer.writeheader()
         writer.writerows(asdict(scan) for scan in scans)
 

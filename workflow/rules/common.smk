@@ -119,6 +119,11 @@ def own_mask_of(wildcards):
     return scan_of(wildcards).mask or []
 
 
+def weights_of(wildcards):
+    """The confidence of each voxel, if the sheet gives it."""
+    return scan_of(wildcards).weights or []
+
+
 def source_field_of(wildcards):
     """The field that the scan is divided by: that of another scan."""
     return made_of(SCAN_OF[scan_of(wildcards).field_source], "field")

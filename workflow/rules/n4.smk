@@ -1,4 +1,4 @@
-# Goes in: an image and its mask. Comes out: the corrected image, the field as a lattice of control
+# Goes in: an image and its mask, and weights if the sheet names them. Comes out: the corrected image, the field as a lattice of control
 # points (JSON, a few kilobytes: all that later steps need of it) and, if wanted, as an image.
 
 
@@ -7,6 +7,7 @@ rule n4:
     input:
         image=image_of,
         mask=rules.mask.output.mask,
+        weights=weights_of,
     output:
         **CORRECTION,
     log:

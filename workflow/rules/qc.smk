@@ -143,7 +143,7 @@ rule dataset:
     """Describe the results as a BIDS derivative dataset."""
     input:
         # where they lie is all that counts
-        images=ancient([scan.image for scan in SCANS]),
+        sources=ancient([path for scan in SCANS for path in scan.paths]),
     output:
         description="<results>/dataset_description.json",
         bidsignore="<results>/.bidsignore",

@@ -13,6 +13,7 @@ rule tune_n4:
     input:
         image=image_of,
         mask=rules.mask.output.mask,
+        weights=weights_of,
     output:
         corrected=f"{TUNE_FOLDER}/corrected.nii.gz",
         sidecar=f"{TUNE_FOLDER}/corrected.json",

@@ -7,7 +7,7 @@ from n4flow.study.bids import describe_dataset
 
 
 def main(snakemake):
-    describe_dataset(snakemake.input.images, Path(snakemake.output.description), Path(snakemake.output.bidsignore))
+    describe_dataset(snakemake.input.sources, Path(snakemake.output.description), Path(snakemake.output.bidsignore))
 
 
 if __name__ == "__main__":

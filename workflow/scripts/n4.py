@@ -12,6 +12,7 @@ def main(snakemake):
         on_gpu=device != "cpu",
         image=snakemake.input.image,
         mask=snakemake.input.mask,
+        weights=snakemake.input.get("weights"),
         files=dict(snakemake.output.items()),
         parameters=snakemake.params.settings,
         device=device,

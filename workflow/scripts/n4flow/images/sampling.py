@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -26,6 +27,8 @@ from n4flow.estimate import check_mesh, initial_mesh, positions_in
 from n4flow.images.nifti import Volume
 from n4flow.parameters import N4Parameters
 
+log = logging.getLogger(__name__)
+
 
 class Slab(NamedTuple):
     """Planes of an image along the third axis; arrays of NumPy or CuPy, of one shape."""
@@ -47,7 +50,10 @@ class Image(NamedTuple):
 
 
 def read_samples(
-    image: str | Path | Volume, mask: str | Path | Volume, parameters: N4Parameters
+    image: str | Path | Volume,
+    mask: str | Path | Volume,
+    parameters: N4Parameters,
+    weights: str | Path | None = None,
 ) -> tuple[Samples, MaskIntensity]:
     """Take the samples of an image file (of the mean over its frames) inside a mask.
 
@@ -56,6 +62,9 @@ def read_samples(
     image, mask : path or Volume
         On the same grid.
     parameters : N4Parameters
+    weights : path, optional
+        Confidence of each voxel in the fit of the field, on the same grid; only their ratios count. A voxel of 0 or NaN
+        takes no part in the estimate. All 1 by default.
 
     Returns
     -------
@@ -65,22 +74,70 @@ def read_samples(
     Raises
     ------
     InputError
-        A file cannot be read, the grids differ, or as `take_samples`.
+        A file cannot be read, the grids differ, weights in the mask are negative, infinite or all 0, or as
+        `take_samples`.
     """
     volume = image if isinstance(image, Volume) else Volume(image)
     own_mask = mask if isinstance(mask, Volume) else Volume(mask)
     volume.check_same_grid(own_mask, "mask")
     check_count(volume.path, math.prod(volume.shape), volume.shape)
+    confidence = Volume(weights) if weights else None
+    if confidence:
+        check_weights(volume, own_mask, confidence)
     box = Box(volume.shape)
     for planes, mask_values in own_mask.mean_slabs():
         box.add(inside_mask(mask_values), planes.start)
 
+    read = [volume, own_mask, *([confidence] if confidence else [])]
+
     def slabs() -> Iterable[Slab]:
-        for (planes, values), (_, mask_values) in zip(volume.mean_slabs(), own_mask.mean_slabs(), strict=True):
-            yield Slab(planes, values, inside_mask(mask_values))
+        for (planes, values), (_, mask_values), *rest in zip(*(each.mean_slabs() for each in read), strict=True):
+            yield Slab(planes, values, inside_mask(mask_values), *(_without_nan(weighting) for _, weighting in rest))
 
     described = Image(str(volume.path), volume.shape, volume.voxel_size_mm, volume.affine_mm, slabs)
     return take_samples(described, box, parameters)
+
+
+def check_weights(image: Volume, mask: Volume, weights: Volume) -> None:
+    """Refuse weights that say nothing, or what cannot be; the log tells how many voxels of the mask have none.
+
+    Parameters
+    ----------
+    image, mask, weights : Volume
+
+    Raises
+    ------
+    InputError
+        They have frames or lie on another grid than the image; in the mask one is negative or infinite, or all are 0.
+    """
+    if weights.frames > 1:
+        raise InputError(weights.path, f"the weights have {weights.frames} frames", "give a 3-D image of weights")
+    image.check_same_grid(weights, "weight image")
+    counts = dict.fromkeys(("negative", "infinite", "NaN", "0"), 0)
+    voxels = 0
+    for (_, values), (_, mask_values) in zip(weights.mean_slabs(), mask.mean_slabs(), strict=True):
+        inside = values[inside_mask(mask_values)]
+        voxels += inside.size
+        counts["negative"] += int(np.count_nonzero(inside < 0))
+        counts["infinite"] += int(np.count_nonzero(np.isinf(inside)))
+        counts["NaN"] += int(np.count_nonzero(np.isnan(inside)))
+        counts["0"] += int(np.count_nonzero(inside == 0))
+    for what in ("negative", "infinite"):
+        if counts[what]:
+            raise InputError(
+                weights.path,
+                f"{counts[what]} of {voxels} weights in the mask are {what}",
+                "give weights from 0, the larger the surer",
+            )
+    lost = counts["NaN"] + counts["0"]
+    if voxels and lost == voxels:
+        raise InputError(weights.path, "all weights in the mask are 0 or NaN", "give a weight to the voxels that count")
+    if lost:
+        log.info("%s: %d of %d voxels of the mask have no weight (0 or NaN)", weights.path, lost, voxels)
+
+
+def _without_nan(weights: np.ndarray) -> np.ndarray:
+    return np.where(np.isnan(weights), 0, weights) if weights.dtype.kind == "f" else weights
 
 
 @one_blas_thread

@@ -292,6 +292,7 @@ def _run_metrics(facts: Mapping[str, Any], reference: Mapping[str, Any], mask_vo
         "device": run.get("Device"),
         "skull_stripped": facts.get("SkullStripped"),
         "field_from": _scan_of_field(run["FieldFrom"]) if run.get("FieldFrom") else None,
+        "weights": run["Weights"].rpartition("/")[2] if run.get("Weights") else None,
         "outside_fraction": run.get("ShareOutside"),
         "halves": any("Half" in line for line in history),
         "parameters": parameters or None,

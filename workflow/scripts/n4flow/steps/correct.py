@@ -17,6 +17,7 @@ from n4flow.images.sampling import read_samples
 from n4flow.parameters import N4Parameters
 from n4flow.steps import preload as preload  # what the worker looks for
 from n4flow.steps.derivatives import CorrectionFiles, write_derivatives
+from n4flow.study.bids import source_uri
 
 log = logging.getLogger(__name__)
 
@@ -29,6 +30,7 @@ def correct_scan(
     parameters: N4Parameters | Mapping[str, Any],
     device: DeviceChoice = "auto",
     threads: int = 1,
+    weights: str | Path | None = None,
     keep_dtype: bool = False,
 ) -> None:
     """Estimate the field of a scan, divide the scan by it and write what came about.
@@ -43,13 +45,15 @@ def correct_scan(
     device : {"auto", "gpu", "cpu"}
     threads : int
         On the CPU; the result does not depend on it.
+    weights : path-like, optional
+        Confidence of each voxel of the mask, see `images.sampling.read_samples`.
     keep_dtype : bool
         See `images.division.write_corrected`.
 
     Raises
     ------
     InputError
-        The scan or its mask is unusable, or the device is not there.
+        The scan, its mask or the weights are unusable, or the device is not there.
     """
     start = time.perf_counter()
     image, mask, files = Path(image), Path(mask), CorrectionFiles.of(files)
@@ -58,7 +62,8 @@ def correct_scan(
     chosen = select_device(device)
     log.info("%s: computing on %s (%s)", image, chosen.name, chosen.reason)
     volume, inside = Volume(image), Volume(mask)
-    samples, intensity = read_samples(volume, inside, parameters)
+    inputs = {"mask": mask} | ({"weights": Path(weights)} if weights else {})
+    samples, intensity = read_samples(volume, inside, parameters, inputs.get("weights"))
     estimate = estimate_twice(samples, parameters, xp=chosen.xp, threads=threads)
     field = keep_mean_intensity(estimate.field, intensity, image)
     facts = {
@@ -68,7 +73,9 @@ def correct_scan(
         "DeviceReason": chosen.reason,
     }
     packages = ("cupy",) if chosen.kind == "gpu" else ("numba",)
-    write_derivatives(volume, {"mask": mask}, files, field, facts, packages, start, keep_dtype=keep_dtype, xp=chosen.xp)
+    if weights:
+        facts["Weights"] = source_uri(inputs["weights"], files.corrected)
+    write_derivatives(volume, inputs, files, field, facts, packages, start, keep_dtype=keep_dtype, xp=chosen.xp)
 
 
 def estimate_facts(estimate: Estimate, samples: Samples, parameters: N4Parameters) -> dict[str, Any]:

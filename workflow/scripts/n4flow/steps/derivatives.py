@@ -17,7 +17,7 @@ from n4flow.images.division import write_corrected
 from n4flow.images.fields import save_field
 from n4flow.images.files import write_json
 from n4flow.images.nifti import Volume
-from n4flow.study.bids import DATATYPE_OF, metadata_of, own_uri, raw_uri
+from n4flow.study.bids import DATATYPE_OF, metadata_of, source_uri
 from n4flow.study.provenance import provenance
 
 #: Suffixes of series whose frames follow each other in time.
@@ -62,7 +62,7 @@ def write_derivatives(
     volume : Volume
         The scan.
     inputs : mapping of str to Path
-        Further files that went in, by role; all of them are outputs of other steps.
+        Further files that went in, by role.
     files : CorrectionFiles
     field : BiasField
         On the grid of the image.
@@ -79,7 +79,7 @@ def write_derivatives(
     self_check = write_corrected(
         volume, field, files.corrected, files.field_image, keep_dtype=keep_dtype, xp=xp, look=border.add
     )
-    sources = [raw_uri(volume.path, files.corrected), *map(own_uri, inputs.values())]
+    sources = [source_uri(path, files.corrected) for path in (volume.path, *inputs.values())]
     save_field(replace(field, has_spatial_reference=volume.has_spatial_reference), files.field, Sources=sources)
     seconds = round(time.perf_counter() - start, 3)
     write_json(

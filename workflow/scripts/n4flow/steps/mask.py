@@ -19,7 +19,7 @@ from n4flow.images.files import write_json
 from n4flow.images.nifti import Volume, VolumeWriter
 from n4flow.parameters import N4Parameters
 from n4flow.steps import preload as preload  # what the worker looks for
-from n4flow.study.bids import check_magnitude, raw_uri
+from n4flow.study.bids import check_magnitude, source_uri
 from n4flow.study.provenance import provenance
 
 log = logging.getLogger(__name__)
@@ -456,7 +456,7 @@ def mask_scan(
         sidecar,
         {
             "Type": "ROI",
-            "Sources": [raw_uri(path, output) for path in sources.values()],
+            "Sources": [source_uri(path, output) for path in sources.values()],
             "Mask": facts,
             "Provenance": provenance(sources, ("numpy", "nibabel")),
         },

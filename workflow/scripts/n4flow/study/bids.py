@@ -66,8 +66,8 @@ class Scan:
     modality : str
         BIDS suffix, with further entities before it where a subject has several scans of one
         suffix: ``T1w``, ``run-1_T1w``, ``task-rest_bold``.
-    image, mask : str
-        Paths; the mask may be empty.
+    image, mask, weights : str
+        Paths; those of mask and weights (confidence of each voxel) may be empty.
     field_from : str
         Modality of the scan of the same subject and session whose field this one is divided by; empty for a scan
         that has a field of its own.
@@ -78,6 +78,7 @@ class Scan:
     modality: str
     image: str
     mask: str = ""
+    weights: str = ""
     field_from: str = ""
 
     @property
@@ -113,6 +114,11 @@ class Scan:
         """Name of the scan whose field this one is divided by: its own, unless the sheet says otherwise."""
         return replace(self, modality=self.field_from or self.modality).name
 
+    @property
+    def paths(self) -> list[str]:
+        """The files that the row names."""
+        return [path for path in (self.image, self.mask, self.weights) if path]
+
     def problems(self) -> list[str]:
         """What is wrong with its names, in words; empty if nothing is."""
         found = [
@@ -130,6 +136,8 @@ class Scan:
             found.append(
                 f"modality {self.modality!r} does not end in a known suffix, use one of {' '.join(DATATYPE_OF)}"
             )
+        if self.weights and self.field_from:
+            found.append("weights count nothing beside field_from, give them in the row that the field is estimated on")
         if part := complex_part(self.modality) or complex_part(IMAGE.sub("", os.path.basename(self.image))):
             found.append(f"image {shortened(self.image)} is a part of a complex image ({part}), give its magnitude")
         found += [
@@ -376,8 +384,10 @@ def check_magnitude(image: Path) -> None:
         )
 
 
-def raw_uri(path: Path, output: Path) -> str:
-    """BIDS URI of a raw file, as a sidecar in the outputs names it; its mere name outside of a dataset."""
+def source_uri(path: Path, output: Path) -> str:
+    """BIDS URI of a file, raw or of the outputs, as a sidecar there names it; its mere name outside of a dataset."""
+    if _output_root(output) in Path(os.path.abspath(path)).parents:
+        return own_uri(path)
     root = dataset_root(path)
     if not root:
         return path.name
@@ -406,7 +416,7 @@ def describe_dataset(images: Iterable[str | Path], description: Path, bidsignore
     Parameters
     ----------
     images : iterable of path-like
-        All raw images.
+        All raw images, masks and weights.
     description, bidsignore : Path
         In the folder of the derivatives.
     """

@@ -13,6 +13,9 @@ from n4flow.images.files import missing_file, of_other_format, shortened
 from n4flow.study.bids import Scan
 from n4flow.study.config import schema_problems
 
+#: The columns that hold paths.
+PATHS = ("image", "mask", "weights")
+
 #: Said of a row that `ragged` finds.
 RAGGED = "has another number of columns than the header; separate them by tabs"
 
@@ -171,14 +174,14 @@ def _read_row(
     cells = {key: value.strip() for key, value in row.items() if value.strip()}
     found = list(schema_problems(cells, schema))
     if found:
-        others = {role: other for role in ("image", "mask") if (other := of_other_format(cells.get(role, "")))}
+        others = {role: other for role in PATHS if (other := of_other_format(cells.get(role, "")))}
         for role, (_, command) in others.items():
             found = [f"{line}; convert it: {command}" if line.startswith(f"{role}: ") else line for line in found]
         return found, None
     values = {key: part["default"] for key, part in schema["properties"].items() if "default" in part} | cells
     scan = Scan(**values)
     found = [f"{problem}" for problem in scan.problems()]
-    for role in ("image", "mask"):
+    for role in PATHS:
         path = getattr(scan, role)
         if problem := _wildcard_problem(path):
             found.append(f"{role} {shortened(path)} {problem}")
