@@ -352,7 +352,7 @@ def test_filter_that_leaves_nothing_is_an_error_of_one_line(study, filters, line
     assert "\n" not in str(error.value)
 
 
-OTHER_FORMATS = ["mgz", "mgh", "img", "img.gz", "hdr", "nrrd", "nhdr", "mha", "mhd", "HEAD", "mnc"]
+OTHER_FORMATS = ["img.gz", "nrrd", "nhdr", "mha", "mhd", "HEAD", "mnc", "dcm", "IMA", "PAR"]
 
 
 @pytest.mark.parametrize("end", OTHER_FORMATS)
@@ -363,26 +363,32 @@ def test_scans_in_other_formats_are_named_with_what_converts_them(tmp_path, capl
     (record,) = caplog.records
     image = tmp_path / f"sub-2/anat/sub-2_T1w.{end}"
     assert record.getMessage().startswith(f"{image}: left out, is no NIfTI image; convert it: ")
-    assert {str(image), str(tmp_path / "sub-2/anat/sub-2_T1w.nii.gz")} <= set(shlex.split(record.getMessage()))
+    command = shlex.split(record.getMessage())
+    assert str(image) in command
+    to_folder = ["-f", "sub-2_T1w", "-o", str(image.parent)]  # as dcm2niix has it
+    assert str(tmp_path / "sub-2/anat/sub-2_T1w.nii.gz") in command or command[-5:-1] == to_folder
     with pytest.raises(InputError, match="holds no scan with the suffix T2w; convert those in other formats"):
         index_dataset(tmp_path, ["T2w"])
 
 
-def test_a_pair_of_header_and_image_is_named_once(tmp_path, caplog):
-    touch(tmp_path, "sub-1/anat/sub-1_T1w.nii", "sub-2/anat/sub-2_T1w.img", "sub-2/anat/sub-2_T1w.hdr")
+def test_a_folder_of_dicom_is_named_as_a_scan(tmp_path, caplog):
+    touch(tmp_path, "sub-1/anat/sub-1_T1w.nii", "sub-2/anat/sub-2_T1w/1.dcm", "sub-2/anat/other/1.dcm")
     index_dataset(tmp_path, ["T1w"])
-    assert len(caplog.records) == 1
+    (record,) = caplog.records
+    place = tmp_path / "sub-2/anat"
+    assert record.getMessage() == (
+        f"{place}/sub-2_T1w: left out, is no NIfTI image; convert it: "
+        f"dcm2niix -z y -f sub-2_T1w -o {place} {place}/sub-2_T1w"
+    )
 
 
-def test_what_converts_a_pair_does_so(tmp_path):
+def test_what_converts_does_so(tmp_path):
     array = np.arange(60, dtype=np.int16).reshape(3, 4, 5)
-    for kind, end in ((nib.Nifti1Pair, "img"), (nib.MGHImage, "mgz")):
-        nib.save(kind(array, np.diag([2.0, 3, 4, 1])), tmp_path / f"a b.{end}")
-        stem, command = of_other_format(tmp_path / f"a b.{end}")
-        program, *arguments = shlex.split(command)
-        subprocess.run([Path(sys.executable).with_name(program), *arguments], check=True)
-        assert np.array_equal(nib.load(f"{stem}.nii.gz").dataobj, array)
-        Path(f"{stem}.nii.gz").unlink()
+    nib.save(nib.Nifti1Pair(array, np.diag([2.0, 3, 4, 1])), tmp_path / "a b.img.gz")
+    stem, command = of_other_format(tmp_path / "a b.img.gz")
+    program, *arguments = shlex.split(command)
+    subprocess.run([Path(sys.executable).with_name(program), *arguments], check=True)
+    assert np.array_equal(nib.load(f"{stem}.nii.gz").dataobj, array)
 
 
 def test_subjects_without_a_contrast_are_named(study, caplog):

@@ -152,9 +152,9 @@ def test_files_that_the_workflow_makes_need_not_be_there():
         ("subject image\n01 .", "sheet.tsv, line 2: 'image' is a required property; "),
         ("subject image\n. a.nii", "sheet.tsv, line 2: 'subject' is a required property; "),
         (
-            "subject image\n01 a.mgz",
-            "sheet.tsv, line 2: image: 'a.mgz' does not fit; path of the image, .nii or .nii.gz; convert it: "
-            "nib-convert a.mgz a.nii.gz",
+            "subject image\n01 a.mnc",
+            "sheet.tsv, line 2: image: 'a.mnc' does not fit; path of the image, .nii, .nii.gz, .mgz, .mgh or .img "
+            "(beside its .hdr); convert it: mnc2nii a.mnc a.nii.gz",
         ),
         ("subject image\n0_1 a.nii", "sheet.tsv, line 2: subject '0_1' is no BIDS label, use letters and digits only"),
         ("subject image session\n01 a.nii s-1", "sheet.tsv, line 2: session 's-1' is no BIDS label, use letters"),

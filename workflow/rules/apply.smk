@@ -10,6 +10,7 @@ rule apply:
     input:
         image=image_of,
         field=source_field_of,
+        headers=headers_of,
     output:
         **CORRECTION,
     log:

@@ -15,7 +15,7 @@ sys.path.insert(0, str(PACKAGE[0].parent.parent))
 
 from n4flow.worker import begin_run
 from n4flow.errors import InputError
-from n4flow.images.files import remove_abandoned, voxels_of_frame, why_not_writable
+from n4flow.images.files import header_file, remove_abandoned, voxels_of_frame, why_not_writable
 from n4flow.study.config import config_problems, grid_combinations, load_schema, tune_problems, with_defaults
 from n4flow.study.sheet import place_problem, read_sheet, results_problem, with_least_hash
 from n4flow.parameters import MOST_SAMPLES, N4Parameters
@@ -119,6 +119,11 @@ def own_mask_of(wildcards):
     return scan_of(wildcards).mask or []
 
 
+def headers_of(wildcards):
+    """Files that hold the headers of what the row names, apart from the voxels: a change of them counts, too."""
+    return [str(header_file(path)) for path in scan_of(wildcards).paths if path.endswith(".img")]
+
+
 def weights_of(wildcards):
     """The confidence of each voxel, if the sheet gives it."""
     return scan_of(wildcards).weights or []
@@ -147,7 +152,8 @@ def qc_inputs(wildcards):
     scan = scan_of(wildcards)
     made = products(scan)
     shown = ("mask", "mask_sidecar", "corrected", "sidecar", "field", "reference_field", "reference_sidecar")
-    return {"image": scan.image} | {role: made[role] for role in shown if role in made}
+    of_scan = {"image": scan.image, "headers": headers_of(wildcards)}
+    return of_scan | {role: made[role] for role in shown if role in made}
 
 
 def tune_settings(wildcards):

@@ -6,11 +6,12 @@ from n4flow.worker import do_step
 
 
 def main(snakemake):
+    read = {role: path for role, path in snakemake.input.items() if role != "headers"}
     do_step(
         "n4flow.qc.pages:make_subject",
         snakemake.log[0],
         name=Path(snakemake.output.metrics).stem,
-        **dict(snakemake.input.items()),
+        **read,
         **dict(snakemake.output.items()),
         **snakemake.params.settings,
     )

@@ -29,24 +29,42 @@ REMEDIES = {
 }
 
 
+#: The ends of the names of images that are read; each .img has an .hdr beside it.
+IMAGE_ENDS = (".nii.gz", ".nii", ".mgz", ".mgh", ".img")
+
 #: What makes NIfTI of images in other formats, by the end of their name; ITK's are those that SimpleITK reads.
 _ITK = "python -c 'import sys, SimpleITK as sitk; sitk.WriteImage(sitk.ReadImage(sys.argv[1]), sys.argv[2])' {} {}"
+_DCM2NIIX = "dcm2niix -z y -f {2} -o {3} {0}"
 CONVERTERS = {
-    **dict.fromkeys((".mgz", ".mgh", ".mgh.gz", ".img", ".img.gz", ".hdr", ".hdr.gz"), "nib-convert {} {}"),
+    **dict.fromkeys((".img.gz", ".hdr.gz"), "nib-convert {} {}"),
     **dict.fromkeys((".nrrd", ".nhdr", ".mha", ".mhd"), _ITK),
     **dict.fromkeys((".head", ".brik", ".brik.gz"), "3dAFNItoNIFTI -prefix {1} {0}"),
     ".mnc": "mnc2nii {} {}",
+    **dict.fromkeys((".dcm", ".ima", ".par", ".rec"), _DCM2NIIX),
 }
 
 
 def of_other_format(path: str | Path) -> tuple[str, str] | None:
-    """The name without its extension, and the command that makes NIfTI of it, of an image in another known format."""
+    """The name without its extension, and the command that makes NIfTI of it, of an image in another known format.
+
+    A folder counts as one of DICOM.
+    """
     text = str(path)
     end = next((end for end in sorted(CONVERTERS, key=len, reverse=True) if text.lower().endswith(end)), None)
-    if not end:
+    if end:
+        stem, command = text[: -len(end)], CONVERTERS[end]
+    elif os.path.isdir(text) and not os.path.splitext(text)[1]:
+        stem, command = text, _DCM2NIIX
+    else:
         return None
-    stem = text[: -len(end)]
-    return stem, CONVERTERS[end].format(shlex.quote(text), shlex.quote(f"{stem}.nii.gz"))
+    folder, name = os.path.split(stem)
+    return stem, command.format(*map(shlex.quote, (text, f"{stem}.nii.gz", name, folder or ".")))
+
+
+def header_file(path: str | Path) -> Path:
+    """The file that holds the header of an image: of an .img the .hdr, of any other the image itself."""
+    path = Path(path)
+    return path.with_suffix(".hdr") if path.suffix == ".img" else path
 
 
 def missing_file(path: str | Path) -> tuple[str, str] | None:
@@ -77,14 +95,18 @@ def missing_file(path: str | Path) -> tuple[str, str] | None:
 
 
 def voxels_of_frame(path: str | Path) -> int:
-    """Voxels of a NIfTI image, of one frame of a series, as its header has them; 0 if it cannot be read (yet).
+    """Voxels of an image, of one frame of a series, as its header has them; 0 if it cannot be read (yet).
 
     In plain Python: Snakemake's own environment may hold no more.
     """
-    opener: Any = gzip.open if str(path).endswith(".gz") else open
+    name = str(path)
+    opener: Any = gzip.open if name.endswith((".gz", ".mgz")) else open
     try:
-        with opener(path, "rb") as file:
+        with opener(header_file(path), "rb") as file:
             header = file.read(80)
+        if name.endswith((".mgh", ".mgz")):
+            version, *shape = struct.unpack_from(">4i", header)
+            return math.prod(max(0, n) for n in shape) if version == 1 else 0
         for size, place in ((348, "40x8h"), (540, "16x8q")):
             for order in "<>":
                 if struct.unpack_from(f"{order}i", header)[0] == size:

@@ -27,7 +27,8 @@ from nibabel.wrapstruct import WrapStructError
 
 from n4flow.core.affine import affine_problem
 from n4flow.errors import InputError
-from n4flow.images.files import atomic_bytes, missing_file
+from n4flow.images.files import atomic_bytes, header_file, missing_file
+from n4flow.images.formats import STARTS, is_compressed, read_header
 
 log = logging.getLogger(__name__)
 
@@ -61,22 +62,20 @@ NAMED_FRAMES = 10
 #: How files begin that stand for another one, which is to be fetched: the name of the tool, and its command.
 POINTERS = {b"version https://git-lfs": ("Git LFS", "git lfs pull"), b"/annex/objects/": ("git-annex", "git annex get")}
 
-#: A NIfTI header starts with its own size, in either byte order: 348 (NIfTI-1) or 540 (NIfTI-2).
-HEADER_SIZES = {n: {n.to_bytes(4, order) for order in ("little", "big")} for n in (348, 540)}
-
 #: An unknown unit is taken for mm, and for seconds, as every reader does; what is no time, such as Hz, takes none.
 MM_PER_UNIT = {"meter": 1e3, "mm": 1.0, "micron": 1e-3}
 SECONDS_PER_UNIT = {"sec": 1.0, "msec": 1e-3, "usec": 1e-6, "hz": 0.0, "ppm": 0.0, "rads": 0.0}
 
 
 class Volume:
-    """A NIfTI image (.nii or .nii.gz, 2-D to 4-D) that is read slab by slab.
+    """An image (NIfTI, MGH, or Analyze; 2-D to 4-D) that is read slab by slab.
 
     Axes keep the order of the file: slabs run along the third, frames are the fourth.
 
     Parameters
     ----------
     path : path-like
+        .nii, .nii.gz, .mgz, .mgh, or .img with its .hdr.
 
     Attributes
     ----------
@@ -95,6 +94,7 @@ class Volume:
     frame_time_s : float
         Time between frames; 0 for one frame, and where the header counts in Hz or ppm.
     header : nibabel header
+        Of NIfTI, whatever the format of the file.
     dtype : numpy dtype
         As stored, before scl_slope and scl_inter are applied.
     slope, inter : float
@@ -103,14 +103,16 @@ class Volume:
     Raises
     ------
     InputError
-        The file is missing, is no NIfTI image, is cut off, or has values or voxel sizes that are
-        no real numbers.
+        The file is missing, is no image of the format that its name says, is cut off, or has values or voxel sizes that
+        are no real numbers.
     """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         if missing := missing_file(path):
             raise InputError(path, *missing)
+        if missing := missing_file(header_file(path)):
+            raise InputError(header_file(path), missing[0], f"copy it beside {self.path.name}, whose header it holds")
         self._kept = b""
         self._told = False
         with self._opened() as (header, data):
@@ -136,11 +138,9 @@ class Volume:
 
     @contextlib.contextmanager
     def _opened(self) -> Iterator[tuple[nib.Nifti1Header, ArrayProxy]]:
-        """Header and data, which can be read as long as the context lasts.
-
-        Header extensions are passed over: their sizes are claims of the file, and nothing here needs them.
-        """
-        opener: Any = igzip.open if self.path.suffix == ".gz" else open
+        """Header and data, which can be read as long as the context lasts."""
+        opener: Any = igzip.open if is_compressed(self.path) else open
+        header_path = header_file(self.path)
         with self._errors(), open(self.path, "rb") as file:
             start = file.read(32)
         if not start:
@@ -149,36 +149,21 @@ class Volume:
             if start.startswith(pointer):
                 raise InputError(self.path, f"is a pointer of {tool}, not the image", f"fetch it: {command}")
         start = start[:4]
-        if opener is igzip.open and start in HEADER_SIZES[348] | HEADER_SIZES[540]:
-            raise InputError(self.path, "is not compressed, though its name says so", "rename it to .nii")
-        if opener is open and start[:2] == GZIP_MAGIC:
-            raise InputError(self.path, "is compressed, which its name does not say", "rename it to .nii.gz")
+        plain, packed = (".mgh", ".mgz") if self.path.suffix in (".mgh", ".mgz") else (".nii", ".nii.gz")
+        if opener is igzip.open and start in STARTS:
+            raise InputError(self.path, "is not compressed, though its name says so", f"rename it to {plain}")
+        if header_path == self.path and opener is open and start[:2] == GZIP_MAGIC:
+            raise InputError(self.path, "is compressed, which its name does not say", f"rename it to {packed}")
         with self._errors(), io.BytesIO(self._kept) if self._kept else opener(self.path, "rb") as stream:
-            start = stream.read(4)
-            stream.seek(0)
-            if start not in HEADER_SIZES[348] | HEADER_SIZES[540]:
-                raise ImageFileError("it does not start with a NIfTI header")
-            kind: Any = nib.Nifti2Header if start in HEADER_SIZES[540] else nib.Nifti1Header
-            content = stream.read(kind.sizeof_hdr)
-            # as it stands in the file: nibabel makes a voxel size of 0 to 1
-            self._check_voxel_size(kind(content, check=False))
-            header = kind(content)
-            yield header, ArrayProxy(stream, header)
+            with contextlib.nullcontext(stream) if header_path == self.path else open(header_path, "rb") as first:
+                header, own = read_header(first, self.path)
+            yield header, ArrayProxy(stream, own)
 
     def _unit(self, which: int = 0) -> str:
         try:
             return self.header.get_xyzt_units()[which]
         except KeyError:  # a code that the standard does not know
             return "unknown"
-
-    def _check_voxel_size(self, header: nib.Nifti1Header) -> None:
-        sizes = np.array(header["pixdim"][1 : 1 + min(3, max(0, int(header["dim"][0])))], dtype=float)
-        if not np.isfinite(sizes).all() or (sizes == 0).any():
-            raise InputError(
-                self.path,
-                f"has the voxel size {' x '.join(f'{size:g}' for size in sizes)}",
-                "set pixdim in its header to the real voxel size",
-            )
 
     def _check(self, data: ArrayProxy, shape: tuple[int, ...]) -> None:
         if len(shape) not in (2, 3, 4) or min(shape) < 1:
@@ -188,7 +173,7 @@ class Volume:
             raise InputError(self.path, f"holds {kind} values", "give an image of real numbers, such as the magnitude")
         self._bytes = int(data.offset) + math.prod(shape) * self.dtype.itemsize
         there = self.path.stat().st_size
-        if self.path.suffix != ".gz" and there < self._bytes:
+        if not is_compressed(self.path) and there < self._bytes:
             raise InputError(self.path, f"is cut off: {there} of {self._bytes} bytes", "copy it again")
         if there * DEFLATE_RATIO < self._bytes:
             raise InputError(
@@ -216,7 +201,8 @@ class Volume:
         except (igzip.BadGzipFile, zlib.error, igzip.isal_zlib.error) as error:  # type: ignore[attr-defined]
             raise InputError(self.path, f"cannot be decompressed ({error})", "copy it again") from None
         except (ImageFileError, HeaderDataError, WrapStructError) as error:
-            raise InputError(self.path, f"is no NIfTI image ({error})", "give a .nii or .nii.gz file") from None
+            kind = "MGH" if self.path.suffix in (".mgh", ".mgz") else "NIfTI"
+            raise InputError(self.path, f"is no {kind} image ({error})", "give a .nii or .nii.gz file") from None
         except OSError as error:
             raise InputError(self.path, f"cannot be read ({error})", "copy it again or check its permissions") from None
         except ValueError as error:
@@ -253,7 +239,7 @@ class Volume:
 
     def _keep(self) -> None:
         """Decompress a small file once for all passes over it."""
-        if self.path.suffix == ".gz" and not self._kept and self._bytes <= KEPT_BYTES:
+        if is_compressed(self.path) and not self._kept and self._bytes <= KEPT_BYTES:
             with self._errors():
                 found = self.path.stat()
                 self._kept = _decompressed(self.path, self._bytes, found.st_size, found.st_mtime_ns)
@@ -419,6 +405,8 @@ class VolumeWriter:
         frames: int | None = None,
     ) -> None:
         self.path = Path(path)
+        if not self.path.name.endswith((".nii", ".nii.gz")):
+            raise InputError(path, "is no name of a NIfTI image, which is what is written", "let it end in .nii.gz")
         self.dtype = np.dtype(dtype).newbyteorder(like.header.endianness)  # as the header is written
         self.slope, self.intercept = slope, intercept
         header = like.header.copy()

@@ -14,7 +14,7 @@ from typing import Any
 
 from n4flow import __version__
 from n4flow.errors import InputError
-from n4flow.images.files import atomic_text, missing_file, of_other_format, shortened, write_json
+from n4flow.images.files import IMAGE_ENDS, atomic_text, missing_file, of_other_format, shortened, write_json
 
 log = logging.getLogger(__name__)
 
@@ -44,7 +44,7 @@ LONGEST_NAME = 200
 NAMED = 10
 
 LABEL = re.compile(r"[A-Za-z0-9]+")
-IMAGE = re.compile(r"\.nii(\.gz)?$", re.IGNORECASE)
+IMAGE = re.compile("|".join(f"{re.escape(end)}$" for end in IMAGE_ENDS), re.IGNORECASE)
 ENTITY = re.compile(r"[a-z0-9]+-[A-Za-z0-9+]+")
 
 #: How names say that a file holds a part of a complex image other than its magnitude: BIDS, and dcm2niix at their end.
@@ -217,7 +217,7 @@ def index_dataset(
                         continue
                     if suffix in suffixes and datatype not in datatypes_of(suffix):
                         continue
-                    if suffix not in suffixes or not image.name.endswith((".nii", ".nii.gz")):
+                    if suffix not in suffixes or not image.name.endswith(IMAGE_ENDS):
                         _name_near_miss(image, suffix, suffixes)
                         continue
                     if missing := missing_file(image):
@@ -262,11 +262,17 @@ def _left_out(image: Path, entities: list[str], subject: str, session: str) -> b
         reason = "a part of a complex image; only its magnitude can be corrected"
     elif any(entity.startswith("desc-") for entity in entities):
         reason = "a derivative, since its name has desc-"
-    elif image.suffix == ".nii" and image.with_name(f"{image.name}.gz").exists():
-        reason = "the same scan is there as .nii.gz"
+    elif other := _same_scan(image):
+        reason = f"the same scan is there as {other}"
     if reason:
         log.warning("%s: left out, %s", image, reason)
     return bool(reason)
+
+
+def _same_scan(image: Path) -> str:
+    """In which format that comes before it in `IMAGE_ENDS` a scan is there too; empty if in none."""
+    stem, end = IMAGE.sub("", image.name), IMAGE_ENDS.index("".join(IMAGE.findall(image.name)))
+    return next((other for other in IMAGE_ENDS[:end] if image.with_name(stem + other).exists()), "")
 
 
 def _name_near_miss(image: Path, suffix: str, suffixes: Sequence[str]) -> None:
@@ -288,13 +294,13 @@ def _folders(place: Path, prefix: str) -> list[Path]:
 def _other_formats(files: Sequence[Path], suffixes: Sequence[str], wanted: Mapping[str, set[str]]) -> Iterator[str]:
     """The suffixes of scans in a folder that are there in another format than NIfTI alone; names the files."""
     for image in files:
-        if not (other := of_other_format(image)) or (image.suffix == ".hdr" and image.with_suffix(".img") in files):
+        if not (other := of_other_format(image)):
             continue
         stem, command = other
         *parts, suffix = os.path.basename(stem).split("_")
         if suffix not in suffixes or not all(found & set(parts) for found in wanted.values()):
             continue
-        if not any(os.path.exists(f"{stem}{end}") for end in (".nii", ".nii.gz")):
+        if not any(os.path.exists(f"{stem}{end}") for end in IMAGE_ENDS):
             log.warning("%s: left out, is no NIfTI image; convert it: %s", image, command)
             yield suffix
 
@@ -333,7 +339,7 @@ def sidecars_of(image: Path) -> list[Path]:
     suffix whose entities are all among its own: ``task-rest_bold.json`` of the dataset, ``sub-01_task-rest_bold.json``.
     Outside of a dataset, only the one of its own name is.
     """
-    stem = image.name.removesuffix(".gz").removesuffix(".nii")
+    stem = IMAGE.sub("", image.name)
     root = dataset_root(image)
     if root is None:
         own = image.with_name(f"{stem}.json")

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from n4flow import __version__
+from n4flow.images.files import header_file
 
 PACKAGE = Path(__file__).parents[1]
 
@@ -80,14 +81,15 @@ def provenance(inputs: Mapping[str, str | Path], packages: tuple[str, ...]) -> d
     Parameters
     ----------
     inputs : mapping of str to path
-        Files that went in, by role.
+        Files that went in, by role; of an image in two files, that of the header is added.
     packages : tuple of str
         Distributions whose versions matter.
     """
+    headers = {f"{role} header": header for role, path in inputs.items() if (header := header_file(path)) != Path(path)}
     return {
         "n4flow": __version__,
         "PackageDigest": remember_package(),
-        "InputSHA256": {role: file_sha256(path) for role, path in inputs.items()},
+        "InputSHA256": {role: file_sha256(path) for role, path in {**inputs, **headers}.items()},
         "Versions": {"python": platform.python_version(), **{name: _version(name) for name in packages}},
         "Machine": platform.machine(),
     }

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from n4flow.errors import InputError
-from n4flow.images.files import missing_file, of_other_format, shortened
+from n4flow.images.files import header_file, missing_file, of_other_format, shortened
 from n4flow.study.bids import Scan
 from n4flow.study.config import schema_problems
 
@@ -185,8 +185,12 @@ def _read_row(
         path = getattr(scan, role)
         if problem := _wildcard_problem(path):
             found.append(f"{role} {shortened(path)} {problem}")
-        elif path and path not in to_be_made and (missing := missing_file(path)):
-            found.append(f"{role} {shortened(path)} {'; '.join(missing)}")
+        elif path and path not in to_be_made:
+            found += [
+                f"{role} {shortened(file)} {'; '.join(missing)}"
+                for file in dict.fromkeys((path, str(header_file(path))))
+                if (missing := missing_file(file))
+            ]
     return found, scan
 
 
