@@ -26,6 +26,7 @@ from n4flow.qc import figures, measuring, panels, plots, viewer
 from n4flow.qc.dataset import make_index
 from n4flow.qc.definitions import COLUMNS, DEFINITIONS, FLOOR_SHARES, FLOORS
 from n4flow.qc.pages import PAGE_BYTES, make_subject
+from n4flow.study.series import open_scan
 
 #: What a reference's sidecar says of the check of our arithmetic.
 AGREEMENT = {"r": 1.0, "rms": 2.4e-6, "max": 2.8e-5}
@@ -337,6 +338,7 @@ def test_each_file_of_a_scan_is_opened_once(tmp_path, monkeypatch):
     files = make_files(tmp_path) | {"viewer": tmp_path / "v.js", "viewer_mb": 1}
     opened = []
     monkeypatch.setattr(measuring, "Volume", lambda path: opened.append(Path(path)) or Volume(path))
+    monkeypatch.setattr(measuring, "open_scan", lambda path: opened.append(Path(path)) or open_scan(path))
     monkeypatch.setattr(nib, "load", pytest.fail)
     make_subject(name="sub-01", **files)
     assert sorted(opened) == sorted(files[role] for role in ("image", "mask", "corrected"))

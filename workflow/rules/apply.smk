@@ -10,7 +10,7 @@ rule apply:
     input:
         image=image_of,
         field=source_field_of,
-        headers=headers_of,
+        beside=beside_of,
     output:
         **CORRECTION,
     log:

@@ -16,6 +16,7 @@ sys.path.insert(0, str(PACKAGE[0].parent.parent))
 from n4flow.worker import begin_run
 from n4flow.errors import InputError
 from n4flow.images.files import header_file, remove_abandoned, voxels_of_frame, why_not_writable
+from n4flow.study.bids import CARRIED, CARRIED_WITH, beside_image
 from n4flow.study.config import config_problems, grid_combinations, load_schema, tune_problems, with_defaults
 from n4flow.study.sheet import place_problem, read_sheet, results_problem, with_least_hash
 from n4flow.parameters import MOST_SAMPLES, N4Parameters
@@ -119,9 +120,21 @@ def own_mask_of(wildcards):
     return scan_of(wildcards).mask or []
 
 
-def headers_of(wildcards):
-    """Files that hold the headers of what the row names, apart from the voxels: a change of them counts, too."""
-    return [str(header_file(path)) for path in scan_of(wildcards).paths if path.endswith(".img")]
+def beside_of(wildcards):
+    """Files whose change counts as one of what the row names: headers apart from their voxels, b values."""
+    scan = scan_of(wildcards)
+    return [str(header_file(path)) for path in scan.paths if path.endswith(".img")] + carried(scan).get("bval", [])
+
+
+def carried(scan):
+    """What says what the frames of a scan are, and goes along with it: a list of its path, by role."""
+    return {role: [str(path)] for role in CARRIED_WITH.get(scan.suffix, ()) if (path := beside_image(scan.image, role))}
+
+
+def carried_of(wildcards):
+    scan = scan_of(wildcards)
+    role = next(role for role in CARRIED if made_of(scan, role).endswith(wildcards.end))
+    return carried(scan)[role]
 
 
 def weights_of(wildcards):
@@ -141,7 +154,7 @@ def made_of(scan, role):
 
 def products(scan):
     """Everything that is made of a scan, by role."""
-    roles = ["mask", "mask_sidecar", *CORRECTION, *PAGE]
+    roles = ["mask", "mask_sidecar", *CORRECTION, *PAGE, *carried(scan)]
     if scan.name in WITH_REFERENCE:
         roles += ["reference", "reference_sidecar", "reference_field"]
     return {role: made_of(scan, role) for role in roles}
@@ -152,7 +165,7 @@ def qc_inputs(wildcards):
     scan = scan_of(wildcards)
     made = products(scan)
     shown = ("mask", "mask_sidecar", "corrected", "sidecar", "field", "reference_field", "reference_sidecar")
-    of_scan = {"image": scan.image, "headers": headers_of(wildcards)}
+    of_scan = {"image": scan.image, "beside": beside_of(wildcards)}
     return of_scan | {role: made[role] for role in shown if role in made}
 
 

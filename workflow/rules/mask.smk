@@ -8,7 +8,7 @@ rule mask:
     input:
         image=image_of,
         own=own_mask_of,
-        headers=headers_of,
+        beside=beside_of,
     output:
         mask=OUTPUT["mask"],
         sidecar=OUTPUT["mask_sidecar"],

@@ -8,7 +8,7 @@ rule n4:
         image=image_of,
         mask=rules.mask.output.mask,
         weights=weights_of,
-        headers=headers_of,
+        beside=beside_of,
     output:
         **CORRECTION,
     log:

@@ -9,7 +9,7 @@ rule reference:
         mask=rules.mask.output.mask,
         # nothing is read from it: SimpleITK is to take no time for a scan that n4 refuses
         sidecar=ancient(rules.n4.output.sidecar),
-        headers=headers_of,
+        beside=beside_of,
     output:
         corrected=OUTPUT["reference"],
         sidecar=OUTPUT["reference_sidecar"],

@@ -14,7 +14,7 @@ rule tune_n4:
         image=image_of,
         mask=rules.mask.output.mask,
         weights=weights_of,
-        headers=headers_of,
+        beside=beside_of,
     output:
         corrected=f"{TUNE_FOLDER}/corrected.nii.gz",
         sidecar=f"{TUNE_FOLDER}/corrected.json",

@@ -6,7 +6,7 @@ from n4flow.worker import do_step
 
 
 def main(snakemake):
-    read = {role: path for role, path in snakemake.input.items() if role != "headers"}
+    read = {role: path for role, path in snakemake.input.items() if role != "beside"}
     do_step(
         "n4flow.qc.pages:make_subject",
         snakemake.log[0],

@@ -10,7 +10,7 @@ import os
 import sys
 import zlib
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
@@ -83,6 +83,8 @@ class Volume:
         Voxels per axis; a 2-D image has ``n2 == 1``.
     frames : int
         1 for 2-D and 3-D images.
+    averaged : tuple of int
+        Frames, counted from 0, that `mean_slabs` takes the mean of: all, unless it is set.
     affine : (4, 4) float64 array
     affine_mm : (4, 4) float64 array
         The affine with world coordinates in mm, whatever the header's units.
@@ -126,6 +128,7 @@ class Volume:
             self.slope, self.inter = float(data.slope), float(data.inter)
         n0, n1, n2, self.frames = (*shape, 1, 1)[:4]
         self.shape = (n0, n1, n2)
+        self.averaged = tuple(range(self.frames))
         scale = MM_PER_UNIT.get(self._unit(), 1.0)
         self.affine_mm = self.affine * [[scale], [scale], [scale], [1.0]]
         if problem := affine_problem(self.affine_mm):
@@ -208,13 +211,17 @@ class Volume:
         except ValueError as error:
             raise InputError(self.path, f"cannot be read ({error})", "copy it again or mend its header") from None
 
-    def slabs(self, planes: int | None = None) -> Iterator[tuple[slice, int, np.ndarray]]:
+    def slabs(
+        self, planes: int | None = None, frames: Sequence[int] | None = None
+    ) -> Iterator[tuple[slice, int, np.ndarray]]:
         """Read the image from its first voxel to its last.
 
         Parameters
         ----------
         planes : int, optional
             Planes per slab; by default about `SLAB_VOXELS` voxels.
+        frames : sequence of int, optional
+            These alone; all by default.
 
         Yields
         ------
@@ -231,7 +238,7 @@ class Volume:
         """
         self._keep()
         with self._opened() as (_, data):
-            for frame in range(self.frames):
+            for frame in range(self.frames) if frames is None else frames:
                 for slab in self._slab_slices(planes):
                     index = (slice(None), slice(None), slab, frame, 0, 0, 0)[: len(data.shape)]
                     values = np.asarray(data[index] if len(index) > 2 else data)
@@ -250,7 +257,7 @@ class Volume:
             yield slice(start, min(start + planes, self.shape[2]))
 
     def mean_slabs(self, planes: int | None = None) -> Iterator[tuple[slice, np.ndarray]]:
-        """Slabs of the mean over the frames: of the image itself if it has one frame.
+        """Slabs of the mean over the frames (those in `averaged`): of the image itself if it has one frame.
 
         The mean of several frames is held as a whole, in float64. At each voxel it is that of the finite values: a lost
         frame costs no other.
@@ -271,29 +278,30 @@ class Volume:
         InputError
             The file turns out to be damaged.
         """
-        if self.frames == 1:
-            for slab, _, values in self.slabs(planes):
+        if len(self.averaged) == 1:
+            for slab, _, values in self.slabs(planes, self.averaged):
                 yield slab, values
             return
         total = np.zeros(self.shape)
-        used: Any = self.frames
-        lost = np.zeros(self.frames, np.int64)
-        for slab, frame, values in self.slabs():
+        used: Any = len(self.averaged)
+        lost = dict.fromkeys(self.averaged, 0)
+        for slab, frame, values in self.slabs(frames=self.averaged):
             if values.dtype.kind == "f" and not (finite := np.isfinite(values)).all():
-                if not lost.any():
-                    used = np.full(self.shape, self.frames, np.int32)
-                lost[frame] += np.count_nonzero(~finite)
+                if not any(lost.values()):
+                    used = np.full(self.shape, len(self.averaged), np.int32)
+                lost[frame] += int(np.count_nonzero(~finite))
                 used[:, :, slab] -= ~finite
                 values = np.where(finite, values, 0)
             total[:, :, slab] += values
-        spoilt = [str(frame + 1) for frame in np.flatnonzero(lost > lost.min())]  # what all lack is background
+        # what all lack is background
+        spoilt = [str(frame + 1) for frame, count in lost.items() if count > min(lost.values())]
         if spoilt and not self._told:
             self._told = True
             log.warning(
                 "%s: %d of %d frames hold values that are not finite, which are left out of the mean: %s",
                 self.path,
                 len(spoilt),
-                self.frames,
+                len(self.averaged),
                 " ".join(spoilt[:NAMED_FRAMES]) + (" …" if len(spoilt) > NAMED_FRAMES else ""),
             )
         with np.errstate(invalid="ignore"):  # where all are lost
@@ -302,7 +310,7 @@ class Volume:
             yield slab, total[:, :, slab]
 
     def mean(self) -> np.ndarray:
-        """The mean over the frames as one float32 array (n0, n1, n2)."""
+        """The mean over the frames in `averaged` as one float32 array (n0, n1, n2)."""
         result = np.empty(self.shape, dtype=np.float32, order="F")
         for slab, values in self.mean_slabs():
             result[:, :, slab] = values

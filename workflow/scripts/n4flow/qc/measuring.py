@@ -28,6 +28,7 @@ from n4flow.qc.rendering import plain, read_json
 from n4flow.qc.viewer import shrink, steps_within
 from n4flow.study.bids import DATATYPE_OF
 from n4flow.study.outputs import scan_and_role
+from n4flow.study.series import open_scan
 
 #: Slices as pictures: per plane, per slice, rows from bottom to top.
 Pictures = list[list[np.ndarray]]
@@ -40,6 +41,7 @@ class Part(NamedTuple):
     pictures: Pictures
     small: np.ndarray | None  # for the viewer
     frames: int
+    averaged: int  # of these frames
     stored: tuple[np.dtype, float, float]  # dtype, slope and inter in the file
 
 
@@ -86,9 +88,8 @@ class View:
         few = any(len(row) < field_part.stop for row in self.slices)
         self.field_part = slice(None) if few else field_part
 
-    def image(self, path: str | Path, role: str) -> Part:
+    def image(self, volume: Volume, role: str) -> Part:
         """Of an image what is kept of it."""
-        volume = Volume(path)
         self.grid.check_same_grid(volume, role)
         values = volume.mean()
         # the transposes lie in memory as the file does, which makes the selection fast
@@ -98,6 +99,7 @@ class View:
             [[np.nan_to_num(s.cut(values)) for s in row] for row in self.slices],
             shrink(values, self.steps) if self.steps else None,
             volume.frames,
+            len(volume.averaged),
             (volume.dtype, volume.slope, volume.inter),
         )
 
@@ -180,7 +182,7 @@ def measure_subject(
     name : str
         BIDS name without extension: ``sub-01_T1w``. A suffix of microscopy gets the metrics of that.
     image, mask, corrected : path-like
-        NIfTI, on one grid; of 4-D images the mean over the frames is looked at.
+        NIfTI, on one grid; of 4-D images the mean over the frames that the field was estimated on is looked at.
     field, reference_field : path-like
         Lattice JSON, see `images.fields.load_field`; without a reference its panels are absent.
     sidecar, reference_sidecar : path-like
@@ -211,7 +213,9 @@ def measure_subject(
     if reference_field:
         fields["reference field"] = load_field(reference_field)
     view = View(Volume(mask), 1e6 * viewer_mb, sum(each.lattice.size for each in fields.values()))
-    original, result = view.image(image, "image"), view.image(corrected, "corrected image")
+    raw, divided = open_scan(image), Volume(corrected)
+    divided.averaged = raw.averaged
+    original, result = view.image(raw, "image"), view.image(divided, "corrected image")
     ours = fields["bias field"]
     log_field, field_pictures = view.field(ours, field)
     pictures = {"before": original.pictures, "after": result.pictures, "field": field_pictures}
@@ -226,6 +230,7 @@ def measure_subject(
         "report_hash": _report_hash(view.mask, original.values, result.values),
         "shape": list(view.mask.shape),
         "frames": original.frames,
+        "averaged_frames": original.averaged,
         "voxel_size_mm": [float(s) for s in view.grid.voxel_size_mm],
         "mask_volume_ml": mask_volume_ml(view.voxels, view.grid.voxel_size_mm),
         **correction_metrics(original.values, result.values, log_field, log_reference, by_class=datatype != "micr"),

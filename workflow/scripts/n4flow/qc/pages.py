@@ -19,6 +19,7 @@ from n4flow.qc.pictures import data_uri, webp
 from n4flow.qc.rendering import render
 from n4flow.qc.subject_panels import field_panels, image_panels, plot_panels, thumbnails
 from n4flow.qc.viewer import shrink, viewer_script
+from n4flow.study.series import LOW_B
 
 #: A page may have so many bytes; the two mosaics of the image take what the rest leaves.
 PAGE_BYTES = 440_000
@@ -76,6 +77,7 @@ def make_subject(
         plots=plots,
         flags=[flag.split(": ", 1) for flag in values["flags"]],
         provenance=_provenance(subject.facts, subject.reference_facts, values),
+        low_b=LOW_B,
         oblique=oblique if oblique > 1 else None,
         has_reference=subject.log_reference is not None,
         index_href=f"index.html#{quote(values['name'])}",
@@ -123,7 +125,9 @@ def _provenance(
     lines: list[tuple[str, str]] = [("shape", " × ".join(map(str, values["shape"])))]
     lines.append(("voxel size", " × ".join(f"{s:g}" for s in values["voxel_size_mm"]) + " mm"))
     if values["frames"] > 1:
-        lines.append(("frames", f"{values['frames']}, the mean is shown"))
+        part = values["averaged_frames"]
+        shown = f"the mean of the {part} up to b = {LOW_B} is shown" if part < values["frames"] else "the mean is shown"
+        lines.append(("frames", f"{values['frames']}, {shown}"))
 
     def add(prefix: str, value: Any) -> None:
         if isinstance(value, Mapping):

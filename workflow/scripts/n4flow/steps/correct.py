@@ -18,6 +18,7 @@ from n4flow.parameters import N4Parameters
 from n4flow.steps import preload as preload  # what the worker looks for
 from n4flow.steps.derivatives import CorrectionFiles, write_derivatives
 from n4flow.study.bids import source_uri
+from n4flow.study.series import open_scan, series_files
 
 log = logging.getLogger(__name__)
 
@@ -61,8 +62,8 @@ def correct_scan(
         parameters = N4Parameters.from_mapping(parameters)
     chosen = select_device(device)
     log.info("%s: computing on %s (%s)", image, chosen.name, chosen.reason)
-    volume, inside = Volume(image), Volume(mask)
-    inputs = {"mask": mask} | ({"weights": Path(weights)} if weights else {})
+    volume, inside = open_scan(image), Volume(mask)
+    inputs = {"mask": mask} | series_files(volume) | ({"weights": Path(weights)} if weights else {})
     samples, intensity = read_samples(volume, inside, parameters, inputs.get("weights"))
     estimate = estimate_twice(samples, parameters, xp=chosen.xp, threads=threads)
     field = keep_mean_intensity(estimate.field, intensity, image)
@@ -73,6 +74,8 @@ def correct_scan(
         "DeviceReason": chosen.reason,
     }
     packages = ("cupy",) if chosen.kind == "gpu" else ("numba",)
+    if len(volume.averaged) < volume.frames:
+        facts["AveragedFrames"] = [frame + 1 for frame in volume.averaged]
     if weights:
         facts["Weights"] = source_uri(inputs["weights"], files.corrected)
     write_derivatives(volume, inputs, files, field, facts, packages, start, keep_dtype=keep_dtype, xp=chosen.xp)

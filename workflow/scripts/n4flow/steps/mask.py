@@ -21,6 +21,7 @@ from n4flow.parameters import N4Parameters
 from n4flow.steps import preload as preload  # what the worker looks for
 from n4flow.study.bids import check_magnitude, source_uri
 from n4flow.study.provenance import provenance
+from n4flow.study.series import open_scan
 
 log = logging.getLogger(__name__)
 
@@ -373,7 +374,7 @@ def make_mask(
     InputError
         The image cannot be read, or has no foreground.
     """
-    volume = Volume(image)
+    volume = open_scan(image)
     found = find_foreground(volume, method, percentile)
     slabs: Iterable[np.ndarray] = (found.inside(values, slab) for slab, values in volume.mean_slabs())
     if method == "head":

@@ -24,6 +24,7 @@ from n4flow.parameters import N4Parameters
 from n4flow.steps import preload as preload  # what the worker looks for
 from n4flow.steps.correct import estimate_facts
 from n4flow.steps.derivatives import CorrectionFiles, write_derivatives
+from n4flow.study.series import open_scan, series_files
 
 log = logging.getLogger(__name__)
 
@@ -202,7 +203,7 @@ def reference_scan(
     """
     start = time.perf_counter()
     image, mask, files = Path(image), Path(mask), CorrectionFiles.of(files)
-    volume, inside = Volume(image), Volume(mask)
+    volume, inside = open_scan(image), Volume(mask)
     mask_voxels = sum(int(np.count_nonzero(inside_mask(values))) for _, values in inside.mean_slabs())
     parameters = reference_parameters(volume.shape, mask_voxels)
     samples, intensity = read_samples(volume, inside, parameters)
@@ -215,7 +216,17 @@ def reference_scan(
     }
     # its mesh begins and ends with the samples, not the voxels: the mean is right to some 1e-5, of thick slices
     field = keep_mean_intensity(estimate.field, intensity, image)
-    write_derivatives(volume, {"mask": mask}, files, field, facts, ("SimpleITK",), start, keep_dtype=keep_dtype, xp=np)
+    write_derivatives(
+        volume,
+        {"mask": mask} | series_files(volume),
+        files,
+        field,
+        facts,
+        ("SimpleITK",),
+        start,
+        keep_dtype=keep_dtype,
+        xp=np,
+    )
 
 
 def _recover_lattice(log_field: np.ndarray, mesh: Mesh) -> np.ndarray:

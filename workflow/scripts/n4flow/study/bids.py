@@ -8,7 +8,7 @@ import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -332,26 +332,53 @@ def dataset_root(path: str | Path) -> Path | None:
     return None
 
 
-def sidecars_of(image: Path) -> list[Path]:
-    """The JSON files that say something of an image, from the most general to its own.
+#: Files that say what the frames of a series are, carried along to its derivative: suffix and end of their names.
+#: Without a suffix they have that of the image.
+CARRIED = {"bval": ("", ".bval"), "bvec": ("", ".bvec"), "aslcontext": ("aslcontext", ".tsv")}
+
+#: What of `CARRIED` images of a suffix can have.
+CARRIED_WITH = {"dwi": ("bval", "bvec"), "asl": ("aslcontext",)}
+
+
+def beside_image(image: str | Path, what: str) -> Path | None:
+    """Of one of `CARRIED` the nearest file that says something of an image; None if there is none."""
+    found = sidecars_of(Path(image), *CARRIED[what])
+    return found[-1] if found else None
+
+
+def sidecars_of(image: Path, suffix: str = "", end: str = ".json") -> list[Path]:
+    """The files that say something of an image, from the most general to its own.
 
     By BIDS' inheritance principle these are, in its folder and those above it up to the dataset's, the files of its
     suffix whose entities are all among its own: ``task-rest_bold.json`` of the dataset, ``sub-01_task-rest_bold.json``.
     Outside of a dataset, only the one of its own name is.
+
+    Parameters
+    ----------
+    image : Path
+    suffix : str
+        Of their names; that of the image by default.
+    end : str
     """
-    stem = IMAGE.sub("", image.name)
+    *entities, own_suffix = IMAGE.sub("", image.name).split("_")
+    suffix = suffix or own_suffix
     root = dataset_root(image)
     if root is None:
-        own = image.with_name(f"{stem}.json")
+        own = image.with_name("_".join([*entities, suffix]) + end)
         return [own] if own.is_file() else []
-    *entities, suffix = stem.split("_")
     place = Path(os.path.abspath(image)).parent
     found: list[Path] = []
     for folder in [place, *place.parents][: len(place.relative_to(root).parts) + 1][::-1]:
-        parts = {name: name.removesuffix(".json").split("_") for name in os.listdir(folder) if name.endswith(".json")}
+        parts = {name: name.removesuffix(end).split("_") for name in _names(folder, end, os.stat(folder).st_mtime_ns)}
         fitting = [name for name, (*own, last) in parts.items() if last == suffix and set(own) <= set(entities)]
         found += [folder / name for name in sorted(fitting, key=lambda name: (len(parts[name]), name))]
     return [path for path in found if path.is_file()]
+
+
+@lru_cache(maxsize=64)
+def _names(folder: Path, end: str, changed_ns: int) -> list[str]:
+    """Files of a folder with an end; one of thousands of subjects is listed once while it stays as it is."""
+    return [name for name in os.listdir(folder) if name.endswith(end)]
 
 
 def metadata_of(image: Path) -> dict[str, Any]:
