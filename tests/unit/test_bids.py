@@ -444,3 +444,43 @@ def test_sidecars_are_those_that_bids_lets_an_image_inherit(tmp_path):
     assert sidecars_of(root / f"{image}.nii.gz") == [root / path for path in wanted]
     (root / "dataset_description.json").unlink()  # no dataset, nothing inherited
     assert sidecars_of(root / f"{image}.nii.gz") == [root / wanted[-1]]
+
+
+UNIFORM = "sub-1/anat/sub-1_acq-a_UNIT1.nii.gz"
+
+
+@pytest.mark.parametrize(
+    ("beside", "found"),
+    [
+        ("sub-1_acq-a_inv-2_MP2RAGE.nii.gz", True),
+        ("sub-1_acq-a_inv-2_part-mag_MP2RAGE.nii", True),
+        ("sub-1_acq-a_inv-2_part-phase_MP2RAGE.nii.gz", False),
+        ("sub-1_acq-a_inv-1_MP2RAGE.nii.gz", False),
+        ("sub-1_acq-b_inv-2_MP2RAGE.nii.gz", False),
+        ("sub-1_inv-2_MP2RAGE.nii.gz", False),
+        ("sub-1_acq-a_inv-2_MP2RAGE.json", False),
+    ],
+)
+def test_the_mask_of_a_uniform_image_is_found_on_its_second_inversion_image(tmp_path, beside, found):
+    touch(tmp_path, UNIFORM, f"sub-1/anat/{beside}")
+    (scan,) = index_dataset(tmp_path, ["UNIT1"])
+    assert (scan.image, scan.mask) == (str(tmp_path / UNIFORM), "")
+    assert scan.mask_image == (str(tmp_path / "sub-1/anat" / beside) if found else "")
+
+
+def test_collections_of_quantitative_mri_are_found(tmp_path):
+    names = ["echo-1_flip-1_mt-on_part-mag_MPM", "flip-1_mt-off_MTS", "inv-2_MP2RAGE", "acq-a_UNIT1", "flip-2_VFA"]
+    touch(tmp_path, *(f"sub-1/anat/sub-1_{name}.nii.gz" for name in names))
+    found = index_dataset(tmp_path, ["MPM", "MTS", "MP2RAGE", "UNIT1", "VFA"])
+    assert sorted(scan.modality for scan in found) == sorted(names)
+
+
+@pytest.mark.parametrize("name", ["phase", "Phase", "e1_ph", "x_imaginary", "sub-1_phasediff", "sub-1_phase1"])
+def test_a_name_that_ends_in_phase_is_refused_in_the_sheet(name):
+    (problem,) = Scan("01", "", "T1w", f"raw/{name}.mgz").problems()
+    assert "is a part of a complex image" in problem
+
+
+def test_a_mask_and_an_image_for_it_are_one_too_many():
+    (problem,) = Scan("01", "", "UNIT1", "a.nii", mask="m.nii", mask_image="i.nii").problems()
+    assert problem == "mask and mask_image are two ways to the mask, leave one empty"

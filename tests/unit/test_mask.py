@@ -299,7 +299,7 @@ def uniform_image(head, noise_percent, air_is_dark=False):
 @pytest.mark.parametrize(("noise_percent", "cut"), [(1, 0), (9, 0), (3, 4)])
 def test_of_mp2rages_uniform_image_a_mask_is_asked_for(head, tmp_path, method, noise_percent, cut):
     image = uniform_image(head, noise_percent)[cut : image_end(cut), cut : image_end(cut), cut : image_end(cut)]
-    with pytest.raises(InputError, match=r"a\.nii: has air as bright as .*; give a mask, .* \(INV2\)$"):
+    with pytest.raises(InputError, match=r"a\.nii: has air as bright as .*; if .* name .* \(INV2\) in .* mask$"):
         make_mask(save(tmp_path / "a.nii", image), tmp_path / "mask.nii", method=method)
 
 
@@ -372,6 +372,79 @@ def test_negative_values_that_are_none_of_the_object_do_no_harm(head, tmp_path, 
         make_mask(save(tmp_path / f"{name}.nii", array), tmp_path / "mask.nii")
         masks.append(load(tmp_path / "mask.nii"))
     assert_array_equal(*masks)
+
+
+def wrapped(head, turns, noise, low, high):
+    """A phase of so many turns across the head, stored from `low` to `high`; 0 in air."""
+    x, y, z = (np.linspace(-0.5, 0.5, n) for n in head.image.shape)
+    phase = 2 * np.pi * turns * (x[:, None, None] + 0.3 * y[:, None] ** 2 - 0.5 * z) + 0.3 * head.truth / 1000
+    phase = phase + noise * np.random.default_rng(2).standard_normal(phase.shape)
+    share = np.angle(np.exp(1j * phase)) / (2 * np.pi) + 0.5
+    return np.where(head.truth > 0, np.rint(low + (high - low) * share), 0)
+
+
+PHASES = {
+    "0 to 4095": lambda head: wrapped(head, 2, 0.1, 0, 4095).astype(np.uint16),
+    "many turns": lambda head: wrapped(head, 5, 0.3, 0, 4095).astype(np.uint16),
+    "0 to 255": lambda head: wrapped(head, 3, 0.1, 0, 255).astype(np.uint8),
+    "from -4096": lambda head: wrapped(head, 3, 0.1, -4096, 4095).astype(np.int16),
+    "uint16 as int16": SIGNED["uint16 as int16"],
+}
+
+
+@pytest.mark.parametrize("kind", PHASES)
+def test_what_wraps_around_is_refused_with_a_mask_too(head, tmp_path, kind):
+    paths = save(tmp_path / "a.nii", PHASES[kind](head)), save(tmp_path / "own.nii", (head.truth > 0).astype(np.uint8))
+    for own in (None, paths[1]):
+        with pytest.raises(InputError, match=r"a\.nii: (wraps around|has intensities as far below 0)") as error:
+            mask_scan(paths[0], own, tmp_path / "mask.nii", tmp_path / "mask.json", method="otsu", percentile=50)
+    assert "wraps around" in str(error.value)
+
+
+def test_what_is_called_a_magnitude_is_taken_for_one(head, tmp_path):
+    own = save(tmp_path / "own.nii", (head.truth > 0).astype(np.uint8))
+    for name, sidecar in (("sub-1_part-mag_T1w", "{}"), ("a", '{"ImageType": ["ORIGINAL", "PRIMARY", "M"]}')):
+        image = save(tmp_path / f"{name}.nii", PHASES["0 to 4095"](head))
+        (tmp_path / f"{name}.json").write_text(sidecar)
+        mask_scan(image, own, tmp_path / "mask.nii", tmp_path / "mask.json", method="otsu", percentile=50)
+
+
+MAGNITUDES = {
+    "a head": lambda head: head.image,
+    "of 16 greys": lambda head: np.rint(head.image / head.image.max() * 15).astype(np.uint8),
+    "off the scale": lambda head: np.minimum(head.image, 500).astype(np.int16),
+    "two values": lambda head: np.where(head.truth > 700, 4095, 1).astype(np.int16),
+    "a uniform image": lambda head: uniform_image(head, 9),
+    "one without air": lambda head: uniform_image(head, 1, air_is_dark=True),
+    "one of some noise": lambda head: uniform_image(head, 3),
+    "noise": lambda head: np.random.default_rng(0).integers(0, 4096, head.image.shape).astype(np.int16),
+    "salt and pepper": lambda head: np.where(np.random.default_rng(0).random(head.image.shape) < 0.02, 4e3, head.image),
+    "a ramp": lambda head: np.broadcast_to(np.arange(1, 100.0)[:, None, None], head.image.shape),
+}
+
+
+@pytest.mark.parametrize("kind", MAGNITUDES)
+def test_what_does_not_wrap_is_taken_with_a_mask(head, tmp_path, kind):
+    image = save(tmp_path / "a.nii", MAGNITUDES[kind](head))
+    for number, inside in enumerate((head.truth > 0, np.ones(head.truth.shape))):
+        own = save(tmp_path / f"{number}.nii", inside.astype(np.uint8))
+        assert adopt_mask(image, own, tmp_path / "mask.nii")["Voxels"] == inside.sum()
+
+
+def test_the_mask_of_a_uniform_image_is_found_on_the_second_inversion(head, tmp_path):
+    image, second = save(tmp_path / "uni.nii", uniform_image(head, 3)), save(tmp_path / "inv2.nii", head.image)
+    expected = make_mask(second, tmp_path / "expected.nii")
+    sidecar = tmp_path / "mask.json"
+    options = {"method": "otsu", "percentile": 50}
+    mask_scan(image, None, tmp_path / "mask.nii", sidecar, **options, found_on=second)
+    assert_array_equal(load(tmp_path / "mask.nii"), load(tmp_path / "expected.nii"))
+    content = json.loads(sidecar.read_text())
+    assert content["Mask"] == expected
+    assert content["Sources"] == ["bids::uni.nii", "bids::inv2.nii"]
+    assert set(content["Provenance"]["InputSHA256"]) == {"image", "mask_image"}
+    other = save(tmp_path / "inv2.nii", head.image[1:])
+    with pytest.raises(InputError, match=r"inv2\.nii: the mask image has shape"):
+        mask_scan(image, None, tmp_path / "mask.nii", sidecar, **options, found_on=other)
 
 
 def test_phase_by_its_sidecar_is_refused_even_with_a_mask(head, tmp_path):

@@ -120,6 +120,11 @@ def own_mask_of(wildcards):
     return scan_of(wildcards).mask or []
 
 
+def mask_image_of(wildcards):
+    """The image that the mask is found on, if it is another one."""
+    return scan_of(wildcards).mask_image or []
+
+
 def beside_of(wildcards):
     """Files whose change counts as one of what the row names: headers apart from their voxels, b values."""
     scan = scan_of(wildcards)

@@ -1,4 +1,4 @@
-# Goes in: an image, and the user's own mask if the sheet names one. Comes out: a uint8 mask on the
+# Goes in: an image, and the user's own mask if the sheet names one, or the image to find it on. Comes out: a uint8 mask on the
 # image's grid. The names of masks and fields hold the suffix of their image (foregroundT1w), since a
 # subject may have several contrasts on different grids.
 
@@ -8,6 +8,7 @@ rule mask:
     input:
         image=image_of,
         own=own_mask_of,
+        found_on=mask_image_of,
         beside=beside_of,
     output:
         mask=OUTPUT["mask"],

@@ -16,13 +16,17 @@ from n4flow.study.bids import DATATYPE_OF, index_dataset
 
 COLUMNS = ["subject", "session", "image", "mask", "modality"]
 
+#: Written where a scan has something there.
+FURTHER_COLUMNS = ["mask_image"]
+
 
 def sheet_of(scans):
     """The sheet as text."""
     text = io.StringIO()
     writer = csv.writer(text, delimiter="\t", lineterminator="\n")
-    writer.writerow(COLUMNS)
-    writer.writerows([getattr(scan, column) for column in COLUMNS] for scan in scans)
+    columns = COLUMNS + [column for column in FURTHER_COLUMNS if any(getattr(scan, column) for scan in scans)]
+    writer.writerow(columns)
+    writer.writerows([getattr(scan, column) for column in columns] for scan in scans)
     return text.getvalue()
 
 

@@ -9,6 +9,7 @@ def main(snakemake):
         snakemake.log[0],
         image=snakemake.input.image,
         own_mask=snakemake.input.get("own"),
+        found_on=snakemake.input.get("found_on"),
         output=snakemake.output.mask,
         sidecar=snakemake.output.sidecar,
         **snakemake.params.settings,

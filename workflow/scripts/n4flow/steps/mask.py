@@ -19,7 +19,7 @@ from n4flow.images.files import write_json
 from n4flow.images.nifti import Volume, VolumeWriter
 from n4flow.parameters import N4Parameters
 from n4flow.steps import preload as preload  # what the worker looks for
-from n4flow.study.bids import check_magnitude, source_uri
+from n4flow.study.bids import check_magnitude, is_called_magnitude, source_uri
 from n4flow.study.provenance import provenance
 from n4flow.study.series import open_scan
 
@@ -54,6 +54,11 @@ CUBE, DRAWN_BY_LOT, BOTH_SIDES = 8, 0.8, 0.1
 #: Air is bright where more of the cubes at the border of the image than this share are noise, and by so much more than
 #: of those within: what is grainy throughout is no air.
 MOST_NOISE, BEYOND_INNER = 0.5, 0.25
+
+#: What wraps around has steps of at least `WHOLE_STEP` of its range between neighbours, of more than half of the range
+#: at least `FEWEST_STEPS` of all pairs, and at least `LEAST_QUARTER` of its values in each quarter of the range. Where
+#: the values run to is looked up so many voxels away.
+WHOLE_STEP, FEWEST_STEPS, LEAST_QUARTER, RUN = 0.85, 5e-4, 0.05, 2
 
 OTSU_BINS = 256
 
@@ -188,6 +193,7 @@ def find_foreground(volume: Volume, method: MaskMethod = "otsu", percentile: flo
     positive = values[values > 0]
     check_range(volume.path, np.log([positive.min(), np.median(positive), positive.max()]))
     _check_sign(volume, signed, otsu_threshold(values.ravel()))
+    _check_wraps(volume, signed, signed != 0)
 
     def threshold_of(intensities: np.ndarray) -> float:
         if method == "percentile":
@@ -201,7 +207,8 @@ def find_foreground(volume: Volume, method: MaskMethod = "otsu", percentile: flo
         raise InputError(
             volume.path,
             f"has air as bright as what it shows: noise in {100 * at_border:.0f} % of its border",
-            "give a mask, for MP2RAGE's uniform image (UNIT1) one of its second inversion image (INV2)",
+            "if it is a phase, give its magnitude; if it is MP2RAGE's uniform image (UNIT1), name its second inversion "
+            "image (INV2) in the sheet's mask_image; or give a mask",
         )
     changed = 0.0
     for turn in range(1, MOST_TURNS + 1):
@@ -244,20 +251,32 @@ def find_foreground(volume: Volume, method: MaskMethod = "otsu", percentile: flo
 
 def _sub_grid(volume: Volume) -> tuple[tuple[np.ndarray, ...], np.ndarray]:
     """Positions along each axis, and intensities there in float64: 0 where they are not finite."""
+    positions = _sub_grid_positions(volume.shape)
+    values, bright = _values_at(volume, positions)
+    if not bright:
+        raise InputError(volume.path, "no voxel is above 0", "check that this is the right image")
+    return positions, values
+
+
+def _sub_grid_positions(shape: Sequence[int]) -> tuple[np.ndarray, ...]:
     step = 1
-    positions = sample_positions(volume.shape, step)
+    positions = sample_positions(shape, step)
     while math.prod(map(len, positions)) > SUB_GRID_VOXELS:  # ends, as no axis is thinned below 32
         step += 1
-        positions = sample_positions(volume.shape, step)
+        positions = sample_positions(shape, step)
+    return positions
+
+
+def _values_at(volume: Volume, positions: Sequence[np.ndarray]) -> tuple[np.ndarray, bool]:
+    """Intensities on a sub-grid, in float64, 0 where they are not finite; and whether any voxel is above 0."""
     values = np.zeros([len(p) for p in positions])
-    empty = True
+    bright = False
     for slab, part in volume.mean_slabs():
-        empty = empty and not (part > 0).any()
+        bright = bright or bool((part > 0).any())
         hit = (positions[2] >= slab.start) & (positions[2] < slab.stop)
         values[:, :, hit] = part[np.ix_(positions[0], positions[1], positions[2][hit] - slab.start)]
-    if empty:
-        raise InputError(volume.path, "no voxel is above 0", "check that this is the right image")
-    return positions, np.where(np.isfinite(values), values, 0)
+    values[~np.isfinite(values)] = 0
+    return values, bright
 
 
 def _check_sign(volume: Volume, values: np.ndarray, threshold: float) -> None:
@@ -271,6 +290,47 @@ def _check_sign(volume: Volume, values: np.ndarray, threshold: float) -> None:
             f"{positive} beyond {threshold:.3g}",
             "give magnitudes: no phase, real or imaginary part, no z-scores, no unsigned integers that are stored as "
             "signed ones; or give a mask",
+        )
+
+
+def _check_wraps(volume: Volume, values: np.ndarray, inside: np.ndarray) -> None:
+    """Refuse what wraps around as a phase does, however it is stored, unless name or sidecar call it a magnitude.
+
+    Where neighbours differ by more than half of the range, they do so by nearly all of it, and on either side of the
+    step the values run against it. In noise smaller steps are the more frequent ones; at the border of two tissues,
+    values run along with the step, or anywhere.
+    """
+    seen = values[inside]
+    if not (seen.size and np.ptp(seen)):
+        return
+    low, high = float(seen.min()), float(seen.max())
+    above = [np.count_nonzero(seen >= low + quarter * (high - low) / 4) for quarter in range(4)]
+    if min(-np.diff([*above, 0])) < LEAST_QUARTER * seen.size:
+        return
+    pairs = steps = whole = wraps = 0
+    for axis in range(3):
+        count = values.shape[axis] - 2 * RUN - 1
+        if count < 1:
+            continue
+        # from RUN before a step to RUN behind it
+        starts = (0, RUN, RUN + 1, 2 * RUN + 1)
+        parts = [tuple(slice(n, n + count) if each == axis else slice(None) for each in range(3)) for n in starts]
+        both = np.logical_and.reduce([inside[part] for part in parts])
+        first, left, right, last = (values[part][both] for part in parts)
+        step = (right - left) / (high - low)
+        pairs += step.size
+        steps += int(np.count_nonzero(np.abs(step) > 0.5))
+        is_whole = np.abs(step) > WHOLE_STEP
+        whole += int(np.count_nonzero(is_whole))
+        wraps += int(np.count_nonzero(is_whole & ((left - first) * step < 0) & ((last - right) * step < 0)))
+    if steps > FEWEST_STEPS * pairs and whole > steps / 2 and wraps > whole / 2:
+        if is_called_magnitude(volume.path):
+            return
+        raise InputError(
+            volume.path,
+            f"wraps around from {high:.4g} to {low:.4g}, at {wraps} of {steps} steps of more than half of that, as a "
+            "phase does, or unsigned integers that are stored as signed ones",
+            "give its magnitude; if it is one, say so in its name (part-mag) or its sidecar (ImageType)",
         )
 
 
@@ -351,6 +411,7 @@ def make_mask(
     *,
     method: MaskMethod = "otsu",
     percentile: float = 50.0,
+    found_on: str | Path | None = None,
 ) -> dict[str, Any]:
     """Write a foreground mask (uint8, 0 and 1) on the image's grid.
 
@@ -359,6 +420,8 @@ def make_mask(
     image : path-like
         Of several frames, the mean is taken.
     output : path-like
+    found_on : path-like, optional
+        Another image on the same grid, whose foreground is taken.
     method : {"otsu", "head", "percentile"}
         ``head`` makes one filled piece of the foreground, see `head_from_foreground`.
     percentile : float
@@ -374,12 +437,15 @@ def make_mask(
     InputError
         The image cannot be read, or has no foreground.
     """
-    volume = open_scan(image)
+    like = volume = open_scan(image)
+    if found_on:
+        volume = open_scan(found_on)
+        like.check_same_grid(volume, "mask image")
     found = find_foreground(volume, method, percentile)
     slabs: Iterable[np.ndarray] = (found.inside(values, slab) for slab, values in volume.mean_slabs())
     if method == "head":
         slabs = [head_from_foreground(np.concatenate(list(slabs), axis=2), volume.voxel_size_mm)]
-    count = _write(output, volume, slabs)
+    count = _write(output, like, slabs)
     return {"Method": method, "Threshold": found.threshold, "Turns": found.turns, "Voxels": count}
 
 
@@ -400,10 +466,12 @@ def adopt_mask(image: str | Path, mask: str | Path, output: str | Path) -> dict[
     InputError
         It cannot be read, lies on another grid than the image, or is empty.
     """
-    volume, own = Volume(image), Volume(mask)
+    volume, own = open_scan(image), Volume(mask)
     if own.frames > 1:
         raise InputError(mask, f"the mask has {own.frames} frames", "give a 3-D mask")
     volume.check_same_grid(own, "mask")
+    positions = _sub_grid_positions(volume.shape)
+    _check_wraps(volume, _values_at(volume, positions)[0], _values_at(own, positions)[0] != 0)
     slabs = (inside_mask(values) for _, values in own.mean_slabs())
     count = _write(output, volume, slabs, source=mask)
     return {"Method": "given", "Voxels": count}
@@ -429,6 +497,7 @@ def mask_scan(
     *,
     method: MaskMethod,
     percentile: float,
+    found_on: str | Path | None = None,
 ) -> None:
     """Write the mask of a scan and its sidecar; the user's own mask wins over `method`.
 
@@ -437,7 +506,7 @@ def mask_scan(
     image : path-like
     own_mask : path-like, optional
     output, sidecar : path-like
-    method, percentile
+    method, percentile, found_on
         As `make_mask`.
 
     Raises
@@ -445,14 +514,14 @@ def mask_scan(
     InputError
         As `make_mask` and `adopt_mask`; or the scan is no magnitude.
     """
-    image, output = Path(image), Path(output)
-    own_mask = Path(own_mask) if own_mask else None
-    check_magnitude(image)
+    output = Path(output)
+    given = {"image": image, "mask": own_mask, "mask_image": found_on}
+    sources = {role: Path(path) for role, path in given.items() if path}
+    check_magnitude(sources["image"])
     if own_mask:
         facts = adopt_mask(image, own_mask, output)
     else:
-        facts = make_mask(image, output, method=method, percentile=percentile)
-    sources = {"image": image} | ({"mask": own_mask} if own_mask else {})
+        facts = make_mask(image, output, method=method, percentile=percentile, found_on=found_on)
     write_json(
         sidecar,
         {

@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 #: Suffixes that can be corrected, with the BIDS folder that they lie in.
 DATATYPE_OF = {
     **dict.fromkeys(("T1w", "T2w", "T2star", "T2starw", "PDw", "PD", "PDT2", "FLAIR", "FLASH", "UNIT1"), "anat"),
-    **dict.fromkeys(("MP2RAGE", "inplaneT1", "inplaneT2", "angio", "MEGRE", "MESE", "VFA"), "anat"),
+    **dict.fromkeys(("MP2RAGE", "inplaneT1", "inplaneT2", "angio", "MEGRE", "MESE", "VFA", "MPM", "MTS"), "anat"),
     **dict.fromkeys(("bold", "cbv", "sbref"), "func"),
     **dict.fromkeys(("dwi",), "dwi"),
     **dict.fromkeys(("asl", "m0scan"), "perf"),
@@ -47,9 +47,10 @@ LABEL = re.compile(r"[A-Za-z0-9]+")
 IMAGE = re.compile("|".join(f"{re.escape(end)}$" for end in IMAGE_ENDS), re.IGNORECASE)
 ENTITY = re.compile(r"[a-z0-9]+-[A-Za-z0-9+]+")
 
-#: How names say that a file holds a part of a complex image other than its magnitude: BIDS, and dcm2niix at their end.
+#: How names say that a file holds a part of a complex image other than its magnitude: BIDS, and dcm2niix and others at
+#: their end, in any case.
 COMPLEX_PARTS = {"part-phase", "part-real", "part-imag"}
-COMPLEX_ENDINGS = {"ph", "imaginary"}
+COMPLEX_ENDINGS = {"ph", "imaginary", "phase", "phase1", "phase2", "phasediff"}
 
 #: What ImageType says of one in DICOM and its sidecar.
 COMPLEX_TYPES = {"P", "PHASE", "PHASE MAP", "REAL", "IMAGINARY"}
@@ -66,8 +67,9 @@ class Scan:
     modality : str
         BIDS suffix, with further entities before it where a subject has several scans of one
         suffix: ``T1w``, ``run-1_T1w``, ``task-rest_bold``.
-    image, mask, weights : str
-        Paths; those of mask and weights (confidence of each voxel) may be empty.
+    image, mask, mask_image, weights : str
+        Paths; but for the image's they may be empty. Instead of a mask, the image that one is to be found on; weights
+        are the confidence of each voxel.
     field_from : str
         Modality of the scan of the same subject and session whose field this one is divided by; empty for a scan
         that has a field of its own.
@@ -78,6 +80,7 @@ class Scan:
     modality: str
     image: str
     mask: str = ""
+    mask_image: str = ""
     weights: str = ""
     field_from: str = ""
 
@@ -117,7 +120,7 @@ class Scan:
     @property
     def paths(self) -> list[str]:
         """The files that the row names."""
-        return [path for path in (self.image, self.mask, self.weights) if path]
+        return [path for path in (self.image, self.mask, self.mask_image, self.weights) if path]
 
     def problems(self) -> list[str]:
         """What is wrong with its names, in words; empty if nothing is."""
@@ -136,6 +139,8 @@ class Scan:
             found.append(
                 f"modality {self.modality!r} does not end in a known suffix, use one of {' '.join(DATATYPE_OF)}"
             )
+        if self.mask and self.mask_image:
+            found.append("mask and mask_image are two ways to the mask, leave one empty")
         if self.weights and self.field_from:
             found.append("weights count nothing beside field_from, give them in the row that the field is estimated on")
         if part := complex_part(self.modality) or complex_part(IMAGE.sub("", os.path.basename(self.image))):
@@ -157,7 +162,7 @@ def complex_part(name: str) -> str:
     """What in a name, without its extension, says that it is of a part of a complex image; empty if nothing does."""
     entities = name.split("_")
     found = [entity for entity in entities if entity in COMPLEX_PARTS]
-    return next(iter([*found, *({entities[-1]} & COMPLEX_ENDINGS)]), "")
+    return next(iter([*found, *(end for end in entities[-1:] if end.lower() in COMPLEX_ENDINGS)]), "")
 
 
 def index_dataset(
@@ -224,7 +229,13 @@ def index_dataset(
                         log.warning("%s: left out, %s; %s", image, *missing)
                     elif not _left_out(image, parts, subject.name, session and f"ses-{session}"):
                         kept = [part for part in parts if not part.startswith(("sub-", "ses-"))]
-                        scan = Scan(subject.name[4:], session, "_".join([*kept, suffix]), str(image))
+                        scan = Scan(
+                            subject.name[4:],
+                            session,
+                            "_".join([*kept, suffix]),
+                            str(image),
+                            mask_image=_second_inversion(image, files) if suffix == "UNIT1" else "",
+                        )
                         if problems := scan.problems():
                             log.warning("%s: left out, %s", image, problems[0])
                         else:
@@ -267,6 +278,13 @@ def _left_out(image: Path, entities: list[str], subject: str, session: str) -> b
     if reason:
         log.warning("%s: left out, %s", image, reason)
     return bool(reason)
+
+
+def _second_inversion(image: Path, files: Sequence[Path]) -> str:
+    """Of the files beside MP2RAGE's uniform image its second inversion image; empty if it is not there."""
+    own = {*IMAGE.sub("", image.name).split("_")} - {"UNIT1"} | {"inv-2", "MP2RAGE"}
+    fitting = [path for path in files if {*IMAGE.sub("", path.name).split("_")} - {"part-mag"} == own]
+    return next((str(path) for path in fitting if path.name.endswith(IMAGE_ENDS) and not missing_file(path)), "")
 
 
 def _same_scan(image: Path) -> str:
@@ -399,6 +417,16 @@ def _refuse(constant: str) -> None:
     raise ValueError(f"{constant} is no JSON")
 
 
+def is_called_magnitude(image: Path) -> bool:
+    """Whether the name of an image or its sidecar says that it is a magnitude."""
+    return "part-mag" in image.name.split("_") or bool(_image_type(image) & {"M", "MAGNITUDE"})
+
+
+def _image_type(image: Path) -> set[str]:
+    given = metadata_of(image).get("ImageType")
+    return {str(word).upper() for word in given} if isinstance(given, list) else set()
+
+
 def check_magnitude(image: Path) -> None:
     """Refuse a part of a complex image other than its magnitude, as its sidecar has it.
 
@@ -407,8 +435,7 @@ def check_magnitude(image: Path) -> None:
     InputError
         It is phase, real or imaginary part.
     """
-    given = metadata_of(image).get("ImageType")
-    types = {str(word).upper() for word in given} if isinstance(given, list) else set()
+    types = _image_type(image)
     if (part := types & COMPLEX_TYPES) and not types & {"M", "MAGNITUDE"}:
         raise InputError(
             image,

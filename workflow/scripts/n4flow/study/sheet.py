@@ -14,7 +14,7 @@ from n4flow.study.bids import Scan
 from n4flow.study.config import schema_problems
 
 #: The columns that hold paths.
-PATHS = ("image", "mask", "weights")
+PATHS = ("image", "mask", "mask_image", "weights")
 
 #: Said of a row that `ragged` finds.
 RAGGED = "has another number of columns than the header; separate them by tabs"
