@@ -1,5 +1,5 @@
 # Goes in: what lies beside a raw series and says what its frames are (.bval, .bvec, aslcontext.tsv), its own or
-# inherited. Comes out: the same bytes beside the corrected series, whose frames are the same.
+# inherited. Comes out: the same bytes, where the corrected series inherits them: its frames are the same.
 
 
 rule carry:
@@ -7,7 +7,7 @@ rule carry:
     input:
         carried_of,
     output:
-        "<results>/{folder}/{entities}_desc-N4_{suffix}{end}",
+        "<results>/{folder}/{entities}_{suffix}{end}",
     log:
         "<logs>/carry/{folder}/{entities}_{suffix}{end}.log",
     benchmark:

@@ -124,6 +124,8 @@ class Volume:
             shape = tuple(map(int, data.shape))
             while len(shape) > 3 and shape[-1] == 1:  # no dimensions
                 shape = shape[:-1]
+            if len(data.shape) > 4:  # nor are they of what is written
+                self.header.set_data_shape(shape)
             self._check(data, shape)
             self.slope, self.inter = float(data.slope), float(data.inter)
         n0, n1, n2, self.frames = (*shape, 1, 1)[:4]

@@ -35,7 +35,10 @@ FURTHER_DATATYPES = {"sbref": ("dwi", "perf"), "m0scan": ("fmap",)}
 BIDS_VERSION = "1.10.0"
 
 #: Files that BIDS has no name for yet, and those of the workflow.
-BIDSIGNORE = "*_biasfield.*\n**/perf/*_mask.*\n**/micr/*_mask.*\nmanifest.json\nqc\ntune\n"
+BIDSIGNORE = "*_biasfield.*\n**/perf/*_mask.*\n**/micr/*_mask.*\n**/fmap/*_mask.*\n"
+# masks have no flip-, inv- and mt-; of names with several stars the validator ignores none
+BIDSIGNORE += "".join(f"*foreground{suffix}_mask.*\n" for suffix in ("MP2RAGE", "MPM", "MTS", "VFA"))
+BIDSIGNORE += "manifest.json\nqc\ntune\n"
 
 #: File systems hold names of 255 characters: what the outputs add must fit, too.
 LONGEST_NAME = 200

@@ -24,9 +24,10 @@ NAMES = {
     "mask_sidecar": "{folder}/{entities}_desc-foreground{suffix}_mask.json",
     "corrected": "{folder}/{entities}_desc-N4_{suffix}.nii.gz",
     "sidecar": "{folder}/{entities}_desc-N4_{suffix}.json",
-    "bval": "{folder}/{entities}_desc-N4_{suffix}.bval",
-    "bvec": "{folder}/{entities}_desc-N4_{suffix}.bvec",
-    "aslcontext": "{folder}/{entities}_desc-N4_{suffix}context.tsv",
+    # by BIDS' inheritance principle they are those of all that is made of the scan
+    "bval": "{folder}/{entities}_{suffix}.bval",
+    "bvec": "{folder}/{entities}_{suffix}.bvec",
+    "aslcontext": "{folder}/{entities}_{suffix}context.tsv",
     "field": "{folder}/{entities}_desc-N4{suffix}_biasfield.json",
     "field_image": "{folder}/{entities}_desc-N4{suffix}_biasfield.nii.gz",
     "reference": "{folder}/{entities}_desc-N4sitk_{suffix}.nii.gz",
