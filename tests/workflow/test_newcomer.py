@@ -99,7 +99,7 @@ ODD = {
     "echo 1": Odd(raw_scan("08", f"echo-1_{MPM}"), write(head())),
     "echo 2": Odd(raw_scan("08", f"echo-2_{MPM}"), write(0.6 * head())),
     "five axes": Odd(raw_scan("09", extension=".nii"), write_five_dimensions),
-    "phase": Odd(raw_scan("10"), write(phase(), dtype=np.int16), "wraps around from 4095 to"),
+    "phase": Odd(raw_scan("10"), write(phase(), dtype=np.int16), "wraps around, as a phase does"),
     "unsigned": Odd(
         raw_scan("11"),
         lambda path: save(path, (50 * head()).clip(0, 65535).astype(np.uint16).view(np.int16), dtype=np.int16),

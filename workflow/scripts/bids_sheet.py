@@ -20,6 +20,12 @@ COLUMNS = ["subject", "session", "image", "mask", "modality"]
 FURTHER_COLUMNS = ["mask_image"]
 
 
+ONE_FIELD = (
+    "One field for several contrasts or echoes: add a column field_from, and name there the modality of the scan whose "
+    "field they take, such as echo-1_MEGRE (config/README.md)."
+)
+
+
 def sheet_of(scans):
     """The sheet as text."""
     text = io.StringIO()
@@ -32,7 +38,7 @@ def sheet_of(scans):
 
 def main(arguments=None):
     """Index the folder and write the sheet to a file or to standard output."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], epilog=ONE_FIELD)
     parser.add_argument("folder", type=Path, help="the BIDS dataset: the folder that holds sub-*")
     parser.add_argument(
         "--suffix", nargs="+", default=["T1w"], metavar="SUFFIX", help=f"which scans: {' '.join(DATATYPE_OF)}"
@@ -69,6 +75,8 @@ def main(arguments=None):
             file.write(sheet_of(scans))
     except InputError as error:
         sys.exit(f"n4flow: {error}")
+    if any("echo-2" in scan.entities.split("_") for scan in scans):
+        print(f"Each echo gets a field of its own, which changes their ratios. {ONE_FIELD}", file=sys.stderr)
     print(f"{len(scans)} scans; next: snakemake --cores 8 --config samples={given.output}", file=sys.stderr)
 
 

@@ -147,8 +147,7 @@ FLAGS = {
         lambda m: f"two halves of the samples give log fields {m['repeatability_log']:.3f} (rms) apart",
         meaning="rms difference between the log fields of two half-samples above the limit",
         look="whether the field looks like that of a coil: where tissues hardly differ, or the mask is small, the "
-        "voxels "
-        "that are taken decide",
+        "voxels that are taken decide; if another contrast of the session shows it better, name that in field_from",
         limit=0.02,
         unknown=("samples", "how repeatable the field is could not be found, with so few samples"),
     ),

@@ -328,8 +328,9 @@ def _check_wraps(volume: Volume, values: np.ndarray, inside: np.ndarray) -> None
             return
         raise InputError(
             volume.path,
-            f"wraps around from {high:.4g} to {low:.4g}, at {wraps} of {steps} steps of more than half of that, as a "
-            "phase does, or unsigned integers that are stored as signed ones",
+            "wraps around, as a phase does, and unsigned integers that are stored as signed ones: of "
+            f"{steps} neighbours that differ by more than half of its range, {low:.4g} to {high:.4g}, {whole} differ "
+            "by nearly all of it",
             "give its magnitude; if it is one, say so in its name (part-mag) or its sidecar (ImageType)",
         )
 
