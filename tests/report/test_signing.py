@@ -80,6 +80,15 @@ def test_what_is_typed_after_c_is_a_comment(qc, visit, start):
         page.locator("#review").wait_for(state="hidden")
 
 
+def test_a_comment_goes_on_where_it_ended(qc, visit):
+    """However fast the key comes again."""
+    page = visit(qc / "index.html").page
+    open_scan(page, SCANS[0])
+    for keys in ("ca\n", "cb\n", "cc\n"):
+        page.keyboard.type(keys, delay=0)
+    page.wait_for_function("(scan) => ratings.note(scan).comment === 'abc'", arg=SCANS[0])
+
+
 def test_a_comment_on_a_page_of_its_own_is_text_too(qc, visit):
     page = visit(qc / f"{SCANS[0]}.html").page
     page.keyboard.type(f"c{COMMENT}/&#")

@@ -819,6 +819,23 @@ def test_whatever_can_be_an_outlier_has_a_size_that_matters():
     assert all(floor > 0 for floor in (FLOORS | FLOOR_SHARES).values())
 
 
+def test_scans_are_grouped_by_sheet_and_name(tmp_path):
+    names = ["sub-1_ses-a_acq-fast_T1w", "sub-1_ses-b_T1w", "sub-2_ses-a_FLAIR"]
+    paths = write_metrics(tmp_path, [{"name": name} for name in names])
+    sheet = {names[0]: {"site": "B", "scanner": "x"}, names[2]: {"site": "A", "scanner": "x", "session": "late"}}
+    make_index(paths, tmp_path / "index.html", tmp_path / "metrics.tsv", groups=sheet)
+    data = index_data(tmp_path / "index.html")
+    order = [row[0] for row in data["rows"]]
+    found = {g["name"]: dict(zip(order, (g["values"][n] for n in g["of"]), strict=True)) for g in data["groups"]}
+    assert found == {
+        "suffix": dict(zip(names, ("T1w", "T1w", "FLAIR"), strict=True)),
+        "session": dict(zip(names, ("a", "b", "late"), strict=True)),  # the sheet's word counts
+        "acquisition": dict(zip(names, ("fast", "", ""), strict=True)),
+        "site": dict(zip(names, ("B", "", "A"), strict=True)),
+        "scanner": dict(zip(names, ("x", "", "x"), strict=True)),
+    }
+
+
 def test_flags_with_a_limit_come_before_outliers(tmp_path):
     cjv = [0.50, 0.52, 0.9, 0.51, 0.49, 0.53, 0.6]
     scans = [{"name": f"sub-{n}_T1w", "cjv_after": value} for n, value in enumerate(cjv)]

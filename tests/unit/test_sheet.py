@@ -42,6 +42,15 @@ def test_rows_become_scans_with_the_defaults():
     ]
 
 
+def test_further_columns_group_scans_in_the_report():
+    scans = sheet("subject group_site image group_scan_year\n01 A a.nii 2020\n02 . b.nii.gz 2021")
+    assert [scan.groups for scan in scans] == [(("site", "A"), ("scan_year", "2020")), (("scan_year", "2021"),)]
+    assert [scan.name for scan in scans] == ["sub-01_T1w", "sub-02_T1w"]
+    (problem,) = problems_of("subject site image\n01 A a.nii")
+    assert problem.endswith("field_from, and group_… (group_site) to group scans by in the report")
+    assert len(problems_of("subject group_ image\n01 A a.nii")) == 1
+
+
 def test_row_may_take_the_field_of_another_row_of_its_subject_and_session():
     scans = sheet(
         """

@@ -275,6 +275,7 @@ def report_failures():
             ratings=RATINGS_FILE or None,
             outlier_z=config["qc"]["flags"]["outlier_z"],
             limits=page_settings()["flags"],
+            groups={scan.name: dict(scan.groups) for scan in SCANS},
         )
     # the workflow's own environment need not hold the QC's packages; a disk may be full
     except (ImportError, InputError) as error:

@@ -67,6 +67,7 @@ rule index:
     params:
         outlier_z=config["qc"]["flags"]["outlier_z"],
         limits=page_settings()["flags"],
+        groups={scan.name: dict(scan.groups) for scan in SCANS if scan.groups},
         package=package_digest("qc.dataset"),
     script:
         "../scripts/index.py"

@@ -19,8 +19,8 @@ def link(source, target):
 def main(snakemake):
     page, table = Path(snakemake.output.page), Path(snakemake.output.table)
     metrics, ratings = [Path(path) for path in snakemake.input.metrics], snakemake.input.ratings or None
-    limits = {"outlier_z": snakemake.params.outlier_z, "limits": snakemake.params.limits}
-    make_index(metrics, page, table, ratings=ratings, **limits)
+    settings = {name: snakemake.params[name] for name in ("outlier_z", "limits", "groups")}
+    make_index(metrics, page, table, ratings=ratings, **settings)
     complete = Path(snakemake.output.bundle)
     bundle = complete.with_name(f"{complete.name}.partial")
     shutil.rmtree(bundle, ignore_errors=True)

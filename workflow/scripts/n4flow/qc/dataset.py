@@ -8,6 +8,7 @@ import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 from urllib.parse import quote
 
@@ -44,6 +45,7 @@ def make_index(
     ratings: str | Path | None = None,
     outlier_z: float = OUTLIER_Z,
     limits: Mapping[str, float] = FLAG_LIMITS,
+    groups: Mapping[str, Mapping[str, str]] = MappingProxyType({}),
 ) -> None:
     """Write the dataset's index page and what lies beside it, from the metrics files alone.
 
@@ -61,6 +63,8 @@ def make_index(
         Robust z beyond which a scan is flagged as an outlier.
     limits : mapping
         Those of the other flags, as lines in the plots.
+    groups : mapping of str to mapping
+        By scan, what the sheet says that it may be grouped by: ``{"sub-01_T1w": {"site": "A"}}``.
     """
     subjects = load_ranked(metrics_files, outlier_z)
     folder = Path(output_page).resolve().parent
@@ -108,7 +112,7 @@ def make_index(
             }
             for key, heading, digits, worse in known
         ],
-        "groups": _groups([str(v.get("name")) for v in subjects]),
+        "groups": _groups([str(v.get("name")) for v in subjects], groups),
         "rows": rows,
         "panels": panels,
         "ratings": [r._asdict() | {"scan": r.scan} for r in given],
@@ -151,8 +155,8 @@ def load_ranked(metrics_files: Iterable[str | Path], outlier_z: float = OUTLIER_
     return sorted(subjects, key=rank)
 
 
-def _groups(names: Sequence[str]) -> list[dict[str, Any]]:
-    """By what scans can be told apart, and how: their suffix, and each entity of their names but the subject.
+def _groups(names: Sequence[str], given: Mapping[str, Mapping[str, str]]) -> list[dict[str, Any]]:
+    """By what scans can be told apart, and how: what the sheet says, their suffix, and entities of their names.
 
     Each has its ``name``, its ``values`` and, as ``of``, which of these each scan has; what all have alike is left out.
     """
@@ -160,8 +164,9 @@ def _groups(names: Sequence[str]) -> list[dict[str, Any]]:
     for place, name in enumerate(names):
         *entities, suffix = name.split("_")
         parts = {"suffix": suffix} | dict(entity.split("-", 1) for entity in entities[1:] if "-" in entity)
-        for key, value in parts.items():
-            found.setdefault(GROUP_NAMES.get(key, key), [""] * len(names))[place] = value
+        named = {GROUP_NAMES.get(key, key): value for key, value in parts.items()}
+        for key, value in (named | dict(given.get(name, {}))).items():
+            found.setdefault(key, [""] * len(names))[place] = value
     groups = []
     for key, cells in found.items():
         values = sorted(set(cells))

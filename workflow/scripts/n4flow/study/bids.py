@@ -76,6 +76,8 @@ class Scan:
     field_from : str
         Modality of the scan of the same subject and session whose field this one is divided by; empty for a scan
         that has a field of its own.
+    groups : tuple of (str, str)
+        What the report may split scans by, and to which part this one belongs: ``("site", "A")``.
     """
 
     subject: str
@@ -86,6 +88,7 @@ class Scan:
     mask_image: str = ""
     weights: str = ""
     field_from: str = ""
+    groups: tuple[tuple[str, str], ...] = ()
 
     @property
     def suffix(self) -> str:

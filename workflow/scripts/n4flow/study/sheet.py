@@ -16,6 +16,9 @@ from n4flow.study.config import schema_problems
 #: The columns that hold paths.
 PATHS = ("image", "mask", "mask_image", "weights")
 
+#: How the names of columns begin that only group scans in the report: ``group_site``.
+GROUP = "group_"
+
 #: Said of a row that `ragged` finds.
 RAGGED = "has another number of columns than the header; separate them by tabs"
 
@@ -35,11 +38,16 @@ def _without_empty_end(row: dict[Any, Any]) -> dict[Any, Any]:
 
 
 def read_table(
-    path: str | Path, known: Collection[str], required: Collection[str], quoting: Any = csv.QUOTE_MINIMAL
+    path: str | Path,
+    known: Collection[str],
+    required: Collection[str],
+    quoting: Any = csv.QUOTE_MINIMAL,
+    prefix: str | None = None,
 ) -> tuple[list[tuple[int, dict[Any, Any]]], list[str]]:
     """Rows of a tab-separated table with their line numbers, and what is wrong with its columns, a line each.
 
-    Rows and columns of nothing but tabs, which spreadsheets leave where something was deleted, are none.
+    Columns that begin with a prefix, if one is given, are known too. Rows and columns of nothing but tabs, which
+    spreadsheets leave where something was deleted, are none.
 
     Raises
     ------
@@ -60,8 +68,11 @@ def read_table(
         raise InputError(path, "is no text in UTF-8", "save it as tab-separated text in UTF-8") from None
     except (OSError, csv.Error) as error:
         raise InputError(path, f"cannot be read ({error})", "give a tab-separated sheet") from None
+    others = f", and {prefix}… ({prefix}{{}}) to group scans by in the report" if prefix else ""
     problems = [
-        f"{path}: unknown column {column!r}; known are {', '.join(known)}" for column in columns if column not in known
+        f"{path}: unknown column {column!r}; known are {', '.join(known)}{others.format(column)}"
+        for column in columns
+        if column not in known and not (prefix and column.startswith(prefix) and column != prefix)
     ]
     problems += [
         f"{path}: there is no column {column!r}; add it (columns are separated by tabs)"
@@ -97,7 +108,7 @@ def read_sheet(path: str | Path, schema: Mapping[str, Any], to_be_made: Collecti
     InputError
         The file cannot be read, or lines of it are wrong: the message has a line for each.
     """
-    rows, problems = read_table(path, schema["properties"], schema["required"])
+    rows, problems = read_table(path, schema["properties"], schema["required"], prefix=GROUP)
     if not rows and not problems:
         problems.append(f"{path}: the sheet has no rows; add a line per scan")
     scans: dict[str, tuple[int, Scan]] = {}
@@ -171,7 +182,9 @@ def _read_row(
 ) -> tuple[list[str], Scan | None]:
     if ragged(row):
         return [RAGGED], None
-    cells = {key: value.strip() for key, value in row.items() if value.strip()}
+    given = {key: value.strip() for key, value in row.items() if value.strip()}
+    cells = {key: value for key, value in given.items() if not key.startswith(GROUP)}
+    groups = tuple((key.removeprefix(GROUP), value) for key, value in given.items() if key.startswith(GROUP))
     found = list(schema_problems(cells, schema))
     if found:
         others = {role: other for role in PATHS if (other := of_other_format(cells.get(role, "")))}
@@ -179,7 +192,7 @@ def _read_row(
             found = [f"{line}; convert it: {command}" if line.startswith(f"{role}: ") else line for line in found]
         return found, None
     values = {key: part["default"] for key, part in schema["properties"].items() if "default" in part} | cells
-    scan = Scan(**values)
+    scan = Scan(**values, groups=groups)
     found = [f"{problem}" for problem in scan.problems()]
     for role in PATHS:
         path = getattr(scan, role)

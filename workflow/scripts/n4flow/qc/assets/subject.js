@@ -50,6 +50,7 @@ const toReview = (action) => {
 };
 noteInput.addEventListener("input", () => { if (framed) tellReview({ comment: noteInput.value }); });
 note.addEventListener("close", () => {
+  comment = noteInput.value; // the key may come again before the review answers
   if (framed) tellReview({ comment: noteInput.value, done: true });
   else if (noteInput.value.trim()) toReview(`c:${encodeURIComponent(noteInput.value)}`);
 });
