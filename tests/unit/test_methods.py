@@ -97,7 +97,14 @@ def test_masks_and_fields_of_others_are_counted():
     some = scans(6)
     some[0]["mask_method"] = "given"
     some[1] |= {"mask_method": None, "field_from": "sub-00_ses-0_T1w"}
+    some[2]["weights"] = "confidence.nii.gz"
+    some[3] |= {"frames": 60, "averaged_frames": 60}
+    some[4] |= {"frames": 60, "averaged_frames": 6}
     text = methods_text(some)
+    assert (
+        "a series (2 scans) was that of the mean of its frames; of 1, diffusion, the mean of the frames of low" in text
+    )
+    assert "Of 1 scan, voxels were weighted" in text
     assert f"The mask of 4 scans was {MASKS['otsu']}." in text
     assert "The mask of 1 scan was given with the images." in text
     assert "Of these, 1 scan took the field of another scan" in text

@@ -85,6 +85,13 @@ def _correction(subjects: Sequence[Metrics], failed: int) -> Iterator[str]:
     masks = Counter(str(s["mask_method"]) for s in own if s.get("mask_method") in MASKS)
     for method, count in masks.most_common():
         yield f"The mask {_of(count, len(own))}was {MASKS[method]}."
+    series = [s for s in own if (s.get("frames") or 1) > 1]
+    if series:
+        part = sum((s.get("averaged_frames") or s["frames"]) < s["frames"] for s in series)
+        low = f"; of {part}, diffusion, the mean of the frames of low b values" if part else ""
+        yield f"The field of a series ({_scans(len(series))}) was that of the mean of its frames{low}."
+    if weighted := sum(bool(s.get("weights")) for s in own):
+        yield f"Of {_scans(weighted)}, voxels were weighted by given maps of confidence."
     yield from _settings(own)
     yield (
         "Images were divided by their field, which was scaled so that the mean intensity in the mask stays; nothing "
