@@ -3,8 +3,8 @@
 // scan that is pointed at is ringed in all plots; dots open their scan. What can be seen is for the arrow keys, too.
 const MANY = 300; // so many scans of a lane are a histogram, with the flagged ones as dots,
 const MANY_FLAGGED = 60; // unless they are so many
-// Colours that colour-blind people tell apart (Okabe & Ito), on light and dark, with a shape each.
-const GROUP_COLOURS = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#a17a00", "#3a9fd8", "#7a7a7a"];
+// Colours that colour-blind people tell apart (after Okabe & Ito), on light and dark, with a shape each.
+const GROUP_COLOURS = ["#2b87c8", "#d9660f", "#119a72", "#c86fa0", "#a58220", "#8a6fd1", "#808080"];
 
 function ticks(low, high, most) {
   const raw = (high - low) / Math.max(1, most);
@@ -258,7 +258,7 @@ function scatterPlot({ flagged, name, open, light }) {
     if (!here.length) return;
     const [x0, x1] = axisOf(across, here.map((row) => across.values[row]).sort((a, b) => a - b));
     const [y0, y1] = axisOf(up, here.map((row) => up.values[row]).sort((a, b) => a - b));
-    const [left, bottom, right] = [62, 262, groups ? width - 110 : width - 14];
+    const [left, bottom, right] = [72, 262, groups ? width - 110 : width - 14];
     const xOf = (value) => left + ((value - x0) / (x1 - x0)) * (right - left - 10) + 5;
     const yOf = (value) => bottom - 6 - ((value - y0) / (y1 - y0)) * (bottom - 18);
     pen.strokeStyle = colour("--line");
@@ -273,6 +273,12 @@ function scatterPlot({ flagged, name, open, light }) {
     pen.fillText(across.heading, (left + right) / 2, bottom + 20);
     pen.textBaseline = "middle";
     pen.textAlign = "right";
+    pen.save();
+    pen.translate(9, bottom / 2);
+    pen.rotate(-Math.PI / 2);
+    pen.textAlign = "center";
+    pen.fillText(up.heading, 0, 0);
+    pen.restore();
     for (const [value, label] of ticks(y0, y1, 5)) {
       pen.fillText(label, left - 6, yOf(value));
       pen.fillRect(left, yOf(value), 4, 1);
