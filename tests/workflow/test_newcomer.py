@@ -197,8 +197,11 @@ def test_every_scan_is_in_the_sheet_or_has_a_line(run):
         (line,) = [line for line in lines if line.startswith(f"n4flow: raw/{name}: ")]
         assert words in line
     others = [line for line in lines if not any(f"raw/{name}" in line for name in LEFT_OUT)]
-    assert all("subjects have no" in line for line in others[:-1])
-    assert others[-1] == f"{len(SCANS)} scans; next: snakemake --cores 8 --config samples=made.tsv"
+    echoes, last = others[-2:]
+    assert all("subjects have no" in line for line in others[:-2])
+    assert "Each echo gets a field of its own" in echoes
+    assert "field_from" in echoes
+    assert last == f"{len(SCANS)} scans; next: snakemake --cores 8 --config samples=made.tsv"
 
 
 @pytest.mark.parametrize("name", GOOD)

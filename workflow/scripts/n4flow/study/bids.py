@@ -14,7 +14,15 @@ from typing import Any
 
 from n4flow import __version__
 from n4flow.errors import InputError
-from n4flow.images.files import IMAGE_ENDS, atomic_text, missing_file, of_other_format, shortened, write_json
+from n4flow.images.files import (
+    IMAGE_ENDS,
+    atomic_text,
+    header_file,
+    missing_file,
+    of_other_format,
+    shortened,
+    write_json,
+)
 
 log = logging.getLogger(__name__)
 
@@ -231,8 +239,9 @@ def index_dataset(
                     if suffix not in suffixes or not image.name.endswith(IMAGE_ENDS):
                         _name_near_miss(image, suffix, suffixes)
                         continue
-                    if missing := missing_file(image):
-                        log.warning("%s: left out, %s; %s", image, *missing)
+                    file = header_file(image) if image.is_file() else image
+                    if missing := missing_file(file):
+                        log.warning("%s: left out, %s; %s", file, *missing)
                     elif not _left_out(image, parts, subject.name, session and f"ses-{session}"):
                         kept = [part for part in parts if not part.startswith(("sub-", "ses-"))]
                         scan = Scan(
