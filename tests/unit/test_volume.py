@@ -63,7 +63,9 @@ def test_trailing_ones_are_no_dimensions(tmp_path, shape, ones):
             for _, frame, values in volume.slabs(2):
                 if not (frames and frame):
                     writer.write(values)
-    assert_array_equal(np.asarray(nib.load(tmp_path / "same.nii").dataobj), array.reshape(*shape, *ones))
+    # a fourth axis stays, which some readers ask of a series of one frame; of more, BIDS' validator takes none
+    written = array.reshape(*shape, *ones) if len(shape) + len(ones) == 4 else array
+    assert_array_equal(np.asarray(nib.load(tmp_path / "same.nii").dataobj), written)
     assert_array_equal(Volume(tmp_path / "field.nii").mean(), array if array.ndim == 3 else array[..., 0])
 
 
