@@ -88,7 +88,8 @@ def describe_raw(folder):
 def write_sheet(path, scans):
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, [field.name for field in fields(Scan)], delimiter="\t")
+        columns = [field.name for field in fields(Scan) if field.name != "groups"]
+        writer = csv.DictWriter(file, columns, delimiter="\t", extrasaction="ignore")
         writer.writeheader()
         writer.writerows(asdict(scan) for scan in scans)
 
