@@ -88,10 +88,12 @@ def describe_raw(folder):
 def write_sheet(path, scans):
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "w", newline="", encoding="utf-8") as file:
-        columns = [field.name for field in fields(Scan) if field.name != "groups"]
+        scans = list(scans)
+        groups = list(dict.fromkeys(f"group_{name}" for scan in scans for name, _ in scan.groups))
+        columns = [field.name for field in fields(Scan) if field.name != "groups"] + groups
         writer = csv.DictWriter(file, columns, delimiter="\t", extrasaction="ignore")
         writer.writeheader()
-        writer.writerows(asdict(scan) for scan in scans)
+        writer.writerows(asdict(scan) | {f"group_{name}": value for name, value in scan.groups} for scan in scans)
 
 
 def write_config(folder, changes=None):

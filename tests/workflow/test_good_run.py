@@ -73,7 +73,8 @@ def mask_of_values():
 def _scans():
     """Of each scan: its row, its values, and how it is saved."""
     micron = np.diag([1e3, 1e3, 1e3, 1]) @ AFFINE
-    shared = {"plain": raw_scan("plain"), "other grid": raw_scan("plain", "T2w", extension=".nii")}
+    plain = replace(raw_scan("plain"), groups=(("site", "A"),))
+    shared = {"plain": plain, "other grid": raw_scan("plain", "T2w", extension=".nii")}
     return {
         "plain": (shared["plain"], head(), {}),
         "other grid": (shared["other grid"], head((48, 36, 30), 1), {"affine": AFFINE * [0.9, 1.1, 1.2, 1]}),
@@ -439,6 +440,10 @@ def test_gzip_header_holds_neither_name_nor_time(folder):
     start = (folder / results_of(SCANS["plain"])["corrected"]).read_bytes()[:10]
     assert start[:4] == b"\x1f\x8b\x08\x00"
     assert start[4:8] == bytes(4)
+
+
+def test_report_groups_scans_by_the_sheet(folder):
+    assert '{"name":"site","values":["","A"]' in (folder / "results/qc/index.html").read_text(encoding="utf-8")
 
 
 def test_report_zip_holds_the_pages(folder):
