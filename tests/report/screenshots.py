@@ -18,6 +18,7 @@ def main(results, output):
         executable = shutil.which("chromium")
         browser = playwright.chromium.launch(executable_path=executable, args=["--no-sandbox", "--disable-gpu"])
         page = browser.new_page()
+        page.on("dialog", lambda dialog: dialog.accept())  # ratings that are in no file
 
         def save(name, height):
             page.set_viewport_size({"width": 1280, "height": height})
@@ -33,7 +34,7 @@ def main(results, output):
         for key in "1jj1j2kkk":
             page.keyboard.press(key)
         save("index.webp", 710)
-        page.goto(f"{page.url}#sub-04_T1w")
+        page.goto(f"{page.url.partition('#')[0]}#sub-04_T1w")
         page.frame_locator("#frames iframe:not(.away)").locator("h1").wait_for()
         save("example.webp", 900)
         page.keyboard.press("v")
