@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import sysconfig
 from dataclasses import asdict, fields
 from pathlib import Path
 
@@ -105,11 +106,11 @@ def write_config(folder, changes=None):
     (folder / "config" / "config.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
 
 
-def snakemake(folder, *arguments, threads=1, path_first=None, workflow=ROOT):
+def snakemake(folder, *arguments, threads=1, path_first=None, workflow=ROOT, python=sys.executable):
     """Run the workflow in a working directory; what it says on the terminal is in ``stdout``."""
     path = os.pathsep.join(filter(None, [path_first and str(path_first), os.environ.get("PATH", "")]))
     return subprocess.run(
-        [sys.executable, "-m", "snakemake", "-s", workflow / "Snakefile", "--directory", folder, *map(str, arguments)],
+        [python, "-m", "snakemake", "-s", workflow / "Snakefile", "--directory", folder, *map(str, arguments)],
         env={**os.environ, "NO_COLOR": "1", "PATH": path, "OMP_NUM_THREADS": str(threads)},
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
@@ -117,6 +118,14 @@ def snakemake(folder, *arguments, threads=1, path_first=None, workflow=ROOT):
         text=True,
         check=False,
     )
+
+
+def environment_over_this(folder):
+    """The Python of a new environment in which everything is installed that is in this one."""
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder], check=True)
+    packages = Path(sysconfig.get_path("purelib", vars={"base": str(folder), "platbase": str(folder)}))
+    (packages / "here.pth").write_text("\n".join({sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}))
+    return folder / "bin" / "python", packages
 
 
 def results_of(scan, results="results"):

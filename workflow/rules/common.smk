@@ -33,7 +33,7 @@ BUNDLE = "<results>/qc/bundle"
 
 RUN_START = time.time()
 
-# The worker that does the steps of this run's jobs ends with this process.
+# The jobs of this run have this copy of the package, and a worker that ends with this process.
 begin_run()
 
 # In a job of a cluster Snakemake runs twice beside the script, with 140 MB each.
@@ -243,8 +243,7 @@ def check_places():
     if config["device"] == "gpu" and workflow.global_resources["gpu"] != 0 and may_ask and jobs_on_gpu():
         # in a process of its own: who asks holds some of the GPU's memory until it ends
         ask = "from n4flow.device import select_device; select_device('gpu')"
-        package = {"PYTHONPATH": str(PACKAGE[0].parent.parent)}
-        done = subprocess.run([sys.executable, "-c", ask], env=os.environ | package, stderr=subprocess.PIPE, text=True)
+        done = subprocess.run([sys.executable, "-c", ask], stderr=subprocess.PIPE, text=True)
         if done.returncode != 0:
             problems.append(done.stderr.strip().rpartition("InputError: ")[2])
     if problems:

@@ -43,8 +43,11 @@ PR_SET_PDEATHSIG = 1
 
 
 def begin_run() -> None:
-    """Let the jobs that this process starts have a worker, which ends with it."""
+    """Let the jobs that this process starts have this copy of the package, and a worker, which ends with it."""
     os.environ[RUN] = str(os.getpid())
+    # Snakemake only appends to a script's sys.path, where an n4flow that is installed would come first
+    paths = [str(Path(__file__).parents[1]), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
+    os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(paths))
 
 
 def do_step(step: str, log_path: str | Path, *, on_gpu: bool = False, **arguments: Any) -> None:
