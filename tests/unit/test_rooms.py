@@ -12,7 +12,7 @@ from n4flow.study import provenance
 
 #: From top to bottom: modules of the package itself, and folders.
 ROOMS = ["__init__", "errors", "console", "worker", "parameters", "device"]
-ROOMS += ["core", "kernels", "estimate", "images", "correction", "study", "steps", "qc"]
+ROOMS += ["core", "kernels", "estimate", "images", "correction", "study", "steps", "qc", "cli"]
 
 
 def room_of(module):

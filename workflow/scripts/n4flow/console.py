@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import shutil
 import signal
 import sys
 import traceback
@@ -21,6 +22,48 @@ STOPPED = 128 + signal.SIGINT
 
 #: The last line of the log of a job that was done.
 DONE = "done"
+
+
+class Terminal(logging.Handler):
+    """The log of a command: warnings are lines; where there is a terminal, the rest is one line that changes."""
+
+    shown = False
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Show a message."""
+        if record.levelno >= logging.WARNING:
+            self.clear()
+            say(f"{PREFIX}{record.getMessage()}\n", sys.stderr)
+        elif sys.stderr.isatty():
+            self.clear()
+            say(record.getMessage()[: shutil.get_terminal_size().columns - 1], sys.stderr)
+            self.shown = True
+
+    def clear(self) -> None:
+        """Remove the line that changes."""
+        if self.shown:
+            say("\r" + " " * (shutil.get_terminal_size().columns - 1) + "\r", sys.stderr)
+            self.shown = False
+
+
+@contextlib.contextmanager
+def commanding() -> Iterator[None]:
+    """Show a command's log on the terminal; end with exit status 1 and one line if the input is at fault."""
+    handler = Terminal()
+    logger = logging.getLogger("n4flow")
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        yield
+    except KeyboardInterrupt:
+        handler.clear()
+        sys.exit(STOPPED)
+    except InputError as error:
+        handler.clear()
+        sys.exit(f"{PREFIX}{error}")
+    finally:
+        handler.clear()
+        logger.removeHandler(handler)
 
 
 @contextlib.contextmanager

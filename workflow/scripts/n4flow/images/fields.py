@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 from n4flow.core.field import BiasField
 from n4flow.errors import InputError
 from n4flow.images.files import write_json
+
+#: How the name of a NIfTI image ends.
+IMAGE = re.compile(r"\.nii(\.gz)?$", re.IGNORECASE)
 
 #: Bytes of a lattice of some million control points.
 LARGEST_FILE = 2**26
@@ -45,6 +49,9 @@ def load_field(path: str | Path) -> BiasField:
     InputError
         The file is missing, or does not hold a field of this format.
     """
+    if (image := IMAGE.search(str(path))) is not None:
+        points = f"{str(path)[: image.start()]}.json"
+        raise InputError(path, "is a field as an image", f"give its control points, the JSON file beside it: {points}")
     try:
         if (size := Path(path).stat().st_size) > LARGEST_FILE:
             raise ValueError(f"it has {size} bytes")

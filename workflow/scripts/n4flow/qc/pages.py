@@ -33,6 +33,7 @@ def make_subject(
     pictures: str | Path,
     viewer: str | Path | None = None,
     viewer_mb: float = 0,
+    alone: bool = False,
     **scan: Any,
 ) -> None:
     """Write the page and the metrics of one subject.
@@ -46,6 +47,8 @@ def make_subject(
         Script with the viewer's data; without it the page has no viewer.
     viewer_mb : float
         The most that the viewer's data may take, in MB.
+    alone : bool
+        The page belongs to no report: it leads nowhere, and nobody rates it.
     **scan
         As `measuring.measure_subject` takes it.
 
@@ -80,7 +83,7 @@ def make_subject(
         low_b=LOW_B,
         oblique=oblique if oblique > 1 else None,
         has_reference=subject.log_reference is not None,
-        index_href=f"index.html#{quote(values['name'])}",
+        index_href=None if alone else f"index.html#{quote(values['name'])}",
         viewer_href=quote(os.path.relpath(viewer, Path(page).parent)) if viewer else None,
     )
     with atomic_bytes(pictures) as file:

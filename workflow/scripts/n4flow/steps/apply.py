@@ -12,7 +12,7 @@ import numpy as np
 from n4flow.images.fields import load_field
 from n4flow.images.nifti import Volume
 from n4flow.steps.derivatives import CorrectionFiles, write_derivatives
-from n4flow.study.bids import own_uri
+from n4flow.study.bids import source_uri
 
 log = logging.getLogger(__name__)
 
@@ -58,5 +58,5 @@ def apply_scan(
         )
     here = source.on_grid(volume.shape, volume.affine_mm, image)
     outside = round(source.share_outside(volume.shape, volume.affine_mm), 4)
-    facts = {"FieldFrom": own_uri(field), "ShareOutside": outside}
+    facts = {"FieldFrom": source_uri(field, files.corrected), "ShareOutside": outside}
     write_derivatives(volume, {"field": field}, files, here, facts, (), start, keep_dtype=keep_dtype, xp=np)

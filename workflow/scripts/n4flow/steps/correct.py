@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ def correct_scan(
     threads: int = 1,
     weights: str | Path | None = None,
     keep_dtype: bool = False,
+    sources: Sequence[Path] | None = None,
 ) -> None:
     """Estimate the field of a scan, divide the scan by it and write what came about.
 
@@ -50,6 +51,8 @@ def correct_scan(
         Confidence of each voxel of the mask, see `images.sampling.read_samples`.
     keep_dtype : bool
         See `images.division.write_corrected`.
+    sources : sequence of Path, optional
+        What the sidecars name in place of the mask, where that is not kept: the mask that it was made from, if any.
 
     Raises
     ------
@@ -78,7 +81,18 @@ def correct_scan(
         facts["AveragedFrames"] = [frame + 1 for frame in volume.averaged]
     if weights:
         facts["Weights"] = source_uri(inputs["weights"], files.corrected)
-    write_derivatives(volume, inputs, files, field, facts, packages, start, keep_dtype=keep_dtype, xp=chosen.xp)
+    write_derivatives(
+        volume,
+        inputs,
+        files,
+        field,
+        facts,
+        packages,
+        start,
+        keep_dtype=keep_dtype,
+        xp=chosen.xp,
+        sources=sources,
+    )
 
 
 def estimate_facts(estimate: Estimate, samples: Samples, parameters: N4Parameters) -> dict[str, Any]:

@@ -54,6 +54,7 @@ def write_derivatives(
     *,
     keep_dtype: bool,
     xp: Any,
+    sources: Sequence[Path] | None = None,
 ) -> None:
     """Divide a scan by a field and write all `CorrectionFiles`, wherever the field comes from.
 
@@ -74,19 +75,22 @@ def write_derivatives(
         When the work began, by ``time.perf_counter``.
     keep_dtype : bool
     xp : module
+    sources : sequence of Path, optional
+        What the sidecars name in place of `inputs`, for inputs that are not kept.
     """
     border = Border(volume.shape)
     self_check = write_corrected(
         volume, field, files.corrected, files.field_image, keep_dtype=keep_dtype, xp=xp, look=border.add
     )
-    sources = [source_uri(path, files.corrected) for path in (volume.path, *inputs.values())]
-    save_field(replace(field, has_spatial_reference=volume.has_spatial_reference), files.field, Sources=sources)
+    named = inputs.values() if sources is None else sources
+    uris = [source_uri(path, files.corrected) for path in (volume.path, *named)]
+    save_field(replace(field, has_spatial_reference=volume.has_spatial_reference), files.field, Sources=uris)
     seconds = round(time.perf_counter() - start, 3)
     write_json(
         files.sidecar,
         {
             **_image_metadata(volume, files.sidecar.stem.rpartition("_")[2], border),
-            "Sources": sources,
+            "Sources": uris,
             "N4": {**facts, "SelfCheck": self_check, "WallTimeSeconds": seconds},
             "Provenance": provenance({"image": volume.path, **inputs}, ("numpy", "nibabel", "isal", *packages)),
         },

@@ -27,7 +27,27 @@ def load_schema(path: str | Path) -> dict[str, Any]:
     """Read a JSON schema that is written as YAML."""
     import yaml
 
-    return yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    # the one in C, where there is one, takes a tenth of the time
+    return yaml.load(Path(path).read_text(encoding="utf-8"), getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+
+
+def load_config(path: str | Path) -> dict[str, Any]:
+    """Read a config file.
+
+    Raises
+    ------
+    InputError
+        It cannot be read, or holds no keys.
+    """
+    import yaml
+
+    try:
+        config = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise InputError(path, f"cannot be read ({error})", "give a config file in YAML") from None
+    if not isinstance(config, dict):
+        raise InputError(path, "holds no keys", "give a config file such as config/config.yaml")
+    return config
 
 
 def with_defaults(config: Mapping[str, Any], schema: Mapping[str, Any]) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
@@ -18,6 +19,8 @@ from n4flow.errors import InputError
 from n4flow.images.fields import load_field
 from n4flow.images.files import atomic_text
 from n4flow.study.outputs import beside, scan_and_role
+
+log = logging.getLogger(__name__)
 
 FORMAT = "n4flow manifest, version 1"
 
@@ -238,7 +241,10 @@ def verify(folder: Path, manifest: Path, *, threads: int = 1) -> list[Verdict]:
     files = {file for scans in (wanted, own or {}) for scan in scans.values() for file in scan["Files"]}
     there = [file for file in sorted(files) if (folder / file).is_file()]
     with ThreadPoolExecutor(threads) as pool:
-        found = dict(zip(there, pool.map(_hash_or_error, [folder / file for file in there]), strict=True))
+        found = {}
+        for file, digest in zip(there, pool.map(_hash_or_error, [folder / file for file in there]), strict=True):
+            found[file] = digest
+            log.info("%d of %d files read", len(found), len(there))
     names = dict.fromkeys([*wanted, *(own or {})])
     return [Verdict(name, *_verdict(folder, name, wanted.get(name), own, found)) for name in names]
 

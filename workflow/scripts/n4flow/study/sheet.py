@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import csv
+import io
 import os
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from n4flow.errors import InputError
-from n4flow.images.files import header_file, missing_file, of_other_format, shortened
+from n4flow.images.files import atomic_text, header_file, missing_file, of_other_format, shortened
 from n4flow.study.bids import Scan
 from n4flow.study.config import schema_problems
 
@@ -18,6 +20,9 @@ PATHS = ("image", "mask", "mask_image", "weights")
 
 #: How the names of columns begin that only group scans in the report: ``group_site``.
 GROUP = "group_"
+
+#: Columns that every sheet is written with; others are where a scan has something in them.
+COLUMNS = ("subject", "session", "image", "mask", "modality")
 
 #: Said of a row that `ragged` finds.
 RAGGED = "has another number of columns than the header; separate them by tabs"
@@ -131,6 +136,48 @@ def read_sheet(path: str | Path, schema: Mapping[str, Any], to_be_made: Collecti
     if problems:
         raise InputError.of_lines(problems)
     return [scan for _, scan in scans.values()]
+
+
+def sheet_of(scans: Sequence[Scan]) -> str:
+    """The sheet of some scans, as text."""
+    groups = dict.fromkeys(f"{GROUP}{name}" for scan in scans for name, _ in scan.groups)
+    further = [field.name for field in fields(Scan) if field.name not in (*COLUMNS, "groups")]
+    columns = [*COLUMNS, *(name for name in further if any(getattr(scan, name) for scan in scans)), *groups]
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, restval="", extrasaction="ignore", delimiter="\t", lineterminator="\n")
+    writer.writeheader()
+    for scan in scans:
+        writer.writerow({**vars(scan), **{f"{GROUP}{name}": value for name, value in scan.groups}})
+    return text.getvalue()
+
+
+def add_to_sheet(path: Path, scans: Sequence[Scan], schema: Mapping[str, Any]) -> tuple[int, int]:
+    """Write a sheet, or add to one that is there what it does not hold; its own rows stay as somebody left them.
+
+    Parameters
+    ----------
+    path : Path
+    scans : sequence of Scan
+    schema : mapping
+        JSON schema of a row.
+
+    Returns
+    -------
+    rows, added : int
+        How many the sheet has now, and how many of them are new.
+
+    Raises
+    ------
+    InputError
+        The sheet that is there is wrong, as `read_sheet` has it, or it cannot be written.
+    """
+    there = read_sheet(path, schema) if path.exists() else []
+    names = {scan.name for scan in there}
+    added = [scan for scan in scans if scan.name not in names]
+    if added:
+        with atomic_text(path) as file:
+            file.write(sheet_of([*there, *added]))
+    return len(there) + len(added), len(added)
 
 
 def _wildcard_problem(path: str) -> str:

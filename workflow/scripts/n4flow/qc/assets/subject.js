@@ -42,11 +42,12 @@ function showOutliers(found) {
   const count = flags.children.length;
   Object.assign(document.getElementById("flagged"), { className: "chip warn", textContent: `▲ ${count} flag${count > 1 ? "s" : ""}` });
 }
-document.head.append(Object.assign(document.createElement("script"), { src: "outliers.js" }));
+const index = document.body.dataset.index; // a page without one belongs to no report
+if (index) document.head.append(Object.assign(document.createElement("script"), { src: "outliers.js" }));
 const tellReview = (message) => parent.postMessage({ n4flow: message }, "*");
 const toReview = (action) => {
   leaving = true;
-  location.href = `${document.body.dataset.index}/${action}`;
+  location.href = `${index}/${action}`;
 };
 noteInput.addEventListener("input", () => { if (framed) tellReview({ comment: noteInput.value }); });
 note.addEventListener("close", () => {
@@ -57,7 +58,7 @@ note.addEventListener("close", () => {
 window.addEventListener("pageshow", () => { leaving = false; });
 const zoom = document.querySelector("dialog#zoom");
 function act(key) {
-  if (key === "c") {
+  if (key === "c" && index) {
     writeNote();
     return true;
   }
@@ -66,7 +67,7 @@ function act(key) {
   if (key === " " || key === "b") swap(key);
   else if (key === "v") window.openViewer?.();
   else if (framed && /^([1-8jku?]|Escape)$/.test(key)) tellReview(key);
-  else if (/^[123jk]$/.test(key)) toReview(key);
+  else if (index && /^[123jk]$/.test(key)) toReview(key);
   else return false;
   return true;
 }

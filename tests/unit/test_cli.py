@@ -1,0 +1,316 @@
+"""The command n4flow: the same bytes, sidecars and errors as the steps of the workflow, by names of one's own."""
+
+import csv
+import io
+import json
+import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+import yaml
+
+from n4flow import cli, load_field
+from n4flow.console import Terminal, commanding
+from n4flow.parameters import N4Parameters
+from n4flow.steps.apply import apply_scan
+from n4flow.steps.correct import correct_scan
+from n4flow.steps.mask import mask_scan
+from n4flow.study.bids import Scan
+from n4flow.study.manifest import content_sha256
+from n4flow.study.sheet import add_to_sheet, read_sheet
+
+COMMANDS = ["correct", "apply", "sheet", "verify", "run"]
+SETTINGS = {"method": "otsu", "percentile": 50}
+
+
+@pytest.fixture(scope="module")
+def image(head, tmp_path_factory):
+    """A head in a folder of its own, with a sidecar."""
+    folder = tmp_path_factory.mktemp("raw")
+    path = folder / "sub-01_T1w.nii.gz"
+    nib.save(nib.Nifti1Image(head.image[::2, ::2, ::2].astype(np.int16), np.diag([4.0, 4, 4, 1])), path)
+    (folder / "sub-01_T1w.json").write_text('{"EchoTime": 0.003}')
+    inside = (head.image[::2, ::2, ::2] > 300).astype(np.uint8)
+    nib.save(nib.Nifti1Image(inside, np.diag([4.0, 4, 4, 1])), folder / "brain.nii.gz")
+    return path
+
+
+@pytest.fixture(scope="module")
+def by_steps(image, tmp_path_factory):
+    """What the workflow's rules mask and n4 make of it."""
+    folder = tmp_path_factory.mktemp("steps")
+    files = {"corrected": "c.nii.gz", "sidecar": "c.json", "field": "f.json", "field_image": "f.nii.gz"}
+    files = {role: folder / name for role, name in files.items()}
+    mask_scan(image, None, folder / "m.nii.gz", folder / "m.json", **SETTINGS)
+    correct_scan(image, folder / "m.nii.gz", files, parameters={}, device="cpu")
+    return files
+
+
+def n4flow(*arguments):
+    cli.main([str(argument) for argument in arguments])
+
+
+def failure(*arguments):
+    """The line with which the command ends."""
+    with pytest.raises(SystemExit) as ended:
+        n4flow(*arguments)
+    (line,) = str(ended.value.code).splitlines()
+    return line.removeprefix("n4flow: ")
+
+
+# ---------------------------------------------------------------- help
+
+
+@pytest.mark.parametrize("command", ["", *COMMANDS])
+def test_help_fits_a_screen_and_loads_no_numeric_library(command):
+    code = (
+        "import sys; from n4flow.cli import main\ntry: main()\nexcept SystemExit: print(*sys.modules, file=sys.stderr)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, *command.split(), "--help"],
+        env={**os.environ, "COLUMNS": "80", "PYTHONPATH": str(Path(cli.__file__).parents[1])},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    lines = done.stdout.splitlines()
+    assert lines[0].startswith(f"usage: n4flow {command}".strip())
+    assert len(lines) <= 24
+    assert max(map(len, lines)) <= 80
+    assert not {"numpy", "nibabel", "yaml", "snakemake"} & set(done.stderr.split())
+
+
+# ---------------------------------------------------------------- correct
+
+
+def test_correct_makes_the_bytes_and_sidecars_of_the_steps(image, by_steps, tmp_path, capsys):
+    n4flow("correct", image, tmp_path / "x.nii.gz", "--bias-field", tmp_path / "y.nii.gz", "--device", "cpu")
+    made = {"corrected": "x.nii.gz", "sidecar": "x.json", "field": "y.json", "field_image": "y.nii.gz"}
+    assert {path.name for path in tmp_path.iterdir()} == set(made.values())
+    for role, name in made.items():
+        assert content_sha256(tmp_path / name) == content_sha256(by_steps[role]), role
+    for role in ("corrected", "field_image"):
+        assert (tmp_path / made[role]).read_bytes() == by_steps[role].read_bytes()
+    mine, theirs = (json.loads(path.read_text()) for path in (tmp_path / "x.json", by_steps["sidecar"]))
+    assert mine["Provenance"] == theirs["Provenance"]
+    assert mine["Sources"] == ["sub-01_T1w.nii.gz"], "the mask is not kept"
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("n4flow: done in ")
+    assert all(str(tmp_path / name) in line for name in made.values())
+
+
+def test_without_a_field_image_the_control_points_lie_beside_the_output(image, by_steps, tmp_path):
+    n4flow("correct", image, tmp_path / "x.nii", "--device", "cpu")
+    assert {path.name for path in tmp_path.iterdir()} == {"x.nii", "x.json", "x_biasfield.json"}
+    assert np.array_equal(load_field(tmp_path / "x_biasfield.json").lattice, load_field(by_steps["field"]).lattice)
+
+
+def test_a_mask_of_ones_own_is_named_and_counts(image, tmp_path):
+    own = image.with_name("brain.nii.gz")
+    n4flow("correct", image, tmp_path / "x.nii.gz", "--mask", own, "--device", "cpu")
+    mask_scan(image, own, tmp_path / "m.nii.gz", tmp_path / "m.json", **SETTINGS)
+    files = {role: tmp_path / f"by_steps.{role}" for role in ("sidecar", "field")}
+    correct_scan(image, tmp_path / "m.nii.gz", {"corrected": tmp_path / "y.nii.gz", **files}, parameters={})
+    assert (tmp_path / "x.nii.gz").read_bytes() == (tmp_path / "y.nii.gz").read_bytes()
+    assert json.loads((tmp_path / "x.json").read_text())["Sources"] == ["sub-01_T1w.nii.gz", "brain.nii.gz"]
+
+
+def test_settings_come_from_a_config_of_the_workflow_and_the_command_line_wins(image, tmp_path):
+    config = {"n4": {"preset": "itk", "iterations": [3, 2]}, "mask": {"method": "head"}, "samples": "a.tsv"}
+    config["output"] = {"keep_dtype": True}
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(config))
+    n4flow("correct", image, tmp_path / "x.nii.gz", "--config", tmp_path / "c.yaml", "--preset", "fixed")
+    used = json.loads((tmp_path / "x.json").read_text())["N4"]["Parameters"]
+    assert used == N4Parameters.from_mapping({"preset": "fixed", "iterations": [3, 2]}).to_mapping()
+    mask_scan(image, None, tmp_path / "m.nii.gz", tmp_path / "m.json", method="head", percentile=50)
+    files = {role: tmp_path / f"by_steps.{role}" for role in ("sidecar", "field")} | {
+        "corrected": tmp_path / "y.nii.gz"
+    }
+    correct_scan(image, tmp_path / "m.nii.gz", files, parameters=used, keep_dtype=True)
+    assert (tmp_path / "x.nii.gz").read_bytes() == (tmp_path / "y.nii.gz").read_bytes()
+
+
+def test_defaults_are_those_of_the_workflow(pytestconfig):
+    given = cli._parser().parse_args(["correct", "a.nii", "b.nii"])
+    own = yaml.safe_load((pytestconfig.rootpath / "config/config.yaml").read_text())
+    config = cli._config(given)
+    assert {section: config[section] for section in ("mask", "n4", "output", "qc", "device")} == {
+        section: own[section] if section != "n4" else {"preset": "default"}
+        for section in ("mask", "n4", "output", "qc", "device")
+    } | {"n4": config["n4"]}
+    assert N4Parameters.from_mapping(config["n4"]) == N4Parameters.from_mapping(own["n4"])
+
+
+def test_report_is_one_file_that_leads_nowhere_and_its_flags_are_told(image, tmp_path, capsys):
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump({"qc": {"flags": {"field_range": 1.01}}}))
+    options = ("--report", tmp_path / "p.html", "--config", tmp_path / "c.yaml", "--device", "cpu")
+    n4flow("correct", image, tmp_path / "x.nii.gz", *options)
+    assert {path.name for path in tmp_path.iterdir()} == {"c.yaml", "x.nii.gz", "x.json", "x_biasfield.json", "p.html"}
+    page = (tmp_path / "p.html").read_text()
+    assert "<h1>sub-01_T1w</h1>" in page
+    body = page.split("<script>")[0]
+    assert [word for word in ("index.html", "guide.html", "data-key", 'href="sub', 'src="sub') if word in body] == []
+    told = [line for line in capsys.readouterr().err.splitlines() if "flagged" in line]
+    assert any(line.startswith(f"n4flow: {image}: flagged: field_range: ") for line in told)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["{image}", "{out}/x.img"], "{out}/x.img: is no name for a NIfTI image; let it end in .nii.gz or .nii"),
+        (["{image}", "{image}"], "{image}: would be overwritten, and goes in; give another name"),
+        (
+            ["{image}", "{raw}/sub-01_T1w.nii"],
+            "{raw}/sub-01_T1w.json: would be overwritten, and goes in; give another name",
+        ),
+        (
+            ["{image}", "{out}/x.nii", "--bias-field", "{out}/x.nii.gz"],
+            "{out}/x.json: would be overwritten, and is written already; give another name",
+        ),
+        (
+            ["{image}", "{out}/no/x.nii"],
+            "{out}/no/x.nii: cannot be written (its folder is not there); make it: mkdir -p {out}/no",
+        ),
+        (
+            ["{image}", "{out}/x.nii", "--preset", "ants"],
+            "n4.preset: 'ants' is not known; choose from default, itk, linumpy, fixed",
+        ),
+        (
+            ["{image}", "{out}/x.nii", "--device", "tpu"],
+            "device: 'tpu' is not a device; give auto, gpu or cpu",
+        ),
+        (["{image}", "{out}/x.nii", "--config", "{image}"], "{image}: cannot be read ("),
+        (["{raw}/no.nii", "{out}/x.nii"], "{raw}/no.nii: is not there; check the path"),
+        (["{image}", "{out}/x.nii", "--mask", "{raw}/no.nii"], "{raw}/no.nii: is not there; check the path"),
+    ],
+)
+def test_what_is_wrong_is_one_line_and_nothing_is_written(image, tmp_path, arguments, line):
+    before = {path: path.stat().st_mtime_ns for path in image.parent.iterdir()}
+    words = {"image": image, "raw": image.parent, "out": tmp_path}
+    assert failure("correct", *(argument.format(**words) for argument in arguments)).startswith(line.format(**words))
+    assert {path: path.stat().st_mtime_ns for path in image.parent.iterdir()} == before
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_config_that_the_workflow_would_refuse_is_refused(image, tmp_path):
+    (tmp_path / "c.yaml").write_text("n4: {iteration: [3]}\n")
+    line = failure("correct", image, tmp_path / "x.nii.gz", "--config", tmp_path / "c.yaml")
+    assert line == "config: n4.iteration: there is no such key; did you mean iterations?"
+
+
+def test_what_a_report_needs_is_named_before_any_work(image, tmp_path, monkeypatch):
+    monkeypatch.setattr(cli, "find_spec", lambda name: None if name == "matplotlib" else name)
+    line = failure("correct", image, tmp_path / "x.nii.gz", "--report", tmp_path / "p.html")
+    assert line == "--report: needs matplotlib; install what it needs: pip install '.[qc]' in the clone"
+
+
+# ---------------------------------------------------------------- apply
+
+
+def test_apply_divides_as_the_step_does(image, by_steps, tmp_path):
+    n4flow("apply", by_steps["field"], image, tmp_path / "x.nii.gz")
+    files = {"corrected": tmp_path / "y.nii.gz", "sidecar": tmp_path / "y.json", "field": tmp_path / "y_field.json"}
+    apply_scan(image, by_steps["field"], files)
+    assert (tmp_path / "x.nii.gz").read_bytes() == (tmp_path / "y.nii.gz").read_bytes()
+    assert content_sha256(tmp_path / "x.json") == content_sha256(tmp_path / "y.json")
+    assert content_sha256(tmp_path / "x_biasfield.json") == content_sha256(tmp_path / "y_field.json")
+
+
+def test_apply_given_the_field_as_an_image_names_its_control_points(image, by_steps, tmp_path):
+    field = by_steps["field_image"]
+    line = failure("apply", field, image, tmp_path / "x.nii.gz")
+    remedy = f"give its control points, the JSON file beside it: {by_steps['field']}"
+    assert line == f"{field}: is a field as an image; {remedy}"
+
+
+# ---------------------------------------------------------------- the terminal
+
+
+class Screen(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_progress_is_one_line_on_a_terminal_and_gone_at_the_end(monkeypatch):
+    monkeypatch.setattr(sys, "stderr", screen := Screen())
+    monkeypatch.setenv("COLUMNS", "20")
+    log = logging.getLogger("n4flow.steps")
+    with commanding():
+        log.info("one %s", 23 * "x")
+        log.warning("two")
+        log.info("three")
+    empty = "\r" + 19 * " " + "\r"
+    assert screen.getvalue() == f"one {15 * 'x'}{empty}n4flow: two\nthree{empty}"
+
+
+def test_no_progress_where_there_is_no_terminal(capsys):
+    with commanding():
+        logging.getLogger("n4flow").info("one")
+    assert capsys.readouterr().err == ""
+    assert not [handler for handler in logging.getLogger("n4flow").handlers if isinstance(handler, Terminal)]
+
+
+def test_ctrl_c_ends_it_without_a_traceback():
+    with pytest.raises(SystemExit) as ended, commanding():
+        raise KeyboardInterrupt
+    assert ended.value.code == 130
+
+
+# ---------------------------------------------------------------- sheet and run
+
+
+@pytest.fixture
+def schema(pytestconfig):
+    return yaml.safe_load((pytestconfig.rootpath / "workflow/schemas/samples.schema.yaml").read_text())
+
+
+def test_a_sheet_keeps_its_rows_and_gets_those_that_are_new(tmp_path, schema):
+    for name in ("a.nii", "b.nii", "brain.nii"):
+        (tmp_path / name).touch()
+    scans = [Scan("1", "", "T1w", str(tmp_path / "a.nii")), Scan("1", "x", "T1w", str(tmp_path / "b.nii"))]
+    sheet = tmp_path / "sheet.tsv"
+    assert add_to_sheet(sheet, scans[:1], schema) == (1, 1)
+    edited = sheet.read_text().replace("\t\tT1w", f"\t{tmp_path / 'brain.nii'}\tT1w")
+    sheet.write_text(edited)
+    assert add_to_sheet(sheet, scans[:1], schema) == (1, 0)
+    assert sheet.read_text() == edited
+    assert add_to_sheet(sheet, scans, schema) == (2, 1)
+    assert [(scan.name, scan.mask) for scan in read_sheet(sheet, schema)] == [
+        ("sub-1_T1w", str(tmp_path / "brain.nii")),
+        ("sub-1_ses-x_T1w", ""),
+    ]
+
+
+def test_a_sheet_keeps_columns_that_only_some_have(tmp_path, schema):
+    for name in ("a.nii", "b.nii", "c.nii"):
+        (tmp_path / name).touch()
+    echoes = [
+        Scan("1", "", "echo-1_MEGRE", str(tmp_path / "a.nii")),
+        Scan("1", "", "echo-2_MEGRE", str(tmp_path / "b.nii"), field_from="echo-1_MEGRE"),
+    ]
+    sheet = tmp_path / "sheet.tsv"
+    add_to_sheet(sheet, echoes, schema)
+    other = Scan("2", "", "T1w", str(tmp_path / "c.nii"))
+    assert add_to_sheet(sheet, [other], schema) == (3, 1)
+    with open(sheet, newline="") as file:
+        assert [row["field_from"] for row in csv.DictReader(file, delimiter="\t")] == ["", "echo-1_MEGRE", ""]
+    assert read_sheet(sheet, schema) == [*echoes, other]
+
+
+def test_run_without_snakemake_says_what_is_missing(tmp_path, monkeypatch):
+    monkeypatch.setattr(cli, "find_spec", lambda _: None)
+    line = failure("run", tmp_path, tmp_path / "out", "participant", "--cores", "1")
+    assert line == "n4flow run: needs snakemake; install what it needs: pip install '.[workflow]' in the clone"
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("folder", ["absent", "."])
+def test_run_on_a_folder_without_scans_is_one_line_and_makes_nothing(tmp_path, folder):
+    line = failure("run", tmp_path / folder, tmp_path / "out", "participant", "--cores", "1")
+    assert line.startswith(f"{tmp_path / folder}: ")
+    assert not (tmp_path / "out").exists()

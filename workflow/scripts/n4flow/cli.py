@@ -1,0 +1,360 @@
+"""The command n4flow: what is typed becomes a call of the workflow's own steps, or a run of the workflow.
+
+Whatever takes time to load is imported where it is used, so that ``--help`` comes at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import csv
+import os
+import re
+import sys
+import tempfile
+import time
+from collections.abc import Iterable, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from threading import Thread
+from typing import Any
+
+from n4flow import __version__
+from n4flow.console import PREFIX, commanding
+from n4flow.errors import InputError
+
+#: Where the sheet, the config, the logs and Snakemake's records lie in the folder of a dataset: BIDS passes it over.
+WORKING_FOLDER = "code"
+
+#: What `run` adds to the config of its working folder.
+RESULTS_ABOVE = "\n# Written by n4flow run: the results are the folder above.\npathvars:\n  results: ..\n"
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Do what is asked for on the command line."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    for_snakemake: list[str] = []
+    if arguments[:1] == ["run"] and "--" in arguments:
+        place = arguments.index("--")
+        arguments, for_snakemake = arguments[:place], arguments[place + 1 :]
+    given = _parser().parse_args(arguments, argparse.Namespace(for_snakemake=for_snakemake))
+    with commanding():
+        given.do(given)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="n4flow", description="N4 bias correction of one image, or of a whole dataset."
+    )
+    parser.add_argument("--version", action="version", version=f"n4flow {__version__}")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+
+    def command(name: str, do: Any, says: str, more: str = "") -> argparse.ArgumentParser:
+        added = commands.add_parser(name, help=says, description=f"{says}. {more}".strip())
+        added.set_defaults(do=do)
+        return added
+
+    added = command(
+        "correct",
+        correct,
+        "Correct one image",
+        "Beside OUT (x.nii.gz) lie its sidecar (x.json) and the control points of the field (x_biasfield.json), "
+        "which n4flow apply takes.",
+    )
+    added.add_argument("image", metavar="IN", type=Path, help="the image, .nii or .nii.gz, 2-D to 4-D")
+    added.add_argument("output", metavar="OUT", type=Path, help="the corrected image, .nii or .nii.gz")
+    added.add_argument("--mask", metavar="M", type=Path, help="where to estimate; found in the image by default")
+    added.add_argument(
+        "--bias-field", metavar="F", type=Path, help="write the field as an image, and its control points beside it"
+    )
+    added.add_argument("--report", metavar="PAGE", type=Path, help="write a page (.html) to look at, in one file")
+    added.add_argument("--preset", help="default, itk (SimpleITK's defaults), fixed or linumpy")
+    added.add_argument("--device", help="auto (a GPU if there is one), gpu or cpu")
+    added.add_argument("--config", metavar="FILE", type=Path, help="further settings: a config file of the workflow")
+
+    added = command(
+        "apply",
+        apply,
+        "Divide an image by the field of another one of the same space",
+        "The field is taken as it is, so that ratios between images that are divided by it (echoes) stay.",
+    )
+    added.add_argument("field", metavar="FIELD", type=Path, help="control points of the field, .json")
+    added.add_argument("image", metavar="IN", type=Path, help="the image, .nii or .nii.gz")
+    added.add_argument(
+        "output", metavar="OUT", type=Path, help="the divided image; its sidecar and field lie beside it"
+    )
+
+    added = command("sheet", sheet, "Turn a BIDS folder into a sample sheet")
+    added.add_argument("folder", metavar="BIDS", type=Path, help="the dataset: the folder that holds sub-*")
+    _add_suffixes(added)
+    added.add_argument("--participant", nargs="+", default=[], metavar="LABEL", help="these alone, such as 01 02")
+    added.add_argument("--session", nargs="+", default=[], metavar="LABEL", help="these alone, such as baseline")
+    added.add_argument(
+        "--entity",
+        nargs="+",
+        default=[],
+        metavar="ENTITY",
+        help="what names must hold, such as acq-mprage run-1 run-2: one of those with the same key",
+    )
+    added.add_argument("--output", metavar="SHEET", type=Path, help="where to write it; standard output by default")
+
+    added = command(
+        "verify",
+        verify,
+        "Compare results with the manifest of another run, or of another machine",
+        "Prints a line per scan, and ends with 1 if any is different.",
+    )
+    added.add_argument("results", metavar="RESULTS", type=Path, help="the folder of results to check")
+    added.add_argument(
+        "manifest", metavar="MANIFEST", type=Path, help="manifest.json of the other run, or its folder of results"
+    )
+
+    added = command(
+        "run",
+        run,
+        "Correct a BIDS dataset with the workflow, as a BIDS App",
+        "Sheet, config and logs lie in OUT/code. A second run adds what is new in BIDS, does what is not done "
+        "yet, and leaves what you wrote into sheet and config. What follows -- goes to Snakemake, such as -- -n.",
+    )
+    added.add_argument("bids", metavar="BIDS", type=Path, help="the dataset: the folder that holds sub-*")
+    added.add_argument("output", metavar="OUT", type=Path, help="folder of the results, a BIDS derivative dataset")
+    added.add_argument("level", choices=["participant"], help="the report over all is made too")
+    _add_suffixes(added)
+    added.add_argument(
+        "--participant-label",
+        "--participant_label",
+        nargs="+",
+        default=[],
+        metavar="LABEL",
+        help="these alone, such as 01 02",
+    )
+    added.add_argument("--cores", metavar="N", help="how many to use, a number or all; a cluster's profile needs none")
+    return parser
+
+
+def _add_suffixes(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--suffix", nargs="+", default=["T1w"], metavar="SUFFIX", help="which scans: T1w (default), T2w, FLAIR, bold, …"
+    )
+
+
+# ---------------------------------------------------------------- one image
+
+
+def correct(given: argparse.Namespace) -> None:
+    """Do the steps mask, n4 and, for a report, qc, with outputs by their own names."""
+    start = time.perf_counter()
+    stem = _stem(given.output)
+    points = given.output.with_name(f"{stem}_biasfield.json")
+    if given.bias_field:
+        points = given.bias_field.with_name(f"{_stem(given.bias_field)}.json")
+    files = {"corrected": given.output, "sidecar": given.output.with_name(f"{stem}.json"), "field": points}
+    if given.bias_field:
+        files["field_image"] = given.bias_field
+    # the place of a further input, such as weights, is among these, and among the arguments of correct_scan
+    inputs = [path for path in (given.mask, given.config) if path]
+    _check_places([*files.values(), *([given.report] if given.report else [])], given.image, inputs)
+    config = _config(given)
+    if given.report:
+        _need("matplotlib", "jinja2", "PIL", extra="qc", what="--report")
+
+    from n4flow.device import available_cores
+    from n4flow.images.files import voxels_of_frame
+    from n4flow.kernels import COMPILED_VOXELS, preload
+    from n4flow.steps.correct import correct_scan
+    from n4flow.steps.mask import mask_scan
+
+    if voxels_of_frame(given.image) >= COMPILED_VOXELS:  # compiled code is loaded while the mask is found
+        Thread(target=preload).start()
+    with tempfile.TemporaryDirectory(prefix="n4flow-") as folder:
+        mask = Path(folder, "mask.nii.gz")
+        mask_scan(given.image, given.mask, mask, Path(folder, "mask.json"), **config["mask"])
+        correct_scan(
+            given.image,
+            mask,
+            files,
+            parameters=config["n4"],
+            device=config["device"],
+            threads=available_cores(),
+            keep_dtype=config["output"]["keep_dtype"],
+            sources=[given.mask] if given.mask else [],
+        )
+        if given.report:
+            _report(given, {"mask": mask, **files}, config["qc"], Path(folder))
+    made = ", ".join(str(path) for path in (*files.values(), given.report) if path)
+    print(f"{PREFIX}done in {time.perf_counter() - start:.1f} s: {made}", file=sys.stderr)
+
+
+def _report(given: argparse.Namespace, made: dict[str, Path], settings: dict[str, Any], folder: Path) -> None:
+    """The page of a scan, in one file; its flags are told here as well."""
+    import json
+    import logging
+
+    from n4flow.qc.pages import make_subject
+
+    metrics = folder / "metrics.json"
+    make_subject(
+        name=re.sub(r"\.nii(\.gz)?$", "", given.image.name, flags=re.IGNORECASE),
+        image=given.image,
+        mask=made["mask"],
+        corrected=made["corrected"],
+        sidecar=made["sidecar"],
+        field=made["field"],
+        page=given.report,
+        metrics=metrics,
+        pictures=folder / "pictures.webp",
+        alone=True,
+        field_window_log=settings["field_window_log"],
+        flags={name: limit for name, limit in settings["flags"].items() if name != "outlier_z"},
+    )
+    for flag in json.loads(metrics.read_text(encoding="utf-8"))["flags"]:
+        logging.getLogger(__name__).warning("%s: flagged: %s", given.image, flag)
+
+
+def apply(given: argparse.Namespace) -> None:
+    """Do the step apply."""
+    stem = _stem(given.output)
+    files = {
+        "corrected": given.output,
+        "sidecar": given.output.with_name(f"{stem}.json"),
+        "field": given.output.with_name(f"{stem}_biasfield.json"),
+    }
+    _check_places(files.values(), given.image, [given.field])
+
+    from n4flow.steps.apply import apply_scan
+
+    apply_scan(given.image, given.field, files)
+
+
+def _config(given: argparse.Namespace) -> dict[str, Any]:
+    """The workflow's own defaults, what a config file says otherwise, and what the command line does."""
+    from n4flow.study.config import config_problems, load_config, load_schema, with_defaults
+
+    schema = load_schema(workflow_folder() / "workflow/schemas/config.schema.yaml")
+    config: Any = load_config(given.config) if given.config else {}
+    if given.config and (problems := config_problems(config, schema)):
+        raise InputError.of_lines(problems)
+    config = with_defaults(config, schema)
+    if given.device:
+        config["device"] = given.device
+    if given.preset:
+        config["n4"] = {**config["n4"], "preset": given.preset}
+    return config
+
+
+def _stem(path: Path) -> str:
+    """The name of an image to be written, without its extension."""
+    for end in (".nii.gz", ".nii"):
+        if path.name.endswith(end) and path.name != end:
+            return path.name.removesuffix(end)
+    raise InputError(path, "is no name for a NIfTI image", "let it end in .nii.gz or .nii")
+
+
+def _check_places(outputs: Iterable[Path], image: Path, inputs: Iterable[Path]) -> None:
+    """See before any work whether all can be written, and nothing that goes in would be overwritten."""
+    from n4flow.study.bids import sidecars_of
+
+    taken = {os.path.realpath(path): "goes in" for path in (image, *sidecars_of(image), *inputs)}
+    for path in outputs:
+        if said := taken.get(os.path.realpath(path)):
+            raise InputError(path, f"would be overwritten, and {said}", "give another name")
+        taken[os.path.realpath(path)] = "is written already"
+        if not path.parent.is_dir():
+            raise InputError(path, "cannot be written (its folder is not there)", f"make it: mkdir -p {path.parent}")
+
+
+def _need(*modules: str, extra: str, what: str) -> None:
+    """Refuse what needs packages that are not there."""
+    if missing := [module for module in modules if find_spec(module) is None]:
+        raise InputError(
+            what, f"needs {' and '.join(missing)}", f"install what it needs: pip install '.[{extra}]' in the clone"
+        )
+
+
+# ---------------------------------------------------------------- a dataset
+
+
+def sheet(given: argparse.Namespace) -> None:
+    """Index a BIDS folder and write its sheet to a file or to standard output."""
+    from n4flow.images.files import atomic_text
+    from n4flow.study.sheet import sheet_of
+
+    scans = _index(
+        given.folder,
+        given.suffix,
+        participants=given.participant,
+        sessions=given.session,
+        entities=given.entity,
+    )
+    if not given.output:
+        sys.stdout.write(sheet_of(scans))
+        return
+    with atomic_text(given.output) as file:
+        file.write(sheet_of(scans))
+    print(f"{len(scans)} scans; next: snakemake --cores 8 --config samples={given.output}", file=sys.stderr)
+
+
+def _index(folder: Path, suffixes: Sequence[str], **filters: Sequence[str]) -> list[Any]:
+    from n4flow.study.bids import index_dataset
+
+    try:
+        return index_dataset(folder, suffixes, **filters)
+    except OSError as error:
+        raise InputError(error.filename, f"cannot be read ({error.strerror})", "check its permissions") from None
+
+
+def verify(given: argparse.Namespace) -> None:
+    """Print a line per scan; end with 1 if any is different."""
+    from collections import Counter
+
+    from n4flow.device import available_cores
+    from n4flow.study.manifest import CLOSE, DIFFERENT, EQUAL
+    from n4flow.study.manifest import verify as compare
+
+    verdicts = compare(given.results, given.manifest, threads=available_cores())
+    table = csv.writer(sys.stdout, delimiter="\t", lineterminator="\n")
+    table.writerow(["scan", "verdict", "reason"])
+    table.writerows(verdicts)
+    counts = Counter(verdict.verdict for verdict in verdicts if verdict.scan != "dataset")
+    print(", ".join(f"{counts[verdict]} {verdict}" for verdict in (EQUAL, CLOSE, DIFFERENT)), file=sys.stderr)
+    sys.exit(any(verdict.verdict == DIFFERENT for verdict in verdicts))
+
+
+def run(given: argparse.Namespace) -> None:
+    """Write sheet and config into the folder of the results, and become Snakemake there."""
+    _need("snakemake", extra="workflow", what="n4flow run")
+
+    from n4flow.images.files import atomic_text
+    from n4flow.study.config import load_schema
+    from n4flow.study.sheet import add_to_sheet
+
+    root = workflow_folder()
+    scans = _index(Path(os.path.abspath(given.bids)), given.suffix, participants=given.participant_label)
+    folder = Path(os.path.abspath(given.output), WORKING_FOLDER)
+    path, settings = folder / "config/samples.tsv", folder / "config/config.yaml"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(path.parent, f"cannot be made ({error.strerror})", "give another folder") from None
+    with contextlib.chdir(folder):  # where relative paths of the sheet begin
+        rows, added = add_to_sheet(path, scans, load_schema(root / "workflow/schemas/samples.schema.yaml"))
+    if not settings.exists():
+        with atomic_text(settings) as file:
+            file.write((root / "config/config.yaml").read_text(encoding="utf-8") + RESULTS_ABOVE)
+    print(f"{PREFIX}{path}: {rows} scans, {added} of them new", file=sys.stderr, flush=True)
+    cores = ["--cores", given.cores] if given.cores else []
+    command = ["-m", "snakemake", "--snakefile", str(root / "Snakefile"), "--directory", str(folder)]
+    # -P: the folder that somebody is in holds no modules
+    os.execv(sys.executable, [sys.executable, "-P", *command, *cores, *given.for_snakemake])
+
+
+def workflow_folder() -> Path:
+    """The folder that holds the Snakefile: the clone that this package lies in, or what the wheel put beside it."""
+    package = Path(__file__).parent
+    return next(
+        root for root in (package.with_name("n4flow_workflow"), package.parents[2]) if (root / "Snakefile").is_file()
+    )
+
+
+if __name__ == "__main__":
+    main()
