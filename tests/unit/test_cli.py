@@ -5,6 +5,7 @@ import io
 import json
 import logging
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -21,6 +22,7 @@ from n4flow.steps.apply import apply_scan
 from n4flow.steps.correct import correct_scan
 from n4flow.steps.mask import mask_scan
 from n4flow.study.bids import Scan
+from n4flow.study.config import config_problems, load_schema
 from n4flow.study.manifest import content_sha256
 from n4flow.study.sheet import add_to_sheet, read_sheet
 
@@ -314,3 +316,22 @@ def test_run_on_a_folder_without_scans_is_one_line_and_makes_nothing(tmp_path, f
     line = failure("run", tmp_path / folder, tmp_path / "out", "participant", "--cores", "1")
     assert line.startswith(f"{tmp_path / folder}: ")
     assert not (tmp_path / "out").exists()
+
+
+# ---------------------------------------------------------------- what the manual says
+
+
+@pytest.mark.parametrize("mesh", ["spline_distance_mm", "spans"])
+def test_keys_that_stand_for_options_of_ants_are_taken_beside_the_preset(pytestconfig, mesh):
+    manual = (pytestconfig.rootpath / "config/README.md").read_text(encoding="utf-8")
+    table = manual.split("### From ANTs and SimpleITK")[1].split("\n## ")[0]
+    cells = [line.split("|")[3] for line in table.splitlines() if line.startswith("| `-")]
+    known = load_schema(pytestconfig.rootpath / "workflow/schemas/config.schema.yaml")
+    keys = {}
+    for text in re.findall(r"`(\w+: [^`]+)`", " ".join(cells)):
+        keys |= yaml.safe_load(text)
+    assert set(keys) >= {"shrink_factor", "iterations", "convergence_threshold", "spans", "fwhm", "wiener_noise"}
+    del keys["spans" if mesh != "spans" else "spline_distance_mm"]
+    assert config_problems({"n4": {"preset": "itk", **keys}}, known) == []
+    as_itk = N4Parameters.from_mapping({"preset": "itk", **keys})
+    assert (as_itk.mesh, as_itk.fit, as_itk.iterations) == ("refined", "lee-wolberg-shin", (50, 50, 50, 50))

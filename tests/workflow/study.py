@@ -124,7 +124,7 @@ def environment_over_this(folder):
     """The Python of a new environment in which everything is installed that is in this one."""
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder], check=True)
     packages = Path(sysconfig.get_path("purelib", vars={"base": str(folder), "platbase": str(folder)}))
-    (packages / "here.pth").write_text("\n".join({sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}))
+    (packages / "here.pth").write_text("\n".join(path for path in sys.path if path.endswith("-packages")))
     return folder / "bin" / "python", packages
 
 
