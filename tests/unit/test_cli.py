@@ -243,7 +243,7 @@ def test_progress_is_one_line_on_a_terminal_and_gone_at_the_end(monkeypatch):
     monkeypatch.setenv("COLUMNS", "20")
     log = logging.getLogger("n4flow.steps")
     with commanding():
-        log.info("one %s", 23 * "x")
+        log.info("/data/one %s", 23 * "x")
         log.warning("two")
         log.info("three")
     empty = "\r" + 19 * " " + "\r"

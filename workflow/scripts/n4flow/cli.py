@@ -118,7 +118,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     added.add_argument("bids", metavar="BIDS", type=Path, help="the dataset: the folder that holds sub-*")
     added.add_argument("output", metavar="OUT", type=Path, help="folder of the results, a BIDS derivative dataset")
-    added.add_argument("level", choices=["participant"], help="the report over all is made too")
+    added.add_argument("level", metavar="participant", choices=["participant"], help="the report over all is made too")
     _add_suffixes(added)
     added.add_argument(
         "--participant-label",
@@ -181,8 +181,7 @@ def correct(given: argparse.Namespace) -> None:
         )
         if given.report:
             _report(given, {"mask": mask, **files}, config["qc"], Path(folder))
-    made = ", ".join(str(path) for path in (*files.values(), given.report) if path)
-    print(f"{PREFIX}done in {time.perf_counter() - start:.1f} s: {made}", file=sys.stderr)
+    _tell(start, [*files.values(), *([given.report] if given.report else [])])
 
 
 def _report(given: argparse.Namespace, made: dict[str, Path], settings: dict[str, Any], folder: Path) -> None:
@@ -213,6 +212,7 @@ def _report(given: argparse.Namespace, made: dict[str, Path], settings: dict[str
 
 def apply(given: argparse.Namespace) -> None:
     """Do the step apply."""
+    start = time.perf_counter()
     stem = _stem(given.output)
     files = {
         "corrected": given.output,
@@ -224,6 +224,11 @@ def apply(given: argparse.Namespace) -> None:
     from n4flow.steps.apply import apply_scan
 
     apply_scan(given.image, given.field, files)
+    _tell(start, files.values())
+
+
+def _tell(start: float, made: Iterable[Path]) -> None:
+    print(f"{PREFIX}done in {time.perf_counter() - start:.1f} s: {', '.join(map(str, made))}", file=sys.stderr)
 
 
 def _config(given: argparse.Namespace) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import re
 import shutil
 import signal
 import sys
@@ -36,7 +37,9 @@ class Terminal(logging.Handler):
             say(f"{PREFIX}{record.getMessage()}\n", sys.stderr)
         elif sys.stderr.isatty():
             self.clear()
-            say(record.getMessage()[: shutil.get_terminal_size().columns - 1], sys.stderr)
+            # without the folders of the file that it begins with: what happens is to be seen
+            message = re.sub(r"^\S*/", "", record.getMessage())
+            say(message[: shutil.get_terminal_size().columns - 1], sys.stderr)
             self.shown = True
 
     def clear(self) -> None:
