@@ -82,10 +82,9 @@ def test_the_wheel_holds_the_package_and_the_workflow_and_no_leftovers(installed
     listed = (ROOT / "workflow/scripts/n4flow/files.txt").read_text().split()
     for place in ("n4flow", "n4flow_workflow/workflow/scripts/n4flow"):
         assert [name for name in listed if not (packages / place / name).is_file()] == []
-    tracked = subprocess.run(
-        ["git", "ls-files", "workflow", "profiles", "envs/*.yaml", "config/*.yaml", "config/*.tsv", "Snakefile"],
-        cwd=ROOT, capture_output=True, text=True, check=False,
-    ).stdout.splitlines()  # fmt: skip
+    places = ["workflow", "profiles", "envs/*.yaml", "config/*.yaml", "config/*.tsv", "Snakefile"]
+    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard", *places]
+    tracked = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False).stdout.splitlines()
     there = {
         path.relative_to(packages / "n4flow_workflow").as_posix()
         for path in (packages / "n4flow_workflow").rglob("*")
