@@ -335,3 +335,14 @@ def test_keys_that_stand_for_options_of_ants_are_taken_beside_the_preset(pytestc
     assert config_problems({"n4": {"preset": "itk", **keys}}, known) == []
     as_itk = N4Parameters.from_mapping({"preset": "itk", **keys})
     assert (as_itk.mesh, as_itk.fit, as_itk.iterations) == ("refined", "lee-wolberg-shin", (50, 50, 50, 50))
+
+
+def test_the_program_ends_at_once_and_loses_nothing_that_it_said(tmp_path):
+    for number in range(300):
+        image = tmp_path / f"sub-{number}/anat/sub-{number}_T1w.nii.gz"
+        image.parent.mkdir(parents=True)
+        image.touch()
+    environment = {**os.environ, "PYTHONPATH": str(Path(cli.__file__).parents[1])}
+    command = [sys.executable, "-m", "n4flow.cli", "sheet", str(tmp_path)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert len(done.stdout.splitlines()) == 301

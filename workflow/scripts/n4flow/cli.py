@@ -17,7 +17,7 @@ from collections.abc import Iterable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from threading import Thread
-from typing import Any
+from typing import Any, NoReturn
 
 from n4flow import __version__
 from n4flow.console import PREFIX, commanding
@@ -40,6 +40,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = _parser().parse_args(arguments, argparse.Namespace(for_snakemake=for_snakemake))
     with commanding():
         given.do(given)
+
+
+def program() -> NoReturn:
+    """As `main`, for a process of its own, which ends at once: Python takes long to take apart what it has loaded."""
+    main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -362,4 +370,4 @@ def workflow_folder() -> Path:
 
 
 if __name__ == "__main__":
-    main()
+    program()
