@@ -141,7 +141,7 @@ def test_recipe_of_one_file(installed, one_head):
     original, corrected, field = (load(one_head / f"{name}.nii.gz") for name in ("head", "corrected", "field"))
     assert np.allclose(corrected * field, original, rtol=1e-5)
     assert load_field(one_head / "field.json").image_shape == original.shape
-    assert json.loads((one_head / "corrected.json").read_text())["Sources"] == ["head.nii.gz"]
+    assert json.loads((one_head / "corrected.json").read_text())["Sources"] == ["bids::head.nii.gz"]
     assert "<h1>head</h1>" in (one_head / "page.html").read_text()
 
 

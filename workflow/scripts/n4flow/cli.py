@@ -26,6 +26,11 @@ from n4flow.errors import InputError
 #: Where the sheet, the config, the logs and Snakemake's records lie in the folder of a dataset: BIDS passes it over.
 WORKING_FOLDER = "code"
 
+ONE_FIELD = (
+    "One field for several contrasts or echoes: add a column field_from, and name there the modality of the scan whose "
+    "field they take, such as echo-1_MEGRE."
+)
+
 #: What `run` adds to the config of its working folder.
 RESULTS_ABOVE = "\n# Written by n4flow run: the results are the folder above.\npathvars:\n  results: ..\n"
 
@@ -58,7 +63,8 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
 
     def command(name: str, do: Any, says: str, more: str = "") -> argparse.ArgumentParser:
-        added = commands.add_parser(name, help=says, description=f"{says}. {more}".strip())
+        text = f"{says}. {more}".strip()
+        added = commands.add_parser(name, help=says, description=text, formatter_class=_Formatter)
         added.set_defaults(do=do)
         return added
 
@@ -69,9 +75,10 @@ def _parser() -> argparse.ArgumentParser:
         "Beside OUT (x.nii.gz) lie its sidecar (x.json) and the control points of the field (x_biasfield.json), "
         "which n4flow apply takes.",
     )
-    added.add_argument("image", metavar="IN", type=Path, help="the image, .nii or .nii.gz, 2-D to 4-D")
+    added.add_argument("image", metavar="IN", type=Path, help="the image: .nii, .nii.gz, .mgz, .img; 2-D to 4-D")
     added.add_argument("output", metavar="OUT", type=Path, help="the corrected image, .nii or .nii.gz")
     added.add_argument("--mask", metavar="M", type=Path, help="where to estimate; found in the image by default")
+    added.add_argument("--weights", metavar="W", type=Path, help="how sure each voxel is: an image, from 0")
     added.add_argument(
         "--bias-field", metavar="F", type=Path, help="write the field as an image, and its control points beside it"
     )
@@ -87,12 +94,12 @@ def _parser() -> argparse.ArgumentParser:
         "The field is taken as it is, so that ratios between images that are divided by it (echoes) stay.",
     )
     added.add_argument("field", metavar="FIELD", type=Path, help="control points of the field, .json")
-    added.add_argument("image", metavar="IN", type=Path, help="the image, .nii or .nii.gz")
+    added.add_argument("image", metavar="IN", type=Path, help="the image: .nii, .nii.gz, .mgz, .img")
     added.add_argument(
         "output", metavar="OUT", type=Path, help="the divided image; its sidecar and field lie beside it"
     )
 
-    added = command("sheet", sheet, "Turn a BIDS folder into a sample sheet")
+    added = command("sheet", sheet, "Turn a BIDS folder into a sample sheet", ONE_FIELD)
     added.add_argument("folder", metavar="BIDS", type=Path, help="the dataset: the folder that holds sub-*")
     _add_suffixes(added)
     added.add_argument("--participant", nargs="+", default=[], metavar="LABEL", help="these alone, such as 01 02")
@@ -140,6 +147,13 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+class _Formatter(argparse.HelpFormatter):
+    """Help of an option stands beside it: so all of it fits a screen."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=34)
+
+
 def _add_suffixes(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--suffix", nargs="+", default=["T1w"], metavar="SUFFIX", help="which scans: T1w (default), T2w, FLAIR, bold, …"
@@ -159,8 +173,7 @@ def correct(given: argparse.Namespace) -> None:
     files = {"corrected": given.output, "sidecar": given.output.with_name(f"{stem}.json"), "field": points}
     if given.bias_field:
         files["field_image"] = given.bias_field
-    # the place of a further input, such as weights, is among these, and among the arguments of correct_scan
-    inputs = [path for path in (given.mask, given.config) if path]
+    inputs = [path for path in (given.mask, given.weights, given.config) if path]
     _check_places([*files.values(), *([given.report] if given.report else [])], given.image, inputs)
     config = _config(given)
     if given.report:
@@ -184,8 +197,9 @@ def correct(given: argparse.Namespace) -> None:
             parameters=config["n4"],
             device=config["device"],
             threads=available_cores(),
+            weights=given.weights,
             keep_dtype=config["output"]["keep_dtype"],
-            sources=[given.mask] if given.mask else [],
+            sources=[path for path in (given.mask, given.weights) if path],
         )
         if given.report:
             _report(given, {"mask": mask, **files}, config["qc"], Path(folder))
@@ -304,7 +318,13 @@ def sheet(given: argparse.Namespace) -> None:
         return
     with atomic_text(given.output) as file:
         file.write(sheet_of(scans))
+    _tell_of_echoes(scans)
     print(f"{len(scans)} scans; next: snakemake --cores 8 --config samples={given.output}", file=sys.stderr)
+
+
+def _tell_of_echoes(scans: Sequence[Any]) -> None:
+    if any("echo-2" in scan.entities.split("_") for scan in scans):
+        print(f"Each echo gets a field of its own, which changes their ratios. {ONE_FIELD}", file=sys.stderr)
 
 
 def _index(folder: Path, suffixes: Sequence[str], **filters: Sequence[str]) -> list[Any]:
@@ -354,6 +374,7 @@ def run(given: argparse.Namespace) -> None:
     if not settings.exists():
         with atomic_text(settings) as file:
             file.write((root / "config/config.yaml").read_text(encoding="utf-8") + RESULTS_ABOVE)
+    _tell_of_echoes(scans)
     print(f"{PREFIX}{path}: {rows} scans, {added} of them new", file=sys.stderr, flush=True)
     cores = ["--cores", given.cores] if given.cores else []
     command = ["-m", "snakemake", "--snakefile", str(root / "Snakefile"), "--directory", str(folder)]
