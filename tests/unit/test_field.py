@@ -215,6 +215,28 @@ def test_on_turned_flipped_and_scaled_grids_it_follows_world_coordinates(affine,
     assert seen._mesh_axes == order  # the fast way
 
 
+@pytest.mark.parametrize("order", list(permutations(range(3))))
+def test_along_the_axes_of_another_grid_it_is_the_same_field(order):
+    field = random_field()
+    flips = [(sum(order[:2]) + axis) % 2 for axis in range(3)]
+    shape, there = turned(field.affine, SHAPE, order, flips, scale=(0.5, 1.25, 0.8), shift=(0.25, -0.3, 0.7))
+    seen = field.on_grid(shape, there)
+    along = seen.along_image(4)
+    assert_array_equal(along.voxel_to_mesh, np.eye(4))
+    assert_allclose(along.log_tile((slice(None),) * 3), seen.log_tile((slice(None),) * 3), atol=1e-9)
+
+
+def test_along_the_axes_of_an_oblique_grid_it_is_nearly_the_same_field():
+    rng = np.random.default_rng(3)
+    mesh = Mesh.of_grid(SHAPE, (2, 2, 2))
+    field = BiasField(rng.normal(0, 0.3, mesh.lattice_shape), mesh, SHAPE, np.diag([2.0, 2, 3, 1]))
+    seen = field.on_grid((18, 22, 1), OBLIQUE)
+    for grid in (seen, field.on_grid((18, 22, 15), OBLIQUE)):
+        along = grid.along_image(12)
+        assert along._mesh_axes == (0, 1, 2)
+        assert_allclose(along.log_tile((slice(None),) * 3), grid.log_tile((slice(None),) * 3), atol=0.01)
+
+
 @settings(deadline=None, max_examples=15)
 @given(
     st.lists(st.floats(-0.6, 0.6), min_size=3, max_size=3),

@@ -8,6 +8,7 @@ import pytest
 from n4flow.qc.dataset import OUTLIER_Z
 from n4flow.qc.flags import FLAG_LIMITS, FLAGS, find_flags
 from n4flow.qc.metrics import (
+    bright_outside_fraction,
     coefficient_of_joint_variation,
     coefficient_of_variation,
     correction_metrics,
@@ -22,8 +23,10 @@ from n4flow.qc.metrics import (
     saturated_fraction,
     section_profile,
     section_spread,
+    speckle_fraction,
     steepness,
     tile_seam,
+    wrapped_fraction,
 )
 from n4flow.qc.pages import make_subject
 from tests.unit.test_qc import make_files, make_microscopy_files
@@ -411,6 +414,7 @@ FINE = {
     "log_entropy_before_bits": 4.1, "log_entropy_after_bits": 4.0, "self_check_max": 1e-7,
     "reference_rms_log": 0.04, "agreement_rms_log": 2e-6,
     "field_steepness": 1.0, "mask_dark_fraction": 0.03, "repeatability_log": 0.002,
+    "bright_outside_fraction": 0.02, "mask_method": "otsu", "mask_speckle_fraction": 0.002, "wrapped_fraction": 0.2,
     "saturated_fraction": 0.002, "seam_ratio_before": 1.2, "seam_ratio_after": 1.21, "seam_place_after": "i 4 to 5",
 }  # fmt: skip
 
@@ -429,6 +433,10 @@ def test_a_fine_correction_raises_no_flag():
         ({"field_steepness": 5.0}, "field_steep"),
         ({"repeatability_log": 0.03}, "repeatability"),
         ({"mask_dark_fraction": 0.3}, "dark_mask"),
+        ({"bright_outside_fraction": 0.2}, "bright_outside"),
+        ({"bright_outside_fraction": 1.1, "mask_method": "given"}, "bright_outside"),
+        ({"mask_speckle_fraction": 0.3}, "speckle"),
+        ({"wrapped_fraction": 0.8}, "wrapped"),
         ({"cjv_after": 0.7}, "cjv_worse"),
         ({"log_entropy_after_bits": 4.2}, "entropy_worse"),
         ({"mean_ratio": 0.9}, "mean_drift"),
@@ -465,7 +473,8 @@ def test_a_limit_that_is_moved_away_silences_its_flag_and_no_other(flag):
         "field_min": 0.1, "inu_range": 0.001, "field_steepness": 5.0, "cjv_after": 0.7, "log_entropy_after_bits": 4.2,
         "mean_ratio": 0.9, "mask_dark_fraction": 0.3, "dropped_fraction": 0.1, "reference_rms_log": 0.2,
         "agreement_rms_log": 1e-3, "saturated_fraction": 0.03, "seam_ratio_after": 1.5, "self_check_max": 0.1,
-        "outside_fraction": 0.9, "repeatability_log": 0.03,
+        "outside_fraction": 0.9, "repeatability_log": 0.03, "bright_outside_fraction": 2.0,
+        "mask_speckle_fraction": 0.5, "wrapped_fraction": 0.9,
     }  # fmt: skip
     away = -1 if flag == "field_flat" else 1e3
     names = [found.split(":")[0] for found in find_flags(bad)]
@@ -488,6 +497,59 @@ def test_the_manual_names_every_flag_with_its_limit(pytestconfig):
     shown = {name: float(limit) for name, limit in re.findall(r"^\| `(\w+)` \| ([\d.]+) \| ", section, re.MULTILINE)}
     assert shown == FLAG_LIMITS | {"outlier_z": OUTLIER_Z}
     assert [name for name in FLAGS if f"`{name}`" not in section] == []
+
+
+def test_the_mask_of_a_brain_that_was_given_leaves_out_the_scalp():
+    assert find_flags(FINE | {"bright_outside_fraction": 0.76, "mask_method": "given"}) == []
+
+
+def test_bright_outside_by_hand():
+    image = np.zeros((4, 10, 10), np.float32)
+    image[:2] = np.arange(1, 201).reshape(2, 10, 10)
+    image[2, 0] = 120
+    image[2, 1] = 20
+    mask = np.zeros(image.shape, bool)
+    mask[:2] = True
+    assert bright_outside_fraction(image, mask) == pytest.approx(10 / 200)  # P25 is 50.75
+    image[0, 0, 0] = math.nan
+    image[3] = math.nan
+    assert bright_outside_fraction(image, mask) == pytest.approx(10 / 200)
+    mask[:2, 5:] = False  # half of it is left out: 100 voxels, of which 50 are brighter than the rest
+    assert bright_outside_fraction(image, mask) > 0.5
+    assert math.isnan(bright_outside_fraction(np.zeros_like(image), mask))
+
+
+def test_speckle_is_what_stands_alone_or_in_pairs():
+    mask = np.zeros((20, 20, 20), bool)
+    mask[5:15, 5:15, 5:15] = True
+    assert speckle_fraction(mask) == 0
+    mask[0, 0, 0] = mask[2, 2, 2] = mask[2, 2, 3] = True
+    assert speckle_fraction(mask) == pytest.approx(3 / 1003)
+    grains = np.random.default_rng(0).random((40, 40, 40)) < 0.25
+    # none of six neighbours, or one of them; fewer at the border
+    assert speckle_fraction(grains) == pytest.approx(0.75**6 + 6 * 0.25 * 0.75**5, abs=0.02)
+    assert speckle_fraction(np.ones((30, 30, 1), bool)) == 0
+
+
+def blob(top, shape=(40, 40, 40)):
+    """A smooth object whose largest value is this."""
+    x, y, z = np.meshgrid(*(np.linspace(-1, 1, n) for n in shape), indexing="ij")
+    return np.rint(top * np.exp(-2 * (x**2 + y**2 + z**2)))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "bits", "first"), [(np.uint8, 8, 0), (np.uint16, 12, 0), (np.uint16, 16, 0), (np.int16, 16, -32768)]
+)
+def test_integers_that_began_again_at_the_smallest_are_found(dtype, bits, first):
+    ceiling = 2**bits + first
+    wrapped = (blob(1.6 * ceiling) - first) % 2**bits + first
+    assert wrapped_fraction(wrapped, np.dtype(dtype)) > FLAG_LIMITS["wrapped"]
+    slope, inter = 0.013, 5.0
+    assert wrapped_fraction(slope * wrapped + inter, np.dtype(dtype), slope, inter) > FLAG_LIMITS["wrapped"]
+    for fine in (blob(0.98 * ceiling), np.minimum(blob(1.6 * ceiling), ceiling - 1)):
+        assert not wrapped_fraction(fine, np.dtype(dtype)) > 0  # of signed integers above 0 it says nothing
+    assert math.isnan(wrapped_fraction(wrapped, np.dtype(np.float32)))
+    assert math.isnan(wrapped_fraction(blob(0.6 * ceiling), np.dtype(dtype)))
 
 
 def test_mean_may_change_under_the_field_of_another_scan():

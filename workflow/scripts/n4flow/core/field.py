@@ -370,6 +370,44 @@ class BiasField:
         log_field = self.log_tile(tile)
         return np.exp(log_field, out=log_field).astype(np.float32)
 
+    def along_image(self, spans: int) -> BiasField:
+        """The same field on a mesh along the axes of its grid, for what evaluates no other.
+
+        Parameters
+        ----------
+        spans : int
+            Mesh elements per axis for a grid that is oblique to the field's own mesh, on which the field is not one to
+            rounding, but near. Any other keeps its own.
+
+        Returns
+        -------
+        BiasField
+        """
+        if self._mesh_axes is None:
+            mesh = Mesh.of_grid(self.image_shape, 3 * (spans,))
+            places = [np.linspace(0, n - 1, 3 * spans + 1 if n > 1 else 1) for n in self.image_shape]
+            lattice = self.log_at(places)
+            for axis, place in enumerate(places):
+                columns = np.moveaxis(lattice, axis, 0)
+                solved = np.linalg.lstsq(mesh.basis(axis, place), columns.reshape(len(place), -1), rcond=None)[0]
+                lattice = np.moveaxis(solved.reshape(-1, *columns.shape[1:]), 0, axis)
+            return replace(self, lattice=lattice, mesh=mesh, voxel_to_mesh=np.eye(4))
+        lattice, counts, start, span_voxels = self.lattice_on_grid, [], [], []
+        for axis, mesh_axis in enumerate(self._mesh_axes):
+            count, length = self.mesh.spans[mesh_axis], self.mesh.span_voxels[mesh_axis]
+            scale, offset = self.voxel_to_mesh[mesh_axis, axis], self.voxel_to_mesh[mesh_axis, 3]
+            first = self.mesh.start[mesh_axis] - offset
+            if count == 0:  # the field does not vary along it
+                scale = 1.0
+            elif scale < 0:
+                first += count * length
+                lattice = np.flip(lattice, axis)
+            counts.append(count)
+            start.append(float(first / scale))
+            span_voxels.append(float(length / abs(scale)))
+        mesh = Mesh(tuple(counts), tuple(start), tuple(span_voxels))
+        return replace(self, lattice=lattice, mesh=mesh, voxel_to_mesh=np.eye(4))
+
     def shifted(self, log_offset: float) -> BiasField:
         """The same field plus a constant, which moves every control point alike."""
         return replace(self, lattice=self.lattice + log_offset)

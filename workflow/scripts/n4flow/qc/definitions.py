@@ -64,6 +64,26 @@ DEFINITIONS: tuple[Definition, ...] = (
         "Small. Air in the mask has no field, and its noise outweighs the tissue.",
     ),
     Definition(
+        ("bright_outside_fraction",),
+        "bright outside of the mask",
+        "|{outside: v ≥ P25(v)}| / n, of the corrected image",
+        "Near 0 for a mask that was found by a threshold; 0.3 to 0.8 for that of a brain in a head. More among alike "
+        "scans: the mask leaves something out.",
+    ),
+    Definition(
+        ("mask_speckle_fraction",),
+        "speckle of the mask",
+        "|{voxels of the mask with at most one neighbour in it}| / n",
+        "Below 0.03. A mask that went through noise is full of holes and grains.",
+    ),
+    Definition(
+        ("wrapped_fraction",),
+        "wrapped integers",
+        "of voxels in the upper tenth of 8, 10, … 16 bits, those beside one lower by 0.6 of the range",
+        "Only of integers that use up their bits. Near 0; near 1 where values beyond the largest began again at the "
+        "smallest.",
+    ),
+    Definition(
         ("log_entropy_before_bits", "log_entropy_after_bits"),
         "entropy of the log histogram",
         "-Σ p log2 p, bins of 5 % of intensity",
@@ -134,7 +154,8 @@ DEFINITIONS: tuple[Definition, ...] = (
         ("mask_volume_ml",),
         "mask volume",
         "voxels of the mask × volume of a voxel",
-        "Alike among subjects: 1000 to 1800 ml for a brain, 2000 to 4500 ml for a head.",
+        "Alike among subjects: 1000 to 1800 ml for a human brain, 2000 to 4500 ml for a head, 0.4 to 0.6 ml for the "
+        "brain of a mouse. Far less or far more than in the other scans: look at the mask.",
     ),
     Definition(
         ("dropped_voxels",),
@@ -187,6 +208,9 @@ COLUMNS: tuple[tuple[str, str, int, int], ...] = (
     ("seam_ratio_after", "seam ratio after", 2, 1),
     ("saturated_fraction", "saturated", 4, 1),
     ("mask_dark_fraction", "dark in mask", 4, 1),
+    ("bright_outside_fraction", "bright outside", 3, 1),
+    ("mask_speckle_fraction", "speckle", 4, 1),
+    ("wrapped_fraction", "wrapped", 3, 1),
     ("log_entropy_before_bits", "log entropy before (bits)", 2, 0),
     ("log_entropy_after_bits", "log entropy after (bits)", 2, 0),
     ("inu_range", "inu_range", 3, 1),
@@ -229,5 +253,5 @@ FLOOR_SHARES = {"mask_volume_ml": 0.05}
 SHOWN = (
     "cjv_before", "cjv_after", "foreground_cv_before", "foreground_cv_after", "section_spread_after",
     "seam_ratio_after", "saturated_fraction", "inu_range", "field_min", "field_max", "reference_r", "reference_rms_log",
-    "iterations_used", "mask_volume_ml", "field_from",
+    "iterations_used", "mask_volume_ml", "bright_outside_fraction", "field_from",
 )  # fmt: skip

@@ -10,16 +10,24 @@ from typing import Any
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.font_manager import findfont
 from PIL import Image, ImageDraw, ImageFont
 
 from n4flow.images.files import atomic_bytes
 from n4flow.qc.dataset import OUTLIER_Z, load_ranked
 from n4flow.qc.definitions import COLUMNS
-from n4flow.qc.panels import THUMBNAIL_PIXELS
+from n4flow.qc.mosaics import THUMBNAIL_PIXELS, ColourScale, field_scale
 from n4flow.qc.plots import AFTER, BEFORE, FAINT, INK
 
 #: Scans in the figure of the worst, and panels of each.
 WORST, PANELS = 12, ("original", "corrected", "bias field")
+
+#: Matplotlib's own, which knows ×; Pillow's does not.
+FONT = findfont("DejaVu Sans")
+
+#: Height of the heads of the columns, in pixels, and the windows that differ from scan to scan.
+HEAD = 62
+SHARED = {"original": "window of the corrected image", "corrected": "0 to its 99.5th percentile in the mask"}
 
 
 def make_figures(
@@ -75,15 +83,27 @@ def _distributions(scans: list[dict[str, Any]]) -> Figure:
 
 
 def _worst(scans: list[dict[str, Any]]) -> Image.Image:
-    """A row of panels for each scan, under its name and flags."""
+    """A row of panels for each scan, under its name and flags; above them, what each column is."""
     side, line = THUMBNAIL_PIXELS, 22
-    sheet = Image.new("RGB", (len(PANELS) * 3 * side, max(1, len(scans)) * (side + line)), "white")
+    width = 3 * side
+    sheet = Image.new("RGB", (len(PANELS) * width, HEAD + max(1, len(scans)) * (side + line)), "white")
     pen = ImageDraw.Draw(sheet)
-    font = ImageFont.load_default(14)
+    font = ImageFont.truetype(FONT, 14)
+    windows = {scan["field_window_log"] for scan in scans if scan.get("field_window_log")}
+    for column, panel in enumerate(PANELS):
+        middle = column * width + width // 2
+        pen.text((middle, 14), panel, fill="black", font=ImageFont.truetype(FONT, 17), anchor="mm")
+        if panel != "bias field":
+            pen.text((middle, 38), f"{SHARED[panel]}, dimmed outside of the mask", fill="black", font=font, anchor="mm")
+        elif len(windows) == 1:
+            _draw_bar(sheet, field_scale(windows.pop()), column * width + 60, width - 120)
     for number, scan in enumerate(scans):
-        top = number * (side + line)
-        words = "; ".join(scan["flags"]).replace("_", " ") or "no flag"
-        pen.text((6, top + 2), f"{scan.get('name')}: {words}", fill="black", font=font)
+        top = HEAD + number * (side + line)
+        words = "; ".join(flag.partition("; look")[0] for flag in scan["flags"]).replace("_", " ") or "no flag"
+        said = f"{scan.get('name')}: {words}"
+        while font.getlength(said) > sheet.width - 12:
+            said = said[:-2].rstrip(" …") + "…"
+        pen.text((6, top + 2), said, fill="black", font=font)
         if not scan.get("pictures"):
             continue
         with Image.open(scan["folder"] / scan["pictures"]) as pictures:
@@ -92,3 +112,14 @@ def _worst(scans: list[dict[str, Any]]) -> Image.Image:
                 crop = pictures.crop((0, place * side, 3 * side, (place + 1) * side))
                 sheet.paste(crop, (column * 3 * side, top + line))
     return sheet
+
+
+def _draw_bar(sheet: Image.Image, scale: ColourScale, left: int, width: int) -> None:
+    """The colours of a scale, with its ticks, under the head of a column."""
+    colours = scale.colours(np.linspace(scale.low, scale.high, width)[None])
+    sheet.paste(Image.fromarray(np.repeat(colours, 12, axis=0)), (left, 26))
+    pen, font = ImageDraw.Draw(sheet), ImageFont.truetype(FONT, 14)
+    for value, text in scale.ticks:
+        x = left + (value - scale.low) / (scale.high - scale.low) * width
+        pen.line([(x, 38), (x, 42)], fill="black")
+        pen.text((x, 50), text, fill="black", font=font, anchor="mm")

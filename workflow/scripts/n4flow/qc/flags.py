@@ -15,6 +15,10 @@ Metrics = Mapping[str, Any]
 LEAST_EDGE_MM, MOST_EDGE_MM = 2.0, 3000.0
 
 
+#: A mask that was given may leave out as much that is bright as it holds: that of a brain leaves out scalp and face.
+GIVEN_OUTSIDE = 1.0
+
+
 class Flag(NamedTuple):
     """A row of the table.
 
@@ -65,6 +69,10 @@ def _times_above(limit: float, before: float, after: float) -> bool:
 
 def _more(limit: float, before: float, after: float) -> bool:
     return after > before + limit
+
+
+def _leaves_out(limit: float, share: float, method: str) -> bool:
+    return share > (max(limit, GIVEN_OUTSIDE) if method == "given" else limit)
 
 
 def _off_one(limit: float, ratio: float) -> bool:
@@ -199,8 +207,41 @@ FLAGS = {
         _above,
         lambda m: f"{100 * m['mask_dark_fraction']:.1f} % of the mask is as dark as air",
         meaning="share of the mask as dark as air above the limit",
-        look="whether the mask leaks: its outline is on the original",
+        look="whether the mask leaks into air: its outline is on the original, its voxels show with m; where a stain "
+        "is sparse, try mask.method percentile, or give a mask",
         limit=0.2,
+        limit_text=_percent,
+    ),
+    "bright_outside": Flag(
+        ("bright_outside_fraction", "mask_method"),
+        _leaves_out,
+        lambda m: f"outside of the mask, {100 * m['bright_outside_fraction']:.0f} % as much is as bright as in it",
+        meaning="what lies outside of the mask and is as bright as what it holds, as a share of it, above the limit, "
+        f"or, of a mask that the sheet gives, above {100 * GIVEN_OUTSIDE:g} %",
+        look="whether the mask leaves out what belongs in it: outside of it the image is dimmed",
+        limit=0.1,
+        limit_text=lambda limit: f"{_percent(limit)}, of a mask that was given {_percent(max(limit, GIVEN_OUTSIDE))}",
+    ),
+    "speckle": Flag(
+        ("mask_speckle_fraction",),
+        _above,
+        lambda m: f"{100 * m['mask_speckle_fraction']:.0f} % of the mask's voxels stand alone or in pairs",
+        meaning="share of the mask's voxels with at most one neighbour in it above the limit",
+        look="at the voxels of the mask (m): a threshold may have gone through noise, give a mask or another "
+        "mask.method",
+        limit=0.1,
+        limit_text=_percent,
+    ),
+    "wrapped": Flag(
+        ("wrapped_fraction",),
+        _above,
+        lambda m: (
+            f"beside {100 * m['wrapped_fraction']:.0f} % of the largest integers lie far smaller ones, as if values "
+            "had begun again at the smallest"
+        ),
+        meaning="share of the largest integers beside which far smaller ones lie above the limit",
+        look="for dark cores in what is bright: the image was stored in too few bits, convert it again",
+        limit=0.55,
         limit_text=_percent,
     ),
     "dropped_voxels": Flag(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -25,7 +25,7 @@ from n4flow.qc.flags import FLAG_LIMITS, FLAGS
 from n4flow.qc.measuring import Subject, measure_subject
 from n4flow.qc.pictures import data_uri, webp
 from n4flow.qc.rendering import number, render
-from n4flow.qc.subject_panels import field_panels, image_panels, plot_panels
+from n4flow.qc.subject_panels import field_panels, image_panel, plot_panels
 from n4flow.steps.correct import correct_scan
 from n4flow.steps.demo import load_tissues
 from n4flow.steps.derivatives import CorrectionFiles, write_derivatives
@@ -137,7 +137,7 @@ class Case(NamedTuple):
     numbers: tuple[str, ...]  # keys of the metrics that show it
 
 
-IMAGES = {"original": "Original, with the mask", "corrected": "Corrected"}
+IMAGES = {"Original, with the mask": "original", "Corrected": "corrected"}
 
 CASES = (
     Case(
@@ -168,7 +168,7 @@ CASES = (
         "The CJV falls all the same, since its classes come from the corrected image; the entropy has no classes, and "
         "rises. Where the reference is on, r is near -1.",
         _inverted,
-        ("Corrected", "Bias field", "Profile along the steepest axis"),
+        ("Corrected", "Bias field", "Profile along the field"),
         ("log_entropy_after_bits", "log_entropy_before_bits", "cv_bright_before", "cv_bright_after", "cjv_after"),
     ),
     Case(
@@ -178,7 +178,7 @@ CASES = (
         "The field map is blank, original and corrected are alike, and the profile keeps its slope. A scan without a "
         "field gives the same numbers and is fine: only the eye tells these two apart, by the shading in the image.",
         _nothing,
-        ("Corrected", "Bias field", "Profile along the steepest axis"),
+        ("Corrected", "Bias field", "Profile along the field"),
         ("inu_range", "field_min", "field_max", "cjv_before", "cjv_after"),
     ),
     Case(
@@ -217,8 +217,8 @@ MAPS = {
 }
 PLOTS = {
     "Histogram in the mask": "Intensities before and after.",
-    "Profile along the steepest axis": "Mean of the bright class, plane by plane along the axis in which the field "
-    "changes most.",
+    "Profile along the field": "Mean of the bright class, plane by plane along the axis in which the field varies "
+    "most.",
     "Convergence": "How much each iteration still changed the field: a line per stage.",
     "Ours against the reference": "A point per voxel of the mask, log fields less their means.",
 }
@@ -249,12 +249,13 @@ def make_guide(
             corrected=files.corrected,
             field=files.field,
             sidecar=files.sidecar,
+            mask_sidecar=bench.folder / "mask.json",
             reference_field=reference.field,
             reference_sidecar=reference.sidecar,
             **limits,
         )
         cases = [_broken(case, bench, good, limits) for case in CASES]
-        drawn = _panels(good)
+        drawn = _panels(good, {*MAPS, *PLOTS})
         html = render(
             "guide.html",
             maps=[{**drawn[title], "what": what} for title, what in MAPS.items()],
@@ -293,7 +294,7 @@ def _broken(case: Case, bench: _Bench, good: Subject, limits: Mapping[str, Any])
         sidecar=files.sidecar,
         **limits,
     )
-    drawn = _panels(subject)
+    drawn = _panels(subject, case.panels)
     columns = {key: (heading, digits) for key, heading, digits, _ in COLUMNS}
     rows = []
     for key in case.numbers:
@@ -310,18 +311,16 @@ def _broken(case: Case, bench: _Bench, good: Subject, limits: Mapping[str, Any])
     }
 
 
-def _panels(subject: Subject) -> dict[str, dict[str, Any]]:
-    """All panels of a scan by title, the mosaics of the image smaller than on its page."""
-    images = [
-        {
-            "title": IMAGES[entry["label"]],
-            "alt": entry["alt"],
-            "source": data_uri(webp(entry["picture"], QUALITY)),
-        }
-        for entry in image_panels(subject)
-        if entry["label"] in IMAGES
-    ]
-    return {panel["title"]: panel for panel in [*images, *field_panels(subject)[0], *plot_panels(subject)]}
+def _panels(subject: Subject, titles: Collection[str]) -> dict[str, dict[str, Any]]:
+    """Panels of a scan by title."""
+    found = {}
+    for title, image in IMAGES.items():
+        if title in titles:
+            panel = image_panel(subject, (image,))
+            for layer in panel["layers"]:
+                layer["source"] = data_uri(webp(layer.pop("picture"), QUALITY))
+            found[title] = panel | {"title": title}
+    return found | {panel["title"]: panel for panel in [*field_panels(subject, titles), *plot_panels(subject, titles)]}
 
 
 def _worded(subject: Subject) -> list[list[str]]:

@@ -18,14 +18,16 @@ from n4flow.images.nifti import Volume
 from n4flow.qc import panels
 from n4flow.qc.flags import FLAG_LIMITS, find_flags
 from n4flow.qc.metrics import (
+    bright_outside_fraction,
     correction_metrics,
     mask_volume_ml,
     microscopy_metrics,
     saturated_fraction,
+    speckle_fraction,
     steepness,
+    wrapped_fraction,
 )
 from n4flow.qc.rendering import plain, read_json
-from n4flow.qc.viewer import shrink, steps_within
 from n4flow.study.bids import DATATYPE_OF
 from n4flow.study.outputs import scan_and_role
 from n4flow.study.series import open_scan
@@ -39,7 +41,6 @@ class Part(NamedTuple):
 
     values: np.ndarray  # in the mask, in the order of the file; float32
     pictures: Pictures
-    small: np.ndarray | None  # for the viewer
     frames: int
     averaged: int  # of these frames
     stored: tuple[np.dtype, float, float]  # dtype, slope and inter in the file
@@ -51,53 +52,52 @@ class View:
     Parameters
     ----------
     mask : Volume
-    viewer_bytes : float
-        The most that the viewer's data may take; 0 for none.
-    control_points : int
-        Of the fields that the viewer shows.
+    original : (n0, n1, n2) array
+        What is seen of it decides, with the mask, on slices and crop.
+    anatomical : bool
+        The header tells where the subject's right, front and top are.
 
     Attributes
     ----------
     grid : Volume
         The mask's: gives geometry.
+    anatomical : bool
     mask : (n0, n1, n2) bool array
     voxels : int
         In the mask.
-    steps : three ints or None
-        Voxels that the viewer's volumes average, per axis.
     slices : per plane, per slice
+    cuts : per plane, per slice, the mask as a picture
     outlines : per plane, per slice, rings of `panels.silhouette`
     field_part : slice
         Which slices of a plane the panels of a field show.
     """
 
-    def __init__(self, mask: Volume, viewer_bytes: float, control_points: int) -> None:
-        self.grid = mask
-        fit = viewer_bytes, control_points
-        self.steps = steps_within(mask.shape, mask.voxel_size_mm, *fit) if viewer_bytes else None
+    def __init__(self, mask: Volume, original: np.ndarray, anatomical: bool) -> None:
+        self.grid, self.anatomical = mask, anatomical
         self.mask = np.empty(mask.shape, dtype=bool, order="F")
         for slab, values in mask.mean_slabs():
             self.mask[:, :, slab] = inside_mask(values)
         self.voxels = int(self.mask.sum())
         if self.voxels == 0:
             raise InputError(mask.path, "the mask is empty", "give a mask, or another mask.method")
-        planes = panels.upright_planes(mask.affine, mask.shape, mask.voxel_size_mm)
-        self.slices = panels.choose_slices(self.mask, planes)
-        self.outlines = [[panels.silhouette(s.cut(self.mask), s.plane.size_mm) for s in row] for row in self.slices]
+        planes = panels.upright_planes(mask.affine, mask.shape, mask.voxel_size_mm, anatomical=anatomical)
+        self.slices = panels.choose_slices(self.mask, planes, panels.foreground(original, self.mask))
+        self.cuts = [[s.cut(self.mask) for s in row] for row in self.slices]
+        self.outlines = [
+            [panels.silhouette(cut, s.plane.size_mm) for cut, s in zip(*rows, strict=True)]
+            for rows in zip(self.cuts, self.slices, strict=True)
+        ]
         field_part = panels.FIELD_SLICES
         few = any(len(row) < field_part.stop for row in self.slices)
         self.field_part = slice(None) if few else field_part
 
-    def image(self, volume: Volume, role: str) -> Part:
+    def part(self, volume: Volume, values: np.ndarray) -> Part:
         """Of an image what is kept of it."""
-        self.grid.check_same_grid(volume, role)
-        values = volume.mean()
         # the transposes lie in memory as the file does, which makes the selection fast
         inside = values.T[self.mask.T]
         return Part(
             inside,
             [[np.nan_to_num(s.cut(values)) for s in row] for row in self.slices],
-            shrink(values, self.steps) if self.steps else None,
             volume.frames,
             len(volume.averaged),
             (volume.dtype, volume.slope, volume.inter),
@@ -138,9 +138,19 @@ class View:
         size_mm = (self.voxels * math.prod(drawn)) ** (1 / len(drawn)) if drawn else 0.0
         return steepness(np.linalg.norm(self.log_slopes(field), axis=0), size_mm)
 
-    def steepest_axis(self, field: BiasField) -> int:
-        """The axis of the file along which the log field changes most per mm, in the mask."""
-        return int(np.argmax(np.abs(self.log_slopes(field)).sum(axis=1)))
+    def axis_of_field(self, field: BiasField) -> int:
+        """The axis of the file along which the log field varies most: by the means of its planes, in the mask."""
+        steps = [max(1, n // 48) for n in self.mask.shape]
+        inside = self.mask[tuple(slice(None, None, step) for step in steps)]
+        log_field = field.log_at([np.arange(0, n, step) for n, step in zip(self.mask.shape, steps, strict=True)])
+        spreads = []
+        for axis in range(3):
+            others = tuple(a for a in range(3) if a != axis)
+            counts = inside.sum(axis=others)
+            means = (log_field * inside).sum(axis=others) / np.maximum(counts, 1)
+            weights = counts / max(1, counts.sum())
+            spreads.append(float(np.sum(weights * (means - np.sum(weights * means)) ** 2)))
+        return int(np.argmax(spreads))
 
 
 class Subject(NamedTuple):
@@ -154,7 +164,7 @@ class Subject(NamedTuple):
     log_reference: np.ndarray | None
     pictures: dict[str, Pictures]  # before, after, field and, if there is one, reference
     fields: dict[str, BiasField]  # for the viewer, by name
-    small: tuple[np.ndarray, np.ndarray] | None  # original and corrected for the viewer, if it was asked for
+    volume: np.ndarray | None  # corrected, all of it, if it was asked for
     values: dict[str, Any]  # the metrics
     facts: dict[str, Any]
     reference_facts: dict[str, Any]
@@ -173,7 +183,7 @@ def measure_subject(
     reference_sidecar: str | Path | None = None,
     field_window_log: float,
     flags: Mapping[str, float] = FLAG_LIMITS,
-    viewer_mb: float = 0,
+    keep_volume: bool = False,
 ) -> Subject:
     """Read a scan and measure its correction.
 
@@ -193,8 +203,8 @@ def measure_subject(
         Field maps run from ``-field_window_log`` to this, natural log; one for a dataset, so that subjects compare.
     flags : mapping
         Limits of the automatic flags, see `flags.FLAG_LIMITS`.
-    viewer_mb : float
-        The most that the viewer's data may take, in MB; 0 keeps none.
+    keep_volume : bool
+        Keep the corrected image, for the viewer.
 
     Returns
     -------
@@ -212,10 +222,20 @@ def measure_subject(
     fields = {"bias field": load_field(field)}
     if reference_field:
         fields["reference field"] = load_field(reference_field)
-    view = View(Volume(mask), 1e6 * viewer_mb, sum(each.lattice.size for each in fields.values()))
-    raw, divided = open_scan(image), Volume(corrected)
+    datatype = DATATYPE_OF.get(name.rpartition("_")[2])
+    grid, raw, divided = Volume(mask), open_scan(image), Volume(corrected)
     divided.averaged = raw.averaged
-    original, result = view.image(raw, "image"), view.image(divided, "corrected image")
+    grid.check_same_grid(raw, "image")
+    shown = raw.mean()
+    # microscopes write affines, but no anatomy
+    anatomical = raw.has_spatial_reference and datatype != "micr"
+    view = View(grid, shown, anatomical)
+    original = view.part(raw, shown)
+    wrapped = wrapped_fraction(shown, *original.stored) if original.frames == 1 else None
+    grid.check_same_grid(divided, "corrected image")
+    shown = divided.mean()
+    result = view.part(divided, shown)
+    bright_outside = bright_outside_fraction(shown, view.mask)
     ours = fields["bias field"]
     log_field, field_pictures = view.field(ours, field)
     pictures = {"before": original.pictures, "after": result.pictures, "field": field_pictures}
@@ -223,7 +243,6 @@ def measure_subject(
     if reference_field:
         log_reference, pictures["reference"] = view.field(fields["reference field"], reference_field)
 
-    datatype = DATATYPE_OF.get(name.rpartition("_")[2])
     values = {
         "name": name,
         "datatype": datatype,
@@ -237,6 +256,9 @@ def measure_subject(
         **(microscopy_metrics(original.values, result.values, view.mask) if datatype == "micr" else {}),
         "field_steepness": view.steepness(ours),
         "saturated_fraction": saturated_fraction(original.values, *original.stored),
+        "wrapped_fraction": wrapped,
+        "bright_outside_fraction": bright_outside,
+        "mask_speckle_fraction": speckle_fraction(view.mask),
         "display_max": _display_max(result.values),
         "field_window_log": field_window_log,
         "field_beyond_window_fraction": float(np.mean(np.abs(log_field) > field_window_log)),
@@ -245,9 +267,9 @@ def measure_subject(
         "versions": _versions(reference_facts) | _versions(facts),
     }
     values["flags"] = find_flags(values, flags)
-    small = None if original.small is None or result.small is None else (original.small, result.small)
     inside = original.values, result.values, log_field, log_reference
-    return Subject(view, ours, *inside, pictures, fields, small, plain(values), facts, reference_facts)
+    volume_kept = shown if keep_volume else None
+    return Subject(view, ours, *inside, pictures, fields, volume_kept, plain(values), facts, reference_facts)
 
 
 def _display_max(corrected: np.ndarray) -> float:

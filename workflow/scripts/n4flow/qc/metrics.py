@@ -38,6 +38,16 @@ CAMERA_MAXIMA = tuple(2**bits - 1 for bits in (8, 10, 12, 14, 16))
 #: So many voxels may share the largest value by chance.
 CHANCE_VOXELS = 10
 
+#: In a wrapped image, a value in the upper tenth of what its integers can hold has a neighbour that is lower by more
+#: than this share of it.
+WRAPPED_TOP, WRAPPED_STEP = 0.9, 0.6
+
+#: So many values in the upper tenth are needed to say something of them.
+WRAPPED_VOXELS = 50
+
+#: Outside of the mask as bright as this percentile of it is as bright as what the mask holds.
+BRIGHT_PERCENTILE = 25
+
 #: Below this share of the 99th percentile of the mask, a voxel is as dark as air.
 DARK_SHARE = 0.05
 
@@ -285,6 +295,95 @@ def dark_fraction(original: np.ndarray) -> float:
     if not known.size:
         return math.nan
     return float(np.mean(~(original >= DARK_SHARE * np.percentile(known, 99))))
+
+
+def bright_outside_fraction(corrected: np.ndarray, mask: np.ndarray) -> float:
+    """What the mask leaves out although it is as bright: ``|{outside: v >= P25(v in the mask)}| / n``.
+
+    About half for the mask of a brain in a whole head, whose scalp and face are bright; next to none for a mask that
+    was found by a threshold.
+
+    Parameters
+    ----------
+    corrected : (n0, n1, n2) array
+        Corrected intensities.
+    mask : (n0, n1, n2) bool array
+
+    Returns
+    -------
+    float
+        As a share of the voxels of the mask; NaN where nothing in it is above 0.
+    """
+    inside = corrected.T[mask.T]
+    usable = inside[np.isfinite(inside) & (inside > 0)]
+    if not usable.size:
+        return math.nan
+    least = np.percentile(usable, BRIGHT_PERCENTILE)
+    bright, held = (int(np.count_nonzero(v >= least)) for v in (corrected, inside))
+    return (bright - held) / inside.size
+
+
+def speckle_fraction(mask: np.ndarray) -> float:
+    """Share of a mask's voxels that have at most one neighbour in it, face to face: noise, and no object.
+
+    Parameters
+    ----------
+    mask : (n0, n1, n2) bool array
+        Not empty.
+    """
+    neighbours = np.zeros(mask.shape, dtype=np.uint8, order="F")
+    for lower, upper in _next_to(mask.ndim):
+        neighbours[lower] += mask[upper]
+        neighbours[upper] += mask[lower]
+    return float(np.count_nonzero(mask & (neighbours <= 1)) / np.count_nonzero(mask))
+
+
+def _next_to(axes: int) -> Iterator[tuple[tuple[slice, ...], tuple[slice, ...]]]:
+    """Per axis: all voxels but the last, and their neighbours along it."""
+    for axis in range(axes):
+        whole = (slice(None),) * axis
+        yield (*whole, slice(None, -1)), (*whole, slice(1, None))
+
+
+def wrapped_fraction(values: np.ndarray, dtype: np.dtype, slope: float = 1.0, inter: float = 0.0) -> float:
+    """How much an integer image looks as if its largest values had begun again at the smallest.
+
+    Beside a value near the largest that 8, 10, 12, 14 or 16 bits can hold lies one that is far lower: of a wrapped
+    object nearly everywhere, of an image that was scaled to its largest value hardly anywhere.
+
+    Parameters
+    ----------
+    values : (n0, n1, n2) array
+        Original intensities of one frame, ``slope * stored + inter``.
+    dtype : numpy dtype
+        Of the stored values.
+    slope, inter : float
+
+    Returns
+    -------
+    float
+        Of the voxels in the upper tenth of the range, the share with such a neighbour. NaN for floats, where values do
+        not reach over a range of so many bits, or too few lie in its upper tenth.
+    """
+    if not np.issubdtype(dtype, np.integer) or not values.size:
+        return math.nan
+    low, high = (float((v - inter) / slope) for v in (values.min(), values.max()))
+    ranges = [2**bits for bits in (8, 10, 12, 14, 16)]
+    span = next((r for r in ranges if high - min(low, 0) < r), math.nan)
+    least = WRAPPED_TOP * (span / 2 if low < 0 else span)
+    if not high >= least:
+        return math.nan
+    upper = values >= slope * least + inter
+    count = int(np.count_nonzero(upper))
+    if count < WRAPPED_VOXELS:
+        return math.nan
+    step = WRAPPED_STEP * span * slope
+    torn = np.zeros(values.shape, dtype=bool, order="F")
+    for one, other in _next_to(values.ndim):
+        difference = values[one] - values[other]
+        torn[one] |= difference > step
+        torn[other] |= difference < -step
+    return float(np.count_nonzero(torn & upper) / count)
 
 
 def _sections(values: np.ndarray, mask: np.ndarray) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:

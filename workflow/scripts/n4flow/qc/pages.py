@@ -17,13 +17,25 @@ from n4flow.qc.measuring import measure_subject
 from n4flow.qc.panels import oblique_degrees
 from n4flow.qc.pictures import data_uri, webp
 from n4flow.qc.rendering import render
-from n4flow.qc.subject_panels import field_panels, image_panels, plot_panels, thumbnails
-from n4flow.qc.viewer import shrink, viewer_script
+from n4flow.qc.subject_panels import (
+    MAP_QUALITY,
+    field_panels,
+    image_panel,
+    map_thumbnails,
+    mask_source,
+    plot_panels,
+    steep_from,
+    steep_tables,
+    thumbnails,
+)
+from n4flow.qc.viewer import viewer_script
 from n4flow.study.series import LOW_B
 
-#: A page may have so many bytes; the two mosaics of the image take what the rest leaves.
-PAGE_BYTES = 440_000
-ROOM_FOR_TEXT = 50_000
+#: A page has no more bytes; the two mosaics of the image take what the rest leaves.
+PAGE_BYTES = 494_000
+
+#: Qualities of these mosaics; encoding takes time, so the first one is to fit most scans.
+QUALITIES = (70, 45, 25)
 
 
 def make_subject(
@@ -57,43 +69,61 @@ def make_subject(
     InputError
         As `measuring.measure_subject`.
     """
-    subject = measure_subject(**scan, viewer_mb=viewer_mb if viewer else 0)
+    subject = measure_subject(**scan, keep_volume=bool(viewer and viewer_mb))
     folder = Path(metrics).parent
     values = {**subject.values, "page": os.path.relpath(page, folder), "pictures": os.path.relpath(pictures, folder)}
-    shown, plots = image_panels(subject), plot_panels(subject)
-    maps, small = field_panels(subject)
-    small = thumbnails(subject) | small
+    images, plots = image_panel(subject), plot_panels(subject)
+    maps = field_panels(subject, own_window=True)
+    mask = mask_source(subject)
+    small = thumbnails(subject) | map_thumbnails(subject)
     values["panels"] = list(small)
-    shown[-1]["source"] = data_uri(webp(shown[-1].pop("picture"), 70))  # the field is smooth and small
-    taken = sum(len(p["source"]) for p in [*maps, *plots, shown[-1]])
-    sources = _fit([entry.pop("picture") for entry in shown[:-1]], PAGE_BYTES - taken - ROOM_FOR_TEXT)
-    for entry, source in zip(shown, sources, strict=False):
-        entry["source"] = source
-
+    fields = [layer for layer in images["layers"] if layer["states"].startswith("is-field")]
+    for layer in fields:
+        layer["source"] = data_uri(webp(layer.pop("picture"), MAP_QUALITY))
+    greys = [layer for layer in images["layers"] if layer not in fields]
+    mosaics = [layer.pop("picture") for layer in greys]
     oblique = oblique_degrees(subject.view.grid.affine)
-    html = render(
-        "subject.html",
-        name=values["name"],
-        metrics=values,
-        shown=shown,
-        maps=maps,
-        plots=plots,
-        flags=[flag.split(": ", 1) for flag in values["flags"]],
-        provenance=_provenance(subject.facts, subject.reference_facts, values),
-        low_b=LOW_B,
-        oblique=oblique if oblique > 1 else None,
-        has_reference=subject.log_reference is not None,
-        index_href=None if alone else f"index.html#{quote(values['name'])}",
-        viewer_href=quote(os.path.relpath(viewer, Path(page).parent)) if viewer else None,
-    )
+
+    def rendered() -> str:
+        return render(
+            "subject.html",
+            name=values["name"],
+            metrics=values,
+            images=images,
+            mask=mask,
+            steep=steep_tables(values),
+            maps=maps,
+            plots=plots,
+            flags=[flag.split(": ", 1) for flag in values["flags"]],
+            provenance=_provenance(subject.facts, subject.reference_facts, values),
+            low_b=LOW_B,
+            oblique=oblique if oblique > 1 else None,
+            has_reference=subject.log_reference is not None,
+            index_href=None if alone else f"index.html#{quote(values['name'])}",
+            viewer_href=quote(os.path.relpath(viewer, Path(page).parent)) if viewer else None,
+        )
+
+    sources = _fit(mosaics, PAGE_BYTES - len(rendered().encode()))
+    for layer, source in zip(greys, sources, strict=True):
+        layer["source"] = source
+    html = rendered()
     with atomic_bytes(pictures) as file:
         file.write(webp(Image.fromarray(np.concatenate(list(small.values()))), 75))
     view = subject.view
-    if viewer and view.steps and subject.small:
-        mask_small = shrink(view.mask, view.steps)
-        display = (values["display_max"], values["field_window_log"])
+    if viewer and subject.volume is not None:
+        script = viewer_script(
+            view.grid,
+            subject.volume,
+            view.mask,
+            subject.fields,
+            display_max=values["display_max"],
+            steep_from=steep_from(values),
+            field_window_log=values["field_window_log"],
+            anatomical=view.anatomical,
+            limit_bytes=1e6 * viewer_mb,
+        )
         with atomic_text(viewer) as file:
-            file.write(viewer_script(view.grid, view.steps, *subject.small, mask_small, subject.fields, *display))
+            file.write(script)
     with atomic_text(metrics) as file:
         json.dump(values, file, indent=2, ensure_ascii=False, allow_nan=False)
         file.write("\n")
@@ -102,7 +132,7 @@ def make_subject(
 
 
 def _fit(pictures: Sequence[Any], budget: int) -> list[str]:
-    """The pictures as data URIs that fit the budget (characters) together, in better quality where there is room."""
+    """The pictures as data URIs that fit the budget (characters) together."""
 
     def encoded(quality: int) -> list[str]:
         return [data_uri(webp(picture, quality)) for picture in pictures]
@@ -110,14 +140,10 @@ def _fit(pictures: Sequence[Any], budget: int) -> list[str]:
     def size(sources: list[str]) -> int:
         return sum(map(len, sources))
 
-    # encoding takes most of a page's time: the quality that fits most scans comes first
-    sources = encoded(55)
-    if size(sources) < 0.65 * budget and size(better := encoded(80)) <= budget:
-        return better
-    for quality in (36, 20):
+    for quality in QUALITIES:
+        sources = encoded(quality)
         if size(sources) <= budget:
             break
-        sources = encoded(quality)
     return sources
 
 

@@ -1,4 +1,4 @@
-"""The pictures of a subject: planes of the file laid out upright.
+"""Which planes of a scan are shown, how they are turned, and where the mask ends in them.
 
 Nothing is resampled to another grid: a picture shows index planes of the file, flipped and
 transposed so that anatomy stands upright (superior or anterior up, the subject's right on the right).
@@ -6,49 +6,36 @@ transposed so that anatomy stands upright (superior or anterior up, the subject'
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import nibabel as nib
 import numpy as np
 from contourpy import FillType, contour_generator
-from matplotlib import colormaps
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from matplotlib.path import Path as Outline
-from matplotlib.patheffects import withStroke
-from PIL import Image, ImageDraw
-
-from n4flow.qc.pictures import picture_of
 
 WORLD = (("L", "R"), ("P", "A"), ("I", "S"))
 PLANE_NAMES = ("sagittal", "coronal", "axial")
 
-#: Where the slices of a plane lie, as a share of the mask's voxels; field panels show the middle two.
+#: Where the slices of a plane lie, as a share of mask and foreground; field panels show the middle two.
 SLICE_QUANTILES = (0.12, 0.37, 0.63, 0.88)
 FIELD_SLICES = slice(1, 3)
 
 #: Radius by which the mask is closed to a silhouette, as a share of the picture: 5 mm of 200 mm.
 CLOSING_SHARE = 0.025
 
-#: What is shown around the mask, as a share of it.
+#: What is shown around mask and foreground, as a share of them.
 MARGIN_SHARE = 0.03
+
+#: A plane of the image shows something where more than this share of its voxels is foreground: noise leaves a few.
+FOREGROUND_SHARE = 0.03
+
+#: What lies outside of the mask is noise up to its median and so many times the median distance from that.
+NOISE_SPREADS = 5.0
 
 #: An outline is found on about so many pixels a side.
 OUTLINE_PIXELS = 512
-
-OUTSIDE = "#b9bcc0"
-
-#: Width of the two mosaics of the image in pixels; half of it fits a field panel with half the slices, row by row.
-WIDTH = 1120
-
-#: Height of all rows of a mosaic together, in pixels, if they would be taller.
-TALLEST = 1100
-
-#: Side of a plane in the grid of all scans.
-THUMBNAIL_PIXELS = 160
 
 
 @dataclass(frozen=True)
@@ -64,7 +51,7 @@ class Plane:
     flip_normal, flip_across, flip_up : bool
         The axis runs from R to L, A to P or S to I.
     labels : (left, right, bottom, top)
-        Anatomical directions.
+        Anatomical directions; empty where nothing says which they are.
     size_mm : (across, up)
         Of a voxel.
     """
@@ -100,6 +87,16 @@ class Slice:
         box[self.plane.normal] = slice(self.index, self.index + 1)
         return box[0], box[1], box[2]
 
+    @property
+    def size_mm(self) -> tuple[float, float]:
+        """Width and height of the picture."""
+        plane = self.plane
+        across, up = (
+            (self.box[axis].stop - self.box[axis].start) * size
+            for axis, size in zip((plane.across, plane.up), plane.size_mm, strict=True)
+        )
+        return across, up
+
     def picture(self, values: np.ndarray) -> np.ndarray:
         """The voxels of `tile` as a picture, rows from bottom to top."""
         return self.plane.upright(np.squeeze(values, axis=self.plane.normal))
@@ -109,7 +106,9 @@ class Slice:
         return self.picture(volume[self.tile])
 
 
-def upright_planes(affine: np.ndarray, shape: Sequence[int], voxel_size_mm: Sequence[float]) -> list[Plane]:
+def upright_planes(
+    affine: np.ndarray, shape: Sequence[int], voxel_size_mm: Sequence[float], *, anatomical: bool = True
+) -> list[Plane]:
     """Axial, coronal and sagittal planes, as near as the file's axes come to them.
 
     Planes with an axis of fewer than 4 voxels are left out; a 2-D image has one plane.
@@ -119,6 +118,8 @@ def upright_planes(affine: np.ndarray, shape: Sequence[int], voxel_size_mm: Sequ
     affine : (4, 4) array
     shape : (n0, n1, n2)
     voxel_size_mm : three floats
+    anatomical : bool
+        The affine tells where the subject's right, front and top are.
     """
     codes = nib.aff2axcodes(affine)
     world = [next(w for w, pair in enumerate(WORLD) if code in pair) for code in codes]
@@ -138,7 +139,7 @@ def upright_planes(affine: np.ndarray, shape: Sequence[int], voxel_size_mm: Sequ
                 flip_normal,
                 flip_across,
                 flip_up,
-                (*WORLD[world[across]], *WORLD[world[up]]),
+                (*WORLD[world[across]], *WORLD[world[up]]) if anatomical else ("", "", "", ""),
                 (float(voxel_size_mm[across]), float(voxel_size_mm[up])),
             )
         )
@@ -152,23 +153,58 @@ def oblique_degrees(affine: np.ndarray) -> float:
     return float(np.degrees(np.arccos(np.clip(np.abs(axes[ornt, range(3)]), 0, 1)).max()))
 
 
-def choose_slices(mask: np.ndarray, planes: Sequence[Plane]) -> list[list[Slice]]:
-    """Slices through the mask, one list per plane, cropped to the mask and a margin.
+def foreground(values: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """What stands out from the noise outside of a mask, whether the mask holds it or not.
+
+    Parameters
+    ----------
+    values : (n0, n1, n2) array
+        The original; what is not finite counts as 0.
+    mask : (n0, n1, n2) bool array
+
+    Returns
+    -------
+    (n0, n1, n2) bool array
+        Noise leaves some voxels of it everywhere.
+    """
+    steps = [max(1, n // 64) for n in mask.shape]
+    part = tuple(slice(None, None, step) for step in steps)
+    outside = np.nan_to_num(values[part][~mask[part]], posinf=0, neginf=0)
+    if not outside.size:
+        return np.zeros(mask.shape, dtype=bool)
+    middle = np.median(outside)
+    return values > middle + NOISE_SPREADS * np.median(np.abs(outside - middle))
+
+
+def choose_slices(mask: np.ndarray, planes: Sequence[Plane], seen: np.ndarray | None = None) -> list[list[Slice]]:
+    """Slices through the mask and the foreground, one list per plane, cropped to both together and a margin.
+
+    So a mask that leaves out half a head shows as half a head that is left out. The mask and the foreground have an
+    equal say in where the slices lie.
 
     Parameters
     ----------
     mask : (n0, n1, n2) bool array
         Not empty.
+    seen : (n0, n1, n2) bool array, optional
+        The `foreground`; by default the mask alone.
     """
-    counts = [mask.sum(axis=tuple(a for a in range(3) if a != axis)) for axis in range(3)]
+    others = [tuple(a for a in range(3) if a != axis) for axis in range(3)]
+    counts = [mask.sum(axis=other) for other in others]
+    wide = counts
+    if seen is not None:
+        least = [FOREGROUND_SHARE * mask.size / n for n in mask.shape]
+        totals = [seen.sum(axis=other) for other in others]
+        wide = [np.where(t > few, t, 0) for t, few in zip(totals, least, strict=True)]
     box = []
-    for count in counts:
-        hit = np.flatnonzero(count)
+    for count, more in zip(counts, wide, strict=True):
+        hit = np.flatnonzero((count > 0) | (more > 0))
         margin = round(MARGIN_SHARE * (hit[-1] - hit[0] + 1))
         box.append(slice(max(0, int(hit[0]) - margin), min(len(count), int(hit[-1]) + margin + 1)))
     chosen = []
     for plane in planes:
-        share = np.cumsum(counts[plane.normal]) / counts[plane.normal].sum()
+        along = [counts[plane.normal], np.maximum(counts[plane.normal], wide[plane.normal])]
+        share = np.mean([np.cumsum(each) / each.sum() for each in along], axis=0)
         indices = sorted({int(np.searchsorted(share, q)) for q in SLICE_QUANTILES})
         ordered = indices[:: -1 if plane.flip_normal else 1]
         chosen.append([Slice(plane, index, (box[0], box[1], box[2])) for index in ordered])
@@ -225,196 +261,3 @@ def _spread(mask: np.ndarray, axis: int, radius: int) -> np.ndarray:
 def _area(ring: np.ndarray) -> float:
     x, y = ring.T
     return 0.5 * abs(float(np.dot(x, np.roll(y, 1)) - np.dot(y, np.roll(x, 1))))
-
-
-class ColourScale(NamedTuple):
-    """What the colours of a mosaic mean."""
-
-    cmap: str
-    low: float
-    high: float
-    ticks: list[tuple[float, str]]
-    label: str
-
-
-def intensity_scale(high: float) -> ColourScale:
-    """Grey from 0 to `high`."""
-    return ColourScale("gray", 0, high, [(0, "0"), (high, f"{high:.4g}")], "intensity")
-
-
-def ratio_ticks(window_log: float) -> list[tuple[float, str]]:
-    """Ticks of a log field at plain ratios, symmetric about ×1, the outermost that fit and one half as far."""
-    steps = [r for r in (1.002, 1.005, 1.01, 1.02, 1.05, 1.1, 1.25, 1.5, 2, 3, 5, 10) if math.log(r) <= window_log]
-    outer = steps[-1:]
-    inner = [r for r in steps if 0.25 <= math.log(r) / window_log <= 0.6][-1:]
-    ticks = [(0.0, "×1")]
-    for ratio in {*outer, *inner}:
-        digits = 2 if ratio >= 1.05 else 3
-        ticks += [(math.log(value), f"×{value:.{digits}f}".rstrip("0").rstrip(".")) for value in (ratio, 1 / ratio)]
-    return sorted(ticks)
-
-
-def field_scale(window_log: float) -> ColourScale:
-    """Red where the field is above 1 (brighter than it should be), blue below."""
-    return ColourScale("RdBu_r", -window_log, window_log, ratio_ticks(window_log), "log scale")
-
-
-def difference_scale(window_log: float) -> ColourScale:
-    """Purple where ours is above the reference, orange below."""
-    return ColourScale("PuOr", -window_log, window_log, ratio_ticks(window_log), "ours / reference")
-
-
-def mosaic(
-    pictures: Sequence[Sequence[np.ndarray]],
-    slices: Sequence[Sequence[Slice]],
-    scale: ColourScale,
-    *,
-    width: int,
-    title: str,
-    outlines: Sequence[Sequence[list[np.ndarray]]] | None = None,
-    clip: bool = False,
-) -> Image.Image:
-    """Rows of slices, one row per plane, with anatomical labels and a colour bar.
-
-    Parameters
-    ----------
-    pictures : per plane, per slice, a (rows, columns) array
-        Rows from bottom to top.
-    slices : per plane, per slice
-    scale : ColourScale
-    width : int
-        Of the mosaic in pixels.
-    title : str
-        Printed in the corner, so that a screenshot speaks for itself.
-    outlines : per plane, per slice, rings of `silhouette`, optional
-    clip : bool
-        Show nothing outside the outlines, instead of drawing them on the picture.
-    """
-    gap, row_gap, bar = 6, 14, 56
-    rows, y = [], bar
-    most = TALLEST / len(slices)
-    for row in reversed(slices):
-        aspects = [_aspect(s) for s in row]
-        height = min((width - gap * (len(row) + 1)) / sum(aspects), most)
-        rows.append((y, height, aspects))
-        y += round(height) + row_gap
-    total = y + 34
-    dark = not clip
-    figure = Figure(figsize=(width / 100, total / 100), dpi=100, facecolor="black" if dark else OUTSIDE)
-    FigureCanvasAgg(figure)
-    axes = figure.add_axes((0, 0, 1, 1), xlim=(0, width), ylim=(0, total))
-    axes.axis("off")
-    ink = "white" if dark else "black"
-    halo = [withStroke(linewidth=2.5, foreground="black" if dark else OUTSIDE)]
-    style: dict[str, Any] = {"color": ink, "fontsize": 13, "path_effects": halo}
-    for number, (bottom, height, aspects) in zip(reversed(range(len(slices))), rows, strict=True):
-        x = (width - height * sum(aspects) - gap * (len(aspects) - 1)) / 2
-        for column, aspect in enumerate(aspects):
-            extent = (x, x + height * aspect, bottom, bottom + height)
-            where = slices[number][column]
-            shown = axes.imshow(
-                pictures[number][column],
-                cmap=scale.cmap,
-                vmin=scale.low,
-                vmax=scale.high,
-                extent=extent,
-                origin="lower",
-                interpolation="bilinear",
-                aspect="auto",
-            )
-            rings = (
-                [ring * (height * aspect, height) + (x, bottom) for ring in outlines[number][column]]
-                if outlines
-                else []
-            )
-            if clip and rings:
-                path = Outline.make_compound_path(*[Outline(ring, closed=True) for ring in rings])
-                shown.set_clip_path(path, transform=axes.transData)
-            elif clip:
-                shown.set_visible(False)
-            for ring in rings:
-                axes.plot(*ring.T, color="#3c3c3c" if clip else "#ffd23c", linewidth=0.8 if clip else 1.1)
-            _label_slice(axes, where, extent, style, full=column == 0)
-            x += height * aspect + gap
-    axes.text(10, total - 17, title, va="center", weight="bold", **{**style, "fontsize": 14})
-    _colour_bar(axes, scale, width, style)
-    axes.set(xlim=(0, width), ylim=(0, total))
-    return picture_of(figure)
-
-
-def thumbnail(
-    pictures: Sequence[Sequence[np.ndarray]],
-    slices: Sequence[Sequence[Slice]],
-    scale: ColourScale,
-    outlines: Sequence[Sequence[list[np.ndarray]]] | None = None,
-) -> np.ndarray:
-    """The middle slice of each plane side by side, small, for the grid of all scans.
-
-    Parameters
-    ----------
-    pictures, slices, scale
-        As for `mosaic`.
-    outlines : optional
-        Show nothing outside them.
-
-    Returns
-    -------
-    (THUMBNAIL_PIXELS, 3 THUMBNAIL_PIXELS, 3) uint8 array
-    """
-    side = THUMBNAIL_PIXELS
-    sheet = Image.new("RGB", (3 * side, side), "black" if outlines is None else OUTSIDE)
-    left = (3 - len(slices)) * side // 2
-    for number, row in enumerate(slices):
-        middle = len(row) // 2
-        shares = (pictures[number][middle] - scale.low) / (scale.high - scale.low)
-        image = Image.fromarray(colormaps[scale.cmap](shares[::-1].clip(0, 1), bytes=True)[..., :3])
-        aspect = _aspect(row[middle])
-        size = (max(1, round(side * min(1, aspect))), max(1, round(side * min(1, 1 / aspect))))
-        image = image.resize(size, Image.Resampling.BILINEAR)
-        shown = Image.new("L", size, 255 if outlines is None else 0)
-        for ring in outlines[number][middle] if outlines else ():
-            corners = (ring * (1, -1) + (0, 1)) * size
-            ImageDraw.Draw(shown).polygon([(float(x), float(y)) for x, y in corners], fill=255)
-        sheet.paste(image, (left + (side - size[0]) // 2, (side - size[1]) // 2), shown)
-        left += side
-    return np.asarray(sheet)
-
-
-def _aspect(where: Slice) -> float:
-    plane = where.plane
-    across, up = (
-        (where.box[axis].stop - where.box[axis].start) * size
-        for axis, size in zip((plane.across, plane.up), plane.size_mm, strict=True)
-    )
-    return across / up
-
-
-def _label_slice(axes: Any, where: Slice, extent: tuple[float, ...], style: dict[str, Any], full: bool) -> None:
-    x0, x1, y0, y1 = extent
-    left, right, bottom, top = where.plane.labels
-    axes.text(
-        x1 - 4,
-        y0 + 3,
-        f"{'ijk'[where.plane.normal]} {where.index}",
-        ha="right",
-        va="bottom",
-        **{**style, "fontsize": 10},
-    )
-    if full:  # every slice of a row is turned the same way
-        middle = ((x0 + x1) / 2, (y0 + y1) / 2)
-        axes.text(x0 + 5, middle[1], left, ha="left", va="center", **style)
-        axes.text(x1 - 5, middle[1], right, ha="right", va="center", **style)
-        axes.text(middle[0], y0 + 3, bottom, ha="center", va="bottom", **style)
-        axes.text(middle[0], y1 - 3, top, ha="center", va="top", **style)
-
-
-def _colour_bar(axes: Any, scale: ColourScale, width: int, style: dict[str, Any]) -> None:
-    x0, x1 = 0.1 * width, 0.9 * width
-    axes.imshow(
-        np.linspace(0, 1, 256)[None], cmap=scale.cmap, extent=(x0, x1, 32, 46), aspect="auto", interpolation="bilinear"
-    )
-    axes.plot([x0, x1, x1, x0, x0], [32, 32, 46, 46, 32], color=style["color"], linewidth=0.6)
-    for value, text in scale.ticks:
-        x = x0 + (value - scale.low) / (scale.high - scale.low) * (x1 - x0)
-        axes.plot([x, x], [27, 32], color=style["color"], linewidth=1)
-        axes.text(x, 25, text, ha="center", va="top", **{**style, "fontsize": 12})

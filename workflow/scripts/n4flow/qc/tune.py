@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from n4flow.images.files import atomic_text
-from n4flow.qc import panels
+from n4flow.qc import mosaics
 from n4flow.qc.flags import FLAG_LIMITS
 from n4flow.qc.measuring import Subject, measure_subject
 from n4flow.qc.pictures import data_uri, webp
@@ -94,11 +94,11 @@ def make_comparison(
                 field_window_log=field_window_log,
                 flags=flags,
             )
-            field, *others = field_panels(subject)[0]
+            field, *others = field_panels(subject)
             if not shared:
                 window = subject.values["display_max"]
-                original = _image_panel(subject, "before", "original", window)
-                shared = [original | {"alt": f"Original; window 0 to {window:.4g}."}, *others[:1]]
+                alt = f"Original; window 0 to {window:.4g}."
+                shared = [_image_panel(subject, "before", "original", window, alt), *others[:1]]
             rows.append((name, subject.values))
             cards.append(_card(name, subject, field, window))
         columns = [column for column in COLUMNS if any(values.get(column[0]) is not None for _, values in rows)]
@@ -135,26 +135,28 @@ def _worded(settings: Mapping[str, Any]) -> str:
     return " · ".join(f"{key}\u00a0{value}" for key, value in settings.items())  # a line ends between settings
 
 
-def _image_panel(subject: Subject, which: str, title: str, window: float) -> dict[str, Any]:
+def _image_panel(subject: Subject, which: str, title: str, window: float, alt: str) -> dict[str, Any]:
     """Original or corrected in the slices of the field panels, so that both have one size."""
     view = subject.view
-    picture = panels.mosaic(
-        [row[view.field_part] for row in subject.pictures[which]],
-        [row[view.field_part] for row in view.slices],
-        panels.intensity_scale(window),
-        width=panels.WIDTH // 2,
-        title=title,
+    part = view.field_part
+    drawn = mosaics.mosaic(
+        [mosaics.Layer("", title, [row[part] for row in subject.pictures[which]], mosaics.intensity_scale(window))],
+        [row[part] for row in view.slices],
+        width=mosaics.NARROW,
+        outlines=[row[part] for row in view.outlines],
+        cover="dim",
     )
-    return {"title": title, "source": data_uri(webp(picture, QUALITY))}
+    layer = {"states": "", "source": data_uri(webp(drawn.pictures[""], QUALITY)), "alt": alt}
+    return {"drawing": drawn.drawing, "layers": [layer]}
 
 
 def _card(name: str, subject: Subject, field: dict[str, Any], window: float) -> dict[str, Any]:
     values = subject.values
-    image = _image_panel(subject, "after", "corrected", window)
     measure, key = ("foreground CV", "foreground_cv") if values["datatype"] == "micr" else ("CJV", "cjv")
     numbers = f"{measure} {number(values[f'{key}_after'])}"
-    image["alt"] = f"Corrected with {name}: {numbers}; window 0 to {window:.4g}."
-    field["alt"] = f"Bias field with {name}: {field['numbers']}."
+    alt = f"Corrected with {name}: {numbers}; window 0 to {window:.4g}."
+    image = _image_panel(subject, "after", "corrected", window, alt)
+    field["layers"][0]["alt"] = f"Bias field with {name}: {field['numbers']}."
     if (r := values.get("reference_r")) is not None and math.isfinite(r):
         numbers += f"; r to the reference {number(r, 4)}"
     return {"name": name, "panels": [image, field], "numbers": f"{numbers}; field {field['numbers']}"}

@@ -1,7 +1,7 @@
 "use strict";
 // The review: pages of scans, one after the other, in frames below a bar. Where a key says what is on show next, it is on
 // show at once: what is typed after it may not reach the scan before it.
-const review = { order: [], at: -1, frames: new Map(), ready: new Set(), since: 0, spent: new Map(), arrived: -Infinity };
+const review = { order: [], at: -1, frames: new Map(), ready: new Set(), since: 0, spent: new Map(), arrived: -Infinity, viewer: null };
 const reviewing = () => review.at >= 0;
 const scanShown = () => rows[review.order[review.at]][0];
 const frameShown = () => review.frames.get(scanShown());
@@ -72,6 +72,7 @@ function show(at) {
   document.body.classList.add("reviewing");
   countTime();
   drawReview();
+  tellPage({ viewer: review.viewer }); // it opens as that of the scan before was left; null: closed
   focusPage();
 }
 
@@ -206,7 +207,7 @@ function reviewKey(key) {
   else if (key === "Escape") {
     closeReview();
     location.hash = address(null);
-  } else if ([" ", "b", "v"].includes(key)) tellPage(key);
+  } else if (key.length === 1 && " bvmsw+=-0lr".includes(key)) tellPage(key);
   else return false;
   return true;
 }
@@ -219,9 +220,12 @@ window.addEventListener("message", (event) => {
     // a comment is of its page, though another may be on show by now
     if (reviewing() && scan === scanShown() && document.activeElement !== $("comment")) $("comment").value = said.comment;
     if (said.done) keepComment(scan, said.comment);
+  } else if (said.viewer !== undefined) {
+    if (reviewing() && scan === scanShown()) review.viewer = said.viewer;
   } else if (said === "ready") {
     review.ready.add(scan);
     if (scan !== scanShown()) return;
+    tellPage({ viewer: review.viewer });
     tellPage({ comment: ratings.note(scan).comment });
     focusPage();
   } else if (typeof said === "string" && scan === scanShown() && !$("keys").open) reviewKey(said);

@@ -1,23 +1,8 @@
 "use strict";
-// Space swaps original and corrected in place, b shows the field there, v opens the viewer. In the review the page lies in
-// a frame of index.html, which is told the other keys and keeps the ratings; alone, the keys lead there.
+// The keys of a page: those of its pictures (panels.js) and its viewer are its own. In the review the page lies in a frame of
+// index.html, which is told the other keys and keeps the ratings; alone, the keys lead there.
 const framed = window.parent !== window;
 document.documentElement.classList.toggle("framed", framed);
-const radio = (name) => document.getElementById(`show-${name}`);
-let image = "corrected";
-let last = -Infinity;
-// A held key does nothing, and 6 swaps a second (3 Hz) are the most.
-function swap(key) {
-  const now = performance.now();
-  if (now - last < 170) return;
-  last = now;
-  const field = radio("field").checked;
-  if (key === "b") radio(field ? image : "field").checked = true;
-  else {
-    if (!field) image = radio("original").checked ? "corrected" : "original";
-    radio(image).checked = true;
-  }
-}
 // A comment is written here where the key was pressed here: what is typed goes nowhere else from that moment on. The bar of the
 // review shows it as it comes, and keeps it.
 const note = document.querySelector("dialog#note");
@@ -56,16 +41,15 @@ note.addEventListener("close", () => {
   else if (noteInput.value.trim()) toReview(`c:${encodeURIComponent(noteInput.value)}`);
 });
 window.addEventListener("pageshow", () => { leaving = false; });
-const zoom = document.querySelector("dialog#zoom");
 function act(key) {
   if (key === "c" && index) {
     writeNote();
     return true;
   }
+  if (document.querySelector("#viewer[open]") && viewerKey(key)) return true;
+  if (panelKey(key)) return true;
   if (zoom.open) return false;
-  if (document.querySelector("#viewer[open]") && [" ", "b", "v"].includes(key)) return viewerKey(key);
-  if (key === " " || key === "b") swap(key);
-  else if (key === "v") window.openViewer?.();
+  if (key === "v") window.openViewer?.();
   else if (framed && /^([1-8jku?]|Escape)$/.test(key)) tellReview(key);
   else if (index && /^[123jk]$/.test(key)) toReview(key);
   else return false;
@@ -91,20 +75,9 @@ window.addEventListener("message", (event) => {
   const said = event.data?.n4flow;
   if (!framed || event.source !== parent || said === undefined) return;
   if (typeof said === "string") act(said);
+  else if (said.viewer !== undefined) window.followViewer?.(said.viewer);
   else if (said.leave) note.close();
   else if (typeof said.comment === "string" && !note.open) comment = said.comment;
 });
 for (const button of document.querySelectorAll("[data-key]")) button.addEventListener("click", () => act(button.dataset.key));
-for (const name of ["original", "corrected"]) radio(name).addEventListener("change", () => { image = name; });
-for (const picture of document.querySelectorAll("figure img")) {
-  Object.assign(picture, { tabIndex: 0, title: "Enter or a click: full size" });
-  const enlarge = () => {
-    zoom.firstElementChild.src = picture.src;
-    zoom.firstElementChild.alt = picture.alt;
-    zoom.showModal();
-  };
-  picture.addEventListener("click", enlarge);
-  picture.addEventListener("keydown", (event) => { if (event.key === "Enter") enlarge(); });
-}
-zoom.addEventListener("click", () => zoom.close());
 if (framed) tellReview("ready");
