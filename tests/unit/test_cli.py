@@ -122,6 +122,20 @@ def test_a_mask_of_ones_own_is_named_and_counts(image, tmp_path):
     assert json.loads((tmp_path / "x.json").read_text())["Sources"] == ["sub-01_T1w.nii.gz", "brain.nii.gz"]
 
 
+def test_weights_count_and_are_named(image, tmp_path):
+    own, weights = image.with_name("brain.nii.gz"), image.with_name("sure.nii.gz")
+    planes = np.linspace(0, 1, nib.load(image).shape[2], dtype=np.float32)
+    sure = np.broadcast_to(planes, nib.load(image).shape)
+    nib.save(nib.Nifti1Image(sure, np.diag([4.0, 4, 4, 1])), weights)
+    n4flow("correct", image, tmp_path / "x.nii.gz", "--mask", own, "--weights", weights, "--device", "cpu")
+    mask_scan(image, own, tmp_path / "m.nii.gz", tmp_path / "m.json", **SETTINGS)
+    files = {"corrected": tmp_path / "y.nii.gz"} | {role: tmp_path / f"y.{role}" for role in ("sidecar", "field")}
+    correct_scan(image, tmp_path / "m.nii.gz", files, parameters={}, weights=weights)
+    assert (tmp_path / "x.nii.gz").read_bytes() == (tmp_path / "y.nii.gz").read_bytes()
+    named = json.loads((tmp_path / "x.json").read_text())["Sources"]
+    assert named == ["sub-01_T1w.nii.gz", "brain.nii.gz", "sure.nii.gz"]
+
+
 def test_settings_come_from_a_config_of_the_workflow_and_the_command_line_wins(image, tmp_path):
     config = {"n4": {"preset": "itk", "iterations": [3, 2]}, "mask": {"method": "head"}, "samples": "a.tsv"}
     config["output"] = {"keep_dtype": True}
@@ -297,7 +311,7 @@ def test_a_sheet_keeps_columns_that_only_some_have(tmp_path, schema):
     ]
     sheet = tmp_path / "sheet.tsv"
     add_to_sheet(sheet, echoes, schema)
-    other = Scan("2", "", "T1w", str(tmp_path / "c.nii"))
+    other = Scan("2", "", "T1w", str(tmp_path / "c.nii"), groups=(("site", "A"),))
     assert add_to_sheet(sheet, [other], schema) == (3, 1)
     with open(sheet, newline="") as file:
         assert [row["field_from"] for row in csv.DictReader(file, delimiter="\t")] == ["", "echo-1_MEGRE", ""]
