@@ -450,8 +450,8 @@ def test_every_panel_is_there_with_numbers_in_its_alt_text(subject):
 
 def test_metrics_are_plain_json_and_right(subject):
     metrics = json.loads(subject["metrics"].read_text(), parse_constant=pytest.fail)
-    # what methods.md names apart, all is a column
-    assert [key for key, value in metrics.items() if isinstance(value, dict)] == ["versions"]
+    # but for what methods.md names, all is a column
+    assert [key for key, value in metrics.items() if isinstance(value, dict)] == ["parameters", "versions"]
     assert (metrics["name"], metrics["page"], metrics["shape"]) == ("sub-01", "sub-01.html", [24, 28, 20])
     mask = nib.load(subject["mask"]).get_fdata() > 0
     ratio = load_field(subject["field"]).ratio_tile((slice(None),) * 3)[mask]
