@@ -2,7 +2,7 @@
 include: "workflow/Snakefile"
 
 
-if not SCANS:
+if not SHEET:
     raise WorkflowError("config: samples: is empty; path of the sample sheet")
 
 

@@ -244,6 +244,7 @@ def measure(arguments, folder):
     print("| what | subjects | wall | of it overhead | CPU | of it overhead | overhead per subject: wall, CPU |")
     print("| --- | --- | --- | --- | --- | --- | --- |")
     start = snakemake(study, "--dry-run", "--quiet")
+    dry = (study / "terminal.log").stat().st_size
     total = np.zeros(2)
     steps = {"mask": ["mask"], "n4": ["n4"], "qc": ["qc"]}
     if arguments.by_rule:
@@ -256,6 +257,9 @@ def measure(arguments, folder):
     per_subject["manifest"] = manifest_work(study, arguments.subjects)
     say("the whole run", arguments.subjects, *total, *(arguments.subjects * sum(map(np.array, per_subject.values()))))
     print(f"planning alone: wall {start[0]:.1f} s, CPU {start[1]:.1f} s")
+    log = max((study / ".snakemake" / "log").glob("*.log"))
+    sizes = [path.stat().st_size for path in (study / "terminal.log", log)]
+    print(f"the terminal got {sizes[0] - dry} bytes, Snakemake's log {sizes[1]}")
 
 
 def fill(folder):

@@ -6,6 +6,7 @@ import pytest
 
 from n4flow.qc.dataset import make_index
 from n4flow.qc.pages import make_subject
+from n4flow.study.failures import Failure
 from tests.report.reviewing import SCANS
 from tests.unit.test_qc import HOSTILE, make_files
 
@@ -112,7 +113,8 @@ def qc(tmp_path_factory):
         }
         make_subject(name=name, **files)
         made.append(files["metrics"])
-    make_index(made, folder / "qc" / "index.html", folder / "qc" / "metrics.tsv", [(HOSTILE, "<i>broken</i>")])
+    failed = [Failure(HOSTILE, "mask", "<i>broken</i>", "", again=True)]
+    make_index(made, folder / "qc" / "index.html", folder / "qc" / "metrics.tsv", failed)
     return folder / "qc"
 
 

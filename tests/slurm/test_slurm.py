@@ -114,7 +114,8 @@ def test_every_scan_is_done_and_nothing_is_half_written(run):
 
 
 def test_each_job_that_corrects_asked_for_a_gpu_of_its_own(run):
-    asked = re.findall(r"^    rule n4:.*?resources: ([^\n]*)", run[1].terminal, re.M | re.S)
+    (log,) = (run[0] / ".snakemake/log").glob("*.snakemake.log")
+    asked = re.findall(r"^    rule n4:.*?resources: ([^\n]*)", log.read_text(encoding="utf-8"), re.M | re.S)
     assert asked
     assert all("gpu=1" in resources for resources in asked)
 

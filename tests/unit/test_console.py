@@ -6,7 +6,8 @@ from types import SimpleNamespace
 import pytest
 
 from n4flow import InputError
-from n4flow.console import last_error, reporting
+from n4flow.console import TOLD, end_of, last_error, reporting
+from n4flow.errors import MachineError
 
 KILLED = """
 import os, sys, signal
@@ -60,6 +61,33 @@ def test_a_job_that_was_stopped_by_hand_says_so_in_its_log_alone(tmp_path, capsy
 
 def test_a_job_that_has_not_run_has_no_error(tmp_path):
     assert last_error(tmp_path / "log") == ""
+
+
+@pytest.mark.parametrize(
+    ("error", "again"),
+    [
+        (InputError("a.nii", "is broken", "mend it"), True),
+        (ZeroDivisionError("a defect"), True),
+        (MachineError("out.nii", "cannot be written", "make room"), False),
+        (OSError("Stale file handle"), False),
+        (MemoryError(), False),
+        (ImportError("no module"), False),
+    ],
+)
+def test_log_tells_whether_the_same_would_fail_again(tmp_path, error, again):
+    with pytest.raises(SystemExit):
+        fail_in(tmp_path / "log", error)
+    line, found = end_of(tmp_path / "log")
+    assert line
+    assert found is again
+
+
+def test_terminal_is_left_to_who_reads_the_log(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv(TOLD, "1")
+    with pytest.raises(SystemExit):
+        fail_in(tmp_path / "log", InputError("a.nii", "is broken", "mend it"))
+    assert capsys.readouterr().err == ""
+    assert last_error(tmp_path / "log") == "a.nii: is broken; mend it"
 
 
 def test_an_input_error_survives_the_way_between_processes():

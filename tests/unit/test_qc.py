@@ -26,6 +26,7 @@ from n4flow.qc import figures, measuring, mosaics, panels, plots, viewer
 from n4flow.qc.dataset import make_index
 from n4flow.qc.definitions import COLUMNS, DEFINITIONS, FLOOR_SHARES, FLOORS
 from n4flow.qc.pages import PAGE_BYTES, make_subject
+from n4flow.study.failures import Failure
 from n4flow.study.series import open_scan
 
 #: What a reference's sidecar says of the check of our arithmetic.
@@ -1071,7 +1072,7 @@ def test_the_table_has_one_row_per_subject(tmp_path):
 
 def test_failed_and_hostile_subjects_are_listed_harmlessly(tmp_path):
     paths = write_metrics(tmp_path, [{"name": HOSTILE}])
-    failed = [(HOSTILE + "2", "image.nii: <b>broken</b>; copy it again")]
+    failed = [Failure(HOSTILE + "2", "mask", "image.nii: <b>broken</b>; copy it again", "", again=True)]
     make_index(paths, tmp_path / "index.html", tmp_path / "metrics.tsv", failed)
     page = Elements(tmp_path / "index.html")
     assert len(page.all("script")) == 2  # the data and the code
@@ -1082,9 +1083,34 @@ def test_failed_and_hostile_subjects_are_listed_harmlessly(tmp_path):
 
 
 def test_no_subject_at_all_still_makes_an_index(tmp_path):
-    make_index([], tmp_path / "index.html", tmp_path / "metrics.tsv", [("sub-01", "broken")])
+    failed = [Failure("sub-01", "mask", "broken", "", again=True)]
+    make_index([], tmp_path / "index.html", tmp_path / "metrics.tsv", failed)
     assert "1 failed" in Elements(tmp_path / "index.html").text
     assert (tmp_path / "metrics.tsv").read_text().startswith("name\t")
+
+
+def test_failed_scans_stand_in_page_and_table_with_a_copy_of_their_log(tmp_path):
+    log = tmp_path / "logs" / "sub-02.log"
+    log.parent.mkdir()
+    log.write_text("n4flow: broken\n")
+    log.with_name("killed.log").touch()
+    failed = [
+        Failure("sub-02", "n4", "broken", str(log), again=True),
+        Failure("sub-01", "reference", "itk", "gone.log", again=True),
+        Failure("sub-03", "n4", "killed", str(log.with_name("killed.log")), again=False),
+    ]
+    page, table = tmp_path / "qc" / "index.html", tmp_path / "qc" / "metrics.tsv"
+    paths = write_metrics(tmp_path, [{"name": "sub-01"}])
+    make_index(paths, page, table, failed)
+    links = [a["href"] for a in Elements(page).all("a") if a["href"].endswith(".log")]
+    copies = [(page.parent / link).read_text() for link in links]
+    assert copies == ["n4flow: broken\n", "n4flow: itk\n", "n4flow: killed\n"]
+    with open(table, encoding="utf-8") as file:
+        rows = {row["name"]: row for row in csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE)}
+    assert set(rows["sub-02"].values()) == {"sub-02", "n/a", "n4 failed: broken; log: data/sub-02.log"}
+    assert rows["sub-01"]["flags"] == "n/a", "it is done but for its reference"
+    make_index(paths, page, table)
+    assert list(page.parent.rglob("*.log")) == [], "of those that fail no longer"
 
 
 def test_a_large_dataset_stays_lean(tmp_path):
@@ -1114,7 +1140,17 @@ def test_figures_over_all_scans(subject, tmp_path):
     assert (rows[:, 30:].min(axis=(1, 2)) == 255).sum() <= 1  # one has no pictures
     with Image.open(tmp_path / "d.png") as distributions:
         assert distributions.width == 1200
-    figures.make_figures([], tmp_path / "d.png", tmp_path / "w.png")
+    failed = [Failure(f"sub-{n}", "mask", "broken", "", again=True) for n in range(40)]
+    with Image.open(tmp_path / "d.png") as before:
+        without = np.asarray(before.convert("L")).copy()
+    figures.make_figures(paths, tmp_path / "d.png", tmp_path / "w.png", failed)
+    with Image.open(tmp_path / "w.png") as picture:
+        below = np.asarray(picture.convert("L"))[len(sheet) :]
+    assert len(below) >= 22
+    assert below.min() < 100, "names stand there"
+    with Image.open(tmp_path / "d.png") as distributions:
+        assert not np.array_equal(np.asarray(distributions.convert("L")), without)
+    figures.make_figures([], tmp_path / "d.png", tmp_path / "w.png", failed)
 
 
 def test_a_scan_takes_half_a_megabyte_without_the_viewer(subject):

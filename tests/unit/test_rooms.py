@@ -62,10 +62,10 @@ def test_the_core_touches_no_files(module):
     assert not re.search(r"^\s*(import|from) (nibabel|json|gzip|csv)\b", text, re.MULTILINE)
 
 
-#: What `common.smk` may import.
+#: What the workflow itself may import.
 FOR_THE_WORKFLOW = ["console", "worker", "errors", "parameters", "images.files"]
 FOR_THE_WORKFLOW += [
-    f"study.{name}" for name in ("bids", "config", "failures", "outputs", "provenance", "ratings", "sheet")
+    f"study.{name}" for name in ("bids", "config", "failures", "outputs", "progress", "provenance", "ratings", "sheet")
 ]
 
 
@@ -79,10 +79,11 @@ def test_the_workflow_itself_needs_no_numeric_library(pytestconfig):
     subprocess.run([sys.executable, "-c", code, pytestconfig.rootpath / "workflow" / "scripts"], check=True)
 
 
-def test_common_smk_imports_only_what_was_tried_above(pytestconfig):
-    text = (pytestconfig.rootpath / "workflow" / "rules" / "common.smk").read_text(encoding="utf-8")
+@pytest.mark.parametrize("name", ["common.smk", "run.smk"])
+def test_the_workflow_itself_imports_only_what_was_tried_above(pytestconfig, name):
+    text = (pytestconfig.rootpath / "workflow" / "rules" / name).read_text(encoding="utf-8")
     top_level = {line.split()[1] for line in text.splitlines() if line.startswith("from n4flow")}
-    assert top_level <= {f"n4flow.{name}" for name in FOR_THE_WORKFLOW}
+    assert top_level <= {f"n4flow.{module}" for module in FOR_THE_WORKFLOW}
 
 
 def test_every_file_that_the_documents_link_to_is_in_the_repository(pytestconfig):

@@ -214,6 +214,13 @@ def test_scan_whose_source_fails_is_named_as_failed_with_it(folder, tmp_path):
     assert f"{taking.name}: its field is that of {source.name}, which failed" in done.stdout
     assert "0 of 2 scans are done, 2 failed" in done.stdout
     assert partial_files(tmp_path) == []
+    # both are set aside: what is over all scans is made of none
+    done = snakemake(tmp_path, "--cores", 2)
+    assert done.returncode == 0, done.stdout
+    assert list(json.loads((tmp_path / "results/manifest.json").read_text())["Failed"]) == [source.name, taking.name]
+    # and both are tried again, where the source is mended
+    save(tmp_path / source.image, head())
+    assert sorted(rules_of_a_dry_run(tmp_path, [taking, source], taking)) == ["apply", "mask", "n4"]
 
 
 def test_scan_is_done_where_only_the_reference_of_its_source_fails(folder, tmp_path, monkeypatch):
@@ -224,15 +231,22 @@ def test_scan_is_done_where_only_the_reference_of_its_source_fails(folder, tmp_p
     write_sheet(tmp_path / "config" / "samples.tsv", [taking, source])
     write_config(tmp_path)
     (tmp_path / "modules").mkdir()
-    (tmp_path / "modules" / "SimpleITK.py").write_text("raise ImportError('broken')")
+    (tmp_path / "modules" / "SimpleITK.py").write_text("raise RuntimeError('broken')")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path / "modules"))
     done = snakemake(tmp_path, "--cores", 2)
     assert done.returncode == 1
     assert "1 of 2 scans are done, 1 failed" in done.stdout
-    assert f"{source.name}: ImportError: broken" in done.stdout
-    assert f"{taking.name}: " not in done.stdout
+    assert f"{source.name}: reference failed: RuntimeError: broken" in done.stdout
+    assert f"{taking.name}: done in" in done.stdout
     index = (tmp_path / "results/qc/index.html").read_text(encoding="utf-8")
     assert f'"{taking.name}.html"' in index
+    # the next run leaves out the reference, not the scan
+    done = snakemake(tmp_path, "--cores", 2)
+    assert done.returncode == 0, done.stdout
+    index = (tmp_path / "results/qc/index.html").read_text(encoding="utf-8")
+    assert f'"{source.name}.html"' in index
+    assert "RuntimeError: broken" in index
+    assert list(json.loads((tmp_path / "results/manifest.json").read_text())["Failed"]) == [source.name]
 
 
 def test_image_of_another_space_ends_with_one_line(tmp_path):

@@ -1,9 +1,12 @@
 """One run over many broken scans and two good ones: each broken one ends with one line, the good ones are done."""
 
+import csv
 import gzip
 import html
 import json
+import re
 import shutil
+import zipfile
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -163,7 +166,7 @@ class Run(NamedTuple):
     folder: Path
     code: int
     terminal: str
-    incomplete: str
+    incomplete: str  # the report
 
 
 @pytest.fixture(scope="module")
@@ -223,22 +226,29 @@ def test_log_says_it_once_without_a_traceback(run, name):
     assert "Traceback" not in log
 
 
-@each_broken
-def test_terminal_shows_the_line_when_the_job_fails(run, name):
-    line = line_of(run, name)
-    assert line.startswith("n4flow: ")
-    # Snakemake ends some of its messages late: ours may then stand behind one in the same line
-    said = [n for n in run.terminal.splitlines() if n.endswith(line)]
-    # a scan that n4 refuses is refused by SimpleITK's rule as well
-    assert len(said) in ((1,) if BROKEN[name].step == "mask" else (1, 2))
+def test_terminal_has_one_line_for_each_scan(run):
+    said = [line for line in run.terminal.splitlines() if line.startswith("[")]
+    count = len(BROKEN) + len(GOOD)
+    assert [line.split("] ")[0] for line in said] == [f"[{n}/{count}" for n in range(1, count + 1)]
+    of_scans = {line.split("] ")[1].split(": ")[0]: line.split(": ", 1)[1] for line in said}
+    for name, broken in BROKEN.items():
+        assert (
+            of_scans.pop(scan_of(name).name) == f"{broken.step} failed: {line_of(run, name).removeprefix('n4flow: ')}"
+        )
+    assert of_scans.keys() == {scan.name for scan in GOOD}
+    assert [line for line in of_scans.values() if not re.fullmatch(r"done in [0-9.]+ s", line)] == []
 
 
-def test_terminal_ends_with_a_line_per_broken_scan(run):
-    wanted = [f"{scan_of(n).name}: {line_of(run, n).removeprefix('n4flow: ')}" for n in BROKEN]
-    said = run.terminal.splitlines()
-    assert [line for line in wanted if said.count(line) != 1] == []
-    assert {line for line in said if line.startswith("n4flow: ")} <= {line_of(run, name) for name in BROKEN}
-    assert "Traceback" not in run.terminal
+def test_terminal_is_calm_and_the_log_complete(run):
+    assert "\033" not in run.terminal
+    for word in ("Traceback", "RuleException", "Error in rule", "jobid", "Select jobs"):
+        assert word not in run.terminal
+    longest = max(len(line_of(run, name)) for name in BROKEN)
+    assert len(run.terminal) < 1500 + (len(BROKEN) + len(GOOD)) * (longest + 40)
+    (log,) = (run.folder / ".snakemake/log").glob("*.snakemake.log")
+    text = log.read_text(encoding="utf-8")
+    assert text.count("Error in rule") == len(BROKEN)
+    assert text.count("rule qc:") == len(GOOD)
 
 
 @each_broken
@@ -256,7 +266,7 @@ def test_no_partial_file_is_left(run):
 def test_report_lists_the_failed_scan_with_its_line(run, name):
     line = line_of(run, name).removeprefix("n4flow: ")
     page = " ".join(html.unescape(run.incomplete).split())
-    assert page.count(f"{scan_of(name).name}</td><td>{line}") == 1
+    assert page.count(f"{scan_of(name).name}</td><td>{BROKEN[name].step}</td><td>{line}") == 1
 
 
 @pytest.mark.parametrize("scan", GOOD, ids=lambda scan: scan.name)
@@ -310,3 +320,76 @@ def test_scan_that_was_done_and_now_fails_counts_as_failed_alone(spoilt):
     assert "2 of 3 scans are done, 1 failed" in done.stdout
     page = (folder / "results/qc/index.html").read_text(encoding="utf-8")
     assert json.dumps(f"{GOOD[0].name}.html") not in page
+
+
+# ---------------------------------------------------------------- the next runs, in the folder itself
+
+
+def rows_of(path):
+    with open(path, encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file, delimiter="\t"))
+
+
+ALL_BROKEN = {scan_of(name).name for name in BROKEN}
+
+
+@pytest.fixture(scope="module")
+def again(run):
+    """The same command once more."""
+    return snakemake(run.folder, "--cores", 2)
+
+
+def test_next_run_leaves_out_what_would_fail_again_and_ends_well(again):
+    assert again.returncode == 0, again.stdout
+    (line,) = [line for line in again.stdout.splitlines() if "left out" in line]
+    assert line.startswith(f"{len(BROKEN)} left out that failed before: ")
+    assert "results/qc/failed.tsv" in line
+    assert [line for line in again.stdout.splitlines() if line.startswith("[")] == []
+    assert f"2 of {len(BROKEN) + 2} scans are done, {len(BROKEN)} failed before" in again.stdout
+
+
+def test_failed_scans_are_named_with_their_logs_in_all_that_is_over_all_scans(again, run):
+    qc = run.folder / "results/qc"
+    rows = {row["name"]: row["flags"] for row in rows_of(qc / "metrics.tsv")}
+    assert rows.keys() == ALL_BROKEN | {scan.name for scan in GOOD}
+    manifest = json.loads((qc.parent / "manifest.json").read_text())
+    assert manifest["Failed"].keys() == ALL_BROKEN
+    assert manifest["Scans"].keys() == {scan.name for scan in GOOD}
+    page = (qc / "index.html").read_text(encoding="utf-8")
+    for name in BROKEN:
+        scan, error = scan_of(name).name, line_of(run, name).removeprefix("n4flow: ")
+        assert rows[scan] == f"{BROKEN[name].step} failed: {error}; log: data/{scan}.log"
+        assert manifest["Failed"][scan] == {"Step": BROKEN[name].step, "Error": error, "Log": f"qc/data/{scan}.log"}
+        assert f'<a href="data/{scan}.log">' in page
+        assert (qc / "data" / f"{scan}.log").read_text().endswith(f"n4flow: {error}\n")
+    assert all((qc / figure).is_file() for figure in ("distributions.png", "worst.png"))
+
+
+def test_report_of_snakemake_holds_the_logs(again, run):
+    done = snakemake(run.folder, "--report", "report.zip")
+    assert done.returncode == 0, done.stdout
+    with zipfile.ZipFile(run.folder / "report.zip") as report:
+        logs = {Path(name).stem for name in report.namelist() if name.endswith(".log")}
+    assert logs == ALL_BROKEN
+
+
+def test_table_of_the_failed_says_what_and_stays_as_long_as_nothing_changes(again, run):
+    rows = rows_of(run.folder / "results/qc/failed.tsv")
+    assert [set(row) for row in rows] == [{"scan", "step", "error", "fingerprint"}] * len(BROKEN)
+    assert {row["scan"]: (row["step"], row["error"]) for row in rows} == {
+        scan_of(name).name: (BROKEN[name].step, line_of(run, name).removeprefix("n4flow: ")) for name in BROKEN
+    }
+
+
+def test_scan_that_was_mended_and_one_without_its_row_are_tried_again(again, run):
+    table = run.folder / "results/qc/failed.tsv"
+    mended, removed = scan_of("rgb"), scan_of("constant")
+    good(run.folder / mended.image)
+    rows = table.read_text().splitlines(keepends=True)
+    table.write_text("".join(row for row in rows if not row.startswith(f"{removed.name}\t")))
+    done = snakemake(run.folder, "--cores", 2)
+    assert done.returncode == 1
+    said = sorted(line.split("] ")[1].split(" ")[0] for line in done.stdout.splitlines() if line.startswith("["))
+    assert said == sorted([f"{mended.name}:", f"{removed.name}:"])
+    assert f"3 of {len(BROKEN) + 2} scans are done, {len(BROKEN) - 1} failed" in done.stdout
+    assert {row["scan"] for row in rows_of(table)} == ALL_BROKEN - {mended.name}

@@ -18,7 +18,17 @@ def demo(tmp_path_factory):
     shutil.copytree(ROOT / "config", folder / "config")
     done = snakemake(folder, "--cores", 2)
     assert done.returncode == 0, done.stdout
+    (folder / "terminal.txt").write_text(done.stdout)
     return folder
+
+
+def test_terminal_has_a_line_for_each_scan_and_little_else(demo):
+    text = (demo / "terminal.txt").read_text()
+    assert sorted(line.split(" ")[1] for line in text.splitlines() if line.startswith("[")) == [
+        f"sub-{n:02d}_T1w:" for n in range(1, 5)
+    ]
+    assert "4 of 4 scans are done. The report: results/qc/index.html\n" in text
+    assert len(text) < 2000
 
 
 def log_errors(folder, subject):

@@ -225,6 +225,7 @@ def test_everything_is_whole_and_the_same_after_kills_at_random_moments(study):
         differing = [name for name in reference if made.get(name) != reference[name]]
         print(f"   in peace {time.monotonic() - begun:.1f} s: {len(differing)} of {len(reference)} differ", flush=True)
         assert differing == []
-        # the index that a run with failures leaves is of no scan
-        assert {Path(name).name for name in made.keys() - reference.keys()} <= INDEX
+        # the index that a run with failures leaves is of no scan, and that a job was killed is no fault of one
+        more = {Path(name).name for name in made.keys() - reference.keys()}
+        assert {name for name in more if not name.endswith(".log")} <= INDEX
         assert partial_files(folder / "results") == []

@@ -18,7 +18,7 @@ rule apply:
     benchmark:
         "<benchmarks>/apply/{folder}/{entities}_{suffix}.tsv"
     wildcard_constraints:
-        entities=entities_pattern(scan for scan in SCANS if scan.field_from),
+        entities=entities_pattern(scan for scan in SHEET if scan.field_from),
     conda:
         "../../envs/n4.yaml"
     resources:

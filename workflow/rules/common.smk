@@ -1,9 +1,5 @@
 # What the rules share: the package, the checked config and sample sheet, and input functions.
-import os
-import shutil
-import subprocess
 import sys
-import time
 from pathlib import Path
 
 from snakemake.exceptions import WorkflowError
@@ -13,14 +9,14 @@ PACKAGE_FILES = Path(workflow.source_path("../scripts/n4flow/files.txt")).read_t
 PACKAGE = [Path(workflow.source_path(f"../scripts/n4flow/{name}")) for name in PACKAGE_FILES]
 sys.path.insert(0, str(PACKAGE[0].parent.parent))
 
-from n4flow.worker import begin_run
 from n4flow.errors import InputError
-from n4flow.images.files import header_file, remove_abandoned, voxels_of_frame, why_not_writable
+from n4flow.images.files import header_file, voxels_of_frame
 from n4flow.study.bids import CARRIED, CARRIED_WITH, beside_image
-from n4flow.study.config import config_problems, grid_combinations, load_schema, tune_problems, with_defaults
+from n4flow.study.config import config_problems, grid_combinations, load_schema, page_settings
+from n4flow.study.config import tune_problems, with_defaults
 from n4flow.study.sheet import place_problem, read_sheet, results_problem, with_least_hash
 from n4flow.parameters import MOST_SAMPLES, N4Parameters
-from n4flow.study.failures import failed_scans
+from n4flow.study.failures import read_failed
 from n4flow.study.outputs import NAMES, WILDCARDS, entities_pattern, output_of
 from n4flow.study.provenance import package_digest
 from n4flow.study.ratings import read_ratings
@@ -30,11 +26,6 @@ SHEET_SCHEMA = load_schema(workflow.source_path("../schemas/samples.schema.yaml"
 
 # Index, table and pages once more (as links, where the file system has them): what --report packs.
 BUNDLE = "<results>/qc/bundle"
-
-RUN_START = time.time()
-
-# The jobs of this run have this copy of the package, and a worker that ends with this process.
-begin_run()
 
 # In a job of a cluster Snakemake runs twice beside the script, with 140 MB each.
 SNAKEMAKE_MB = 300
@@ -53,22 +44,32 @@ config.update(with_defaults(config, CONFIG_SCHEMA))
 
 try:
     # a workflow that imports this one for its rules alone has no sheet
-    SCANS = read_sheet(config["samples"], SHEET_SCHEMA, [*DEMO_IMAGES, DEMO_MASK]) if config["samples"] else []
+    SHEET = read_sheet(config["samples"], SHEET_SCHEMA, [*DEMO_IMAGES, DEMO_MASK]) if config["samples"] else []
 except InputError as error:
     raise WorkflowError(str(error)) from None
 
 for name in ("results", "logs", "benchmarks"):
     if problem := place_problem(name, workflow.pathvars.apply(f"<{name}>")):
         raise WorkflowError(problem)
-if problem := results_problem(workflow.pathvars.apply("<results>"), SCANS):
+if problem := results_problem(workflow.pathvars.apply("<results>"), SHEET):
     raise WorkflowError(problem)
-if problems := tune_problems(config["tune"], SCANS):
+if problems := tune_problems(config["tune"], SHEET):
     raise WorkflowError("\n".join(problems))
 
-SCAN_OF = {scan.name: scan for scan in SCANS}
+SCAN_OF = {scan.name: scan for scan in SHEET}
+
+# By name, what failed in earlier runs and would fail again: it is in nobody's way, and made only where it is asked for.
+FAILED_FILE = Path(workflow.pathvars.apply("<results>/qc/failed.tsv"))
+try:
+    FAILED = read_failed(FAILED_FILE, SCAN_OF, config, workflow.pathvars.apply("<logs>"))
+except InputError as error:
+    raise WorkflowError(str(error)) from None
+WITHOUT_REFERENCE = {name for name, failure in FAILED.items() if failure.step == "reference"}
+SCANS = [scan for scan in SHEET if scan.name not in FAILED.keys() - WITHOUT_REFERENCE]
 
 # Names of the scans that SimpleITK corrects too.
-WITH_REFERENCE = with_least_hash([s.name for s in SCANS if not s.field_from], config["reference"]["scans"])
+WITH_REFERENCE = with_least_hash([s.name for s in SHEET if not s.field_from], config["reference"]["scans"])
+WITH_REFERENCE -= WITHOUT_REFERENCE
 
 TUNED = [scan for scan in SCANS if scan.subject in config["tune"]["subjects"] and not scan.field_from]
 COMBINATIONS = grid_combinations(config["tune"]["grid"])
@@ -103,12 +104,6 @@ def scan_of(wildcards):
     if name not in SCAN_OF:
         raise WorkflowError(f"{name}: no such scan in {config['samples']}; add a line for it")
     return SCAN_OF[name]
-
-
-def page_settings():
-    """Config of the pages: what of qc does not concern the index alone."""
-    limits = {name: limit for name, limit in config["qc"]["flags"].items() if name != "outlier_z"}
-    return {key: config["qc"][key] for key in ("field_window_log", "viewer_mb")} | {"flags": limits}
 
 
 def image_of(wildcards):
@@ -215,73 +210,3 @@ def memory_mb(baseline, per_voxel, per_sample=0):
         return int(SNAKEMAKE_MB + baseline + (per_voxel * voxels + per_sample * samples) / 1e6) * attempt
 
     return resource
-
-
-def jobs_on_gpu():
-    """Jobs of this run whose rule asks for a GPU (a job's own resources are not known before its input is)."""
-    return [job for job in workflow.dag.needrun_jobs() if "gpu" in job.rule.resources]
-
-
-def check_places():
-    """Before the first job, and so before Snakemake removes what is to be made anew: can be written, is there a GPU?
-
-    What a run that was killed left half-written is removed.
-    """
-    places = [*map(workflow.pathvars.apply, ("<results>", "<logs>", "<benchmarks>"))]
-    for place in places:
-        remove_abandoned(place)
-    # a folder in them may be another user's, of a container say
-    made = (os.path.dirname(path) for job in workflow.dag.needrun_jobs() for path in job.output)
-    unwritable = {}
-    for place in dict.fromkeys([*places, *made]):
-        if problem := why_not_writable(place):
-            unwritable.setdefault(problem, place)
-    where = {place: " (pathvars in the config)" for place in places}
-    problems = [f"{problem}: {place} is to be there{where.get(place, '')}" for problem, place in unwritable.items()]
-    # a cluster's login node has no GPU, nor has Snakemake's own environment CuPy where the rules have theirs
-    may_ask = workflow.local_exec and not workflow.deployment_settings.deployment_method
-    if config["device"] == "gpu" and workflow.global_resources["gpu"] != 0 and may_ask and jobs_on_gpu():
-        # in a process of its own: who asks holds some of the GPU's memory until it ends
-        ask = "from n4flow.device import select_device; select_device('gpu')"
-        done = subprocess.run([sys.executable, "-c", ask], stderr=subprocess.PIPE, text=True)
-        if done.returncode != 0:
-            problems.append(done.stderr.strip().rpartition("InputError: ")[2])
-    if problems:
-        raise WorkflowError("\n".join(problems))
-
-
-def report_failures():
-    """After a run that failed: the index over the scans that are done, with the failed ones named."""
-    place = lambda path: Path(workflow.pathvars.apply(path))
-    failed = failed_scans(SCANS, place("<logs>"), place("<results>"), since=RUN_START)
-    if not failed:  # of no scan: the rule's own line says all
-        return
-    done = [
-        place(made_of(scan, "metrics"))
-        for scan in SCANS
-        if scan.name not in failed and all(place(made_of(scan, role)).is_file() for role in ("metrics", "corrected"))
-    ]
-    qc = place("<results>/qc")
-    try:
-        from n4flow.qc.dataset import make_index
-
-        qc.mkdir(parents=True, exist_ok=True)
-        make_index(
-            done,
-            qc / "index.html",
-            qc / "metrics.tsv",
-            failed=list(failed.items()),
-            ratings=RATINGS_FILE or None,
-            outlier_z=config["qc"]["flags"]["outlier_z"],
-            limits=page_settings()["flags"],
-            groups={scan.name: dict(scan.groups) for scan in SCANS},
-        )
-    # the workflow's own environment need not hold the QC's packages; a disk may be full
-    except (ImportError, InputError) as error:
-        logger.error(f"No index over the scans that are done: {error}")
-    else:
-        logger.error(f"{len(done)} of {len(SCANS)} scans are done, {len(failed)} failed: see {qc / 'index.html'}")
-    # without it the rule index is not done, and makes the index anew when all scans are
-    shutil.rmtree(place(BUNDLE), ignore_errors=True)
-    for name, error in failed.items():
-        logger.error(f"{name}: {error}")

@@ -18,7 +18,7 @@ rule guide:
         mem_mb=700,
     params:
         field_window_log=config["qc"]["field_window_log"],
-        flags=page_settings()["flags"],
+        flags=page_settings(config["qc"])["flags"],
         package=package_digest("qc.guide"),
     script:
         "../scripts/guide.py"

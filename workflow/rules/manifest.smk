@@ -6,7 +6,7 @@
 OVER_ALL = ["dataset_description.json", ".bidsignore", "qc/guide.html", "qc/index.html", "qc/metrics.tsv"]
 OVER_ALL += ["qc/metrics_mqc.tsv", "qc/distributions.png", "qc/worst.png", "qc/outliers.js", "qc/methods.md"]
 OVER_ALL += ["qc/exclude.tsv", "qc/agreement.tsv"] if RATINGS_FILE else []
-OVER_ALL = [f"<results>/{name}" for name in OVER_ALL]
+OVER_ALL = [f"<results>/{name}" for name in OVER_ALL + [f"qc/data/{name}.log" for name in FAILED]]
 MANIFEST = "<results>/manifest.json"
 
 
@@ -28,6 +28,7 @@ rule manifest:
         mem_mb=500,
     params:
         scans=[(scan.name, len(products(scan))) for scan in SCANS],
+        failed=[tuple(failure) for failure in FAILED.values()],
         package=package_digest("study.manifest"),
     script:
         "../scripts/manifest.py"

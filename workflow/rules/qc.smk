@@ -17,7 +17,7 @@ rule qc:
     resources:
         mem_mb=memory_mb(baseline=600, per_voxel=16),
     params:
-        settings=page_settings(),
+        settings=page_settings(config["qc"]),
         package=package_digest("qc.pages"),
     script:
         "../scripts/qc.py"
@@ -56,6 +56,7 @@ rule index:
             # a sign stands before letters, and so the report first
             labels={"what": "▸ the report, with a page per scan", "kind": "pages"},
         ),
+        logs=[f"<results>/qc/data/{name}.log" for name in FAILED],
     log:
         "<logs>/index.log",
     benchmark:
@@ -65,8 +66,9 @@ rule index:
     resources:
         mem_mb=500,
     params:
+        failed=[tuple(failure) for failure in FAILED.values()],
         outlier_z=config["qc"]["flags"]["outlier_z"],
-        limits=page_settings()["flags"],
+        limits=page_settings(config["qc"])["flags"],
         groups={scan.name: dict(scan.groups) for scan in SCANS if scan.groups},
         package=package_digest("qc.dataset"),
     script:
@@ -100,6 +102,7 @@ rule figures:
     resources:
         mem_mb=500,
     params:
+        failed=[tuple(failure) for failure in FAILED.values()],
         outlier_z=config["qc"]["flags"]["outlier_z"],
         package=package_digest("qc.figures"),
     script:
@@ -144,7 +147,7 @@ rule dataset:
     """Describe the results as a BIDS derivative dataset."""
     input:
         # where they lie is all that counts
-        sources=ancient([path for scan in SCANS for path in scan.paths]),
+        sources=ancient([path for scan in SHEET for path in scan.paths]),
     output:
         description="<results>/dataset_description.json",
         bidsignore="<results>/.bidsignore",

@@ -55,7 +55,7 @@ rule tune:
         combinations=list(COMBINATIONS.values()),
         settings=config["n4"],
         field_window_log=config["qc"]["field_window_log"],
-        flags=page_settings()["flags"],
+        flags=page_settings(config["qc"])["flags"],
         package=package_digest("qc.tune"),
     script:
         "../scripts/tune.py"

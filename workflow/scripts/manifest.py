@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from n4flow.console import reporting
+from n4flow.study.failures import Failure
 from n4flow.study.manifest import write_manifest
 
 
@@ -10,7 +11,8 @@ def main(snakemake):
     files = map(Path, snakemake.input.scans)
     scans = {name: [next(files) for _ in range(count)] for name, count in snakemake.params.scans}
     dataset = [Path(path) for path in snakemake.input.dataset]
-    write_manifest(Path(snakemake.output.manifest), scans, dataset, threads=snakemake.threads)
+    failed = [Failure(*row) for row in snakemake.params.failed]
+    write_manifest(Path(snakemake.output.manifest), scans, dataset, failed, threads=snakemake.threads)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import re
 import shutil
 import signal
@@ -13,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TextIO
 
-from n4flow.errors import InputError
+from n4flow.errors import InputError, MachineError
 
 #: How the one line of a failed job begins.
 PREFIX = "n4flow: "
@@ -23,6 +24,15 @@ STOPPED = 128 + signal.SIGINT
 
 #: The last line of the log of a job that was done.
 DONE = "done"
+
+#: The line before the last one in the log of a job that failed by no fault of its input.
+PASSING = "the machine is at fault, not the input: the same may succeed another time"
+
+#: Exceptions that are the machine's; so is all that CuPy raises.
+OF_MACHINE = (MachineError, OSError, MemoryError, ImportError)
+
+#: Environment variable that is set where somebody else tells the terminal what a job's log says.
+TOLD = "N4FLOW_TOLD"
 
 
 class Terminal(logging.Handler):
@@ -73,10 +83,10 @@ def commanding() -> Iterator[None]:
 def reporting(log_path: str | Path, *, quiet: bool = False) -> Iterator[None]:
     """Log to a file; end with exit status 1 and one line if the input is at fault.
 
-    The one line goes to the log and, unless `quiet`, to the terminal. Any other exception is a
-    defect: its traceback goes to the log, its last line to the terminal.
+    The one line goes to the log and, unless `quiet` or told otherwise (`TOLD`), to the terminal. Any other exception
+    is a defect: its traceback goes to the log, its last line to the terminal.
     """
-    terminals = [] if quiet else [sys.stderr]
+    terminals = [] if quiet or os.environ.get(TOLD) else [sys.stderr]
     open(log_path, "w").close()
     # what a library prints by itself may go there as well: everything at the end of what there is
     with open(log_path, "a", buffering=1, encoding="utf-8") as file, contextlib.redirect_stderr(file):
@@ -89,13 +99,17 @@ def reporting(log_path: str | Path, *, quiet: bool = False) -> Iterator[None]:
             yield
             print(DONE, file=file)
         except KeyboardInterrupt:
-            say(f"{PREFIX}stopped by hand (Ctrl-C)\n", file)
+            say(f"{PASSING}\n{PREFIX}stopped by hand (Ctrl-C)\n", file)
             sys.exit(STOPPED)
         except InputError as error:
+            if isinstance(error, OF_MACHINE):
+                print(PASSING, file=file)
             say(f"{PREFIX}{error}\n", file, *terminals)
             sys.exit(1)
         except Exception as error:
             traceback.print_exc(file=file)
+            if isinstance(error, OF_MACHINE) or type(error).__module__.startswith("cupy"):
+                print(PASSING, file=file)
             say(f"{PREFIX}{type(error).__name__}: {' '.join(str(error).split())}; see {log_path}\n", file, *terminals)
             sys.exit(1)
         finally:
@@ -111,11 +125,22 @@ def say(line: str, *files: TextIO) -> None:
 
 def last_error(log_path: str | Path) -> str:
     """The line with which a job failed, or nothing if it did not (or has not run)."""
+    return end_of(log_path)[0]
+
+
+def end_of(log_path: str | Path) -> tuple[str, bool]:
+    """The line with which a job failed, and whether the same input would fail again.
+
+    Returns
+    -------
+    (str, bool)
+        The line is empty if the job did not fail (or has not run).
+    """
     try:
         lines = Path(log_path).read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
-        return ""
+        return "", False
     if lines and lines[-1].startswith(PREFIX):
-        return lines[-1].removeprefix(PREFIX)
+        return lines[-1].removeprefix(PREFIX), PASSING not in lines[-2:-1]
     killed = f"ended without a word, killed perhaps, for memory or by hand; see {log_path}"
-    return "" if lines and lines[-1] == DONE else killed
+    return ("" if lines and lines[-1] == DONE else killed), False

@@ -14,7 +14,7 @@ from typing import IO, Any, Literal
 
 import numpy as np
 
-from n4flow.errors import InputError
+from n4flow.errors import InputError, MachineError
 
 DeviceChoice = Literal["auto", "gpu", "cpu"]
 
@@ -55,7 +55,7 @@ def select_device(choice: DeviceChoice = "auto") -> Device:
     except Exception as error:  # CuPy raises classes of its own that cannot be named without it
         count, problem = 0, f"CuPy cannot use a GPU ({error})"
     if problem and choice == "gpu":
-        raise InputError(
+        raise MachineError(
             "device: gpu", problem, "install envs/requirements-gpu.txt on a machine with a GPU, or use auto"
         )
     if problem:

@@ -1,4 +1,4 @@
-"""The one exception that is meant for the user."""
+"""The exceptions that are meant for the user."""
 
 from __future__ import annotations
 
@@ -21,3 +21,7 @@ class InputError(ValueError):
         error = cls.__new__(cls)
         ValueError.__init__(error, "\n".join(" ".join(line.split()) for line in lines))
         return error
+
+
+class MachineError(InputError):
+    """One that another machine or moment would not raise (a full disk, no GPU): the input is not at fault."""

@@ -27,7 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-from n4flow.console import PREFIX, STOPPED, last_error, reporting, say
+from n4flow.console import PASSING, PREFIX, STOPPED, TOLD, last_error, reporting, say
 
 #: Environment variable with the process ID of the Snakemake that the worker ends with.
 RUN = "N4FLOW_RUN"
@@ -84,10 +84,9 @@ def do_step(step: str, log_path: str | Path, *, on_gpu: bool = False, **argument
     if status < 0:
         problem = f"was killed ({signal.Signals(-status).name}), for want of memory perhaps"
         with open(log_path, "a", encoding="utf-8") as file:
-            say(
-                f"{PREFIX}{step.rpartition(':')[2]}: {problem}; give the job more memory, or leave the scan out\n", file
-            )
-    if status and status != STOPPED:
+            line = f"{PREFIX}{step.rpartition(':')[2]}: {problem}; give the job more memory, or leave the scan out"
+            say(f"{PASSING}\n{line}\n", file)
+    if status and status != STOPPED and not os.environ.get(TOLD):
         say(f"{PREFIX}{last_error(log_path)}\n", sys.stderr)
     if status:
         sys.exit(max(status, 1))

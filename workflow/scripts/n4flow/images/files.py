@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from n4flow.errors import InputError
+from n4flow.errors import InputError, MachineError
 
 #: What to do where the operating system refuses to write.
 REMEDIES = {
@@ -147,7 +147,7 @@ def _atomic(path: str | Path, mode: str, encoding: str | None) -> Iterator[Any]:
         _remove(partial)
         if error.errno not in REMEDIES:
             raise
-        raise InputError(path, f"cannot be written ({error.strerror})", REMEDIES[error.errno]) from None
+        raise MachineError(path, f"cannot be written ({error.strerror})", REMEDIES[error.errno]) from None
     except BaseException:
         _remove(partial)
         raise

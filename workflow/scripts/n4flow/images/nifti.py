@@ -26,7 +26,7 @@ from nibabel.spatialimages import HeaderDataError
 from nibabel.wrapstruct import WrapStructError
 
 from n4flow.core.affine import affine_problem
-from n4flow.errors import InputError
+from n4flow.errors import InputError, MachineError
 from n4flow.images.files import atomic_bytes, header_file, missing_file
 from n4flow.images.formats import STARTS, is_compressed, read_header
 
@@ -209,7 +209,8 @@ class Volume:
             kind = "MGH" if self.path.suffix in (".mgh", ".mgz") else "NIfTI"
             raise InputError(self.path, f"is no {kind} image ({error})", "give a .nii or .nii.gz file") from None
         except OSError as error:
-            raise InputError(self.path, f"cannot be read ({error})", "copy it again or check its permissions") from None
+            problem = f"cannot be read ({error})"
+            raise MachineError(self.path, problem, "copy it again or check its permissions") from None
         except ValueError as error:
             raise InputError(self.path, f"cannot be read ({error})", "copy it again or mend its header") from None
 

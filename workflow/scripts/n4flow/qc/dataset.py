@@ -15,6 +15,7 @@ from urllib.parse import quote
 import numpy as np
 from markupsafe import Markup
 
+from n4flow.console import PREFIX
 from n4flow.images.files import atomic_text
 from n4flow.qc.definitions import COLUMNS, EITHER, FLOOR_SHARES, FLOORS, SHOWN
 from n4flow.qc.flags import FLAG_LIMITS, limit_lines
@@ -22,6 +23,7 @@ from n4flow.qc.methods import methods_text
 from n4flow.qc.metrics import robust_z
 from n4flow.qc.multiqc import multiqc_path, write_multiqc
 from n4flow.qc.rendering import number, plain, read_json, render
+from n4flow.study.failures import Failure
 from n4flow.study.ratings import read_ratings
 
 #: A script beside the pages: which scans are outliers among the others, and by what.
@@ -41,7 +43,7 @@ def make_index(
     metrics_files: Iterable[str | Path],
     output_page: str | Path,
     output_table: str | Path,
-    failed: Sequence[tuple[str, str]] = (),
+    failed: Sequence[Failure] = (),
     ratings: str | Path | None = None,
     outlier_z: float = OUTLIER_Z,
     limits: Mapping[str, float] = FLAG_LIMITS,
@@ -56,7 +58,8 @@ def make_index(
     output_page, output_table : path-like
         Beside the table, the same for MultiQC: its name with ``_mqc`` before the extension. Beside the page, what
         only the dataset tells of a scan, for the scan's own page to show (`OUTLIERS`), and `METHODS`.
-    failed : sequence of (name, error line)
+    failed : sequence of Failure
+        Named in the page and the table. Their logs are copied beside the pictures, so that the page can link them.
     ratings : path-like, optional
         What reviewers said so far, see `read_ratings`.
     outlier_z : float
@@ -72,7 +75,8 @@ def make_index(
         for key in ("page", "pictures"):
             if values.get(key):
                 values[f"{key}_href"] = quote(os.path.relpath(values["folder"] / str(values[key]), folder))
-    _write_table(subjects, output_table)
+    logs = _copy_logs(failed, folder)
+    _write_table(subjects, failed, logs, output_table)
     _write_outliers(subjects, folder / OUTLIERS)
     given = read_ratings(ratings) if ratings else []
     methods = methods_text(subjects, len(failed), given)
@@ -126,7 +130,7 @@ def make_index(
         outlier_scans=OUTLIER_SCANS,
         count=len(subjects),
         flagged=sum(bool(v["flags"]) for v in subjects),
-        failed=list(failed),
+        failed=[(f.scan, f.step, f.error, quote(log)) for f, log in zip(failed, logs, strict=True)],
         ranked=ranked,
         methods=methods,
         known={key for key, *_ in usual},
@@ -135,6 +139,25 @@ def make_index(
     )
     with atomic_text(output_page) as file:
         file.write(html)
+
+
+def _copy_logs(failed: Sequence[Failure], folder: Path) -> list[str]:
+    """Paths of copies of the logs, in the folder of the page; those of earlier failures are removed.
+
+    Where a log is no longer there, or its job was killed, the copy ends with the line that says so.
+    """
+    names = [f"data/{failure.scan}.log" if failure.log else "" for failure in failed]
+    for old in (folder / "data").glob("*.log"):
+        if f"data/{old.name}" not in names:
+            old.unlink()
+    for failure, name in zip(failed, names, strict=True):
+        if name:
+            log = Path(failure.log)
+            text = log.read_text(encoding="utf-8", errors="replace") if log.is_file() else ""
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            with atomic_text(folder / name) as file:
+                file.write(text if failure.error in text else f"{text}{PREFIX}{failure.error}\n")
+    return names
 
 
 def load_ranked(metrics_files: Iterable[str | Path], outlier_z: float = OUTLIER_Z) -> list[dict[str, Any]]:
@@ -240,7 +263,9 @@ def _write_outliers(subjects: Sequence[Mapping[str, Any]], path: Path) -> None:
         file.write(f"showOutliers({json.dumps(found, ensure_ascii=False, indent=0)});\n")
 
 
-def _write_table(subjects: Sequence[Mapping[str, Any]], path: str | Path) -> None:
+def _write_table(
+    subjects: Sequence[Mapping[str, Any]], failed: Sequence[Failure], logs: Sequence[str], path: str | Path
+) -> None:
     with atomic_text(path) as file:
         writer = csv.writer(file, delimiter="\t", lineterminator="\n", quoting=csv.QUOTE_NONE, quotechar=None)
         writer.writerow(["name", *(key for key, *_ in COLUMNS), "worst_z", "flags"])
@@ -249,3 +274,9 @@ def _write_table(subjects: Sequence[Mapping[str, Any]], path: str | Path) -> Non
             cells.append("; ".join(values["flags"]) or None)
             # neither tab nor line end inside a cell
             writer.writerow(["n/a" if c is None else " ".join(str(c).split()) for c in cells])
+        there = {values.get("name") for values in subjects}  # all but its reference
+        for failure, log in zip(failed, logs, strict=True):
+            if failure.scan not in there:
+                said = f"{failure.step} failed: {failure.error}" + (f"; log: {log}" if log else "")
+                cells = [failure.scan, *["n/a"] * (len(COLUMNS) + 1), said]
+                writer.writerow([" ".join(str(cell).split()) for cell in cells])

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+import textwrap
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from n4flow.qc.dataset import OUTLIER_Z, load_ranked
 from n4flow.qc.definitions import COLUMNS
 from n4flow.qc.mosaics import THUMBNAIL_PIXELS, ColourScale, field_scale
 from n4flow.qc.plots import AFTER, BEFORE, FAINT, INK
+from n4flow.study.failures import Failure
 
 #: Scans in the figure of the worst, and panels of each.
 WORST, PANELS = 12, ("original", "corrected", "bias field")
@@ -34,6 +36,7 @@ def make_figures(
     metrics_files: Iterable[str | Path],
     distributions: str | Path,
     worst: str | Path,
+    failed: Sequence[Failure] = (),
     outlier_z: float = OUTLIER_Z,
 ) -> None:
     """Write the distributions of the metrics, and the pictures of the worst scans, as PNG.
@@ -43,17 +46,19 @@ def make_figures(
     metrics_files : paths
         As `pages.make_subject` wrote them.
     distributions, worst : path-like
+    failed : sequence of Failure
+        Named in both.
     outlier_z : float
         Robust z beyond which a scan is flagged as an outlier.
     """
     scans = load_ranked(metrics_files, outlier_z)
     with atomic_bytes(distributions) as file:
-        _distributions(scans).savefig(file, format="png")
+        _distributions(scans, failed).savefig(file, format="png")
     with atomic_bytes(worst) as file:
-        _worst(scans[:WORST]).save(file, "PNG")
+        _worst(scans[:WORST], failed).save(file, "PNG")
 
 
-def _distributions(scans: list[dict[str, Any]]) -> Figure:
+def _distributions(scans: list[dict[str, Any]], failed: Sequence[Failure]) -> Figure:
     """A row of dots for each metric that can be bad; flagged scans are triangles."""
     flagged = np.array([bool(scan["flags"]) for scan in scans], dtype=bool)
     rows = []
@@ -64,6 +69,8 @@ def _distributions(scans: list[dict[str, Any]]) -> Figure:
     count = max(1, len(rows))
     figure = Figure(figsize=(8, 0.4 + 0.62 * count), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
+    if failed:
+        figure.suptitle(textwrap.fill(_named(failed), 110), fontsize=8, color=BEFORE)
     every = np.atleast_1d(figure.subplots(count))
     for axes, (heading, values) in zip(every, rows, strict=False):
         # neighbours in rank lie on different heights, the same on every run
@@ -82,13 +89,23 @@ def _distributions(scans: list[dict[str, Any]]) -> Figure:
     return figure
 
 
-def _worst(scans: list[dict[str, Any]]) -> Image.Image:
-    """A row of panels for each scan, under its name and flags; above them, what each column is."""
+def _named(failed: Sequence[Failure]) -> str:
+    """The failed scans in a sentence."""
+    names = [failure.scan for failure in failed[:WORST]] + [f"{len(failed) - WORST} more"] * (len(failed) > WORST)
+    return f"{len(failed)} failed: {', '.join(names)}"
+
+
+def _worst(scans: list[dict[str, Any]], failed: Sequence[Failure]) -> Image.Image:
+    """A row of panels for each scan, under its name and flags; above them, what each column is, below, what failed."""
     side, line = THUMBNAIL_PIXELS, 22
     width = 3 * side
-    sheet = Image.new("RGB", (len(PANELS) * width, HEAD + max(1, len(scans)) * (side + line)), "white")
+    height = HEAD + max(1, len(scans)) * (side + line)
+    lines = textwrap.wrap(_named(failed), len(PANELS) * width // 8) if failed else []
+    sheet = Image.new("RGB", (len(PANELS) * width, height + line * len(lines)), "white")
     pen = ImageDraw.Draw(sheet)
     font = ImageFont.truetype(FONT, 14)
+    for number, text in enumerate(lines):
+        pen.text((6, height + number * line + 2), text, fill="black", font=font)
     windows = {scan["field_window_log"] for scan in scans if scan.get("field_window_log")}
     for column, panel in enumerate(PANELS):
         middle = column * width + width // 2

@@ -126,6 +126,12 @@ def config_problems(config: Mapping[str, Any], schema: Mapping[str, Any]) -> lis
     return [" ".join(f"config: {problem}".split()) for problem in found]
 
 
+def page_settings(qc: Mapping[str, Any]) -> dict[str, Any]:
+    """What the section ``qc`` of the config says of pages, without what concerns the index alone."""
+    limits = {name: limit for name, limit in qc["flags"].items() if name != "outlier_z"}
+    return {key: qc[key] for key in ("field_window_log", "viewer_mb")} | {"flags": limits}
+
+
 def grid_combinations(grid: Mapping[str, Sequence[Any]]) -> dict[str, dict[str, Any]]:
     """All combinations of a grid's values, by names that say them and are good in a path.
 

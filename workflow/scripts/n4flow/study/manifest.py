@@ -18,6 +18,7 @@ from n4flow.core.field import BiasField
 from n4flow.errors import InputError
 from n4flow.images.fields import load_field
 from n4flow.images.files import atomic_text
+from n4flow.study.failures import Failure
 from n4flow.study.outputs import beside, scan_and_role
 
 log = logging.getLogger(__name__)
@@ -87,7 +88,12 @@ def hashes(folder: Path, files: Sequence[str], threads: int) -> dict[str, str]:
 
 
 def write_manifest(
-    output: Path, scans: Mapping[str, Sequence[Path]], dataset: Iterable[Path], *, threads: int = 1
+    output: Path,
+    scans: Mapping[str, Sequence[Path]],
+    dataset: Iterable[Path],
+    failed: Sequence[Failure] = (),
+    *,
+    threads: int = 1,
 ) -> None:
     """Write the hashes of all outputs, with the parameters and versions that made them.
 
@@ -99,6 +105,8 @@ def write_manifest(
         The outputs of each scan, by its name.
     dataset : iterable of Path
         The outputs over all scans.
+    failed : sequence of Failure
+        Scans that failed; a copy of the log of each is one of the outputs over all scans.
     threads : int
 
     Raises
@@ -114,6 +122,7 @@ def write_manifest(
         "Format": FORMAT,
         "n4flow": __version__,
         "Dataset": {"Files": {file: found[file] for file in sorted(common)}},
+        "Failed": {f.scan: {"Step": f.step, "Error": f.error, "Log": f"qc/data/{f.scan}.log"} for f in sorted(failed)},
         "Scans": {
             name: {**_made_with(folder, files[name]), "Files": {file: found[file] for file in sorted(files[name])}}
             for name in sorted(files)

@@ -1,0 +1,162 @@
+"""Which scans failed, and which of them would fail again."""
+
+import copy
+import os
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import yaml
+
+from n4flow.console import PASSING, PREFIX
+from n4flow.errors import InputError
+from n4flow.study import failures
+from n4flow.study.bids import Scan
+from n4flow.study.config import load_schema, with_defaults
+from n4flow.study.failures import NO_FIELD, STEPS, failed_scans, log_of, read_failed, write_failed
+from n4flow.study.outputs import output_of
+from n4flow.study.provenance import package_digest
+
+ROOT = Path(__file__).parents[2]
+CONFIG = yaml.safe_load((ROOT / "config/config.yaml").read_text())
+CONFIG = with_defaults(CONFIG, load_schema(ROOT / "workflow/schemas/config.schema.yaml"))
+
+
+@pytest.fixture
+def study(tmp_path, monkeypatch):
+    """Two scans and one with the field of the first, in a working directory; images that are older than the run."""
+    monkeypatch.chdir(tmp_path)
+    scans = {}
+    for subject, modality, source in (("1", "T1w", ""), ("1", "T2w", "T1w"), ("2", "T1w", "")):
+        scan = Scan(subject, "", modality, f"{subject}_{modality}.nii", field_from=source)
+        Path(scan.image).write_bytes(b"image")
+        scans[scan.name] = scan
+    return scans
+
+
+def log(scan, step, *lines):
+    path = log_of(scan, step, "logs")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(f"{line}\n" for line in lines))
+
+
+def found(study, since=0.0):
+    return failed_scans(study.values(), Path("logs"), Path("results"), since)
+
+
+def note(study, config=CONFIG, since=None):
+    """What a run notes whose images were there before it began."""
+    failed = list(found(study).values())
+    write_failed(Path("failed.tsv"), failed, study, config, since or time.time() + 1)
+
+
+def left_out(study, config=CONFIG):
+    return {name: failure.step for name, failure in read_failed(Path("failed.tsv"), study, config, "logs").items()}
+
+
+def test_the_first_step_that_failed_counts(study):
+    log(study["sub-2_T1w"], "mask", "computing", "done")
+    log(study["sub-2_T1w"], "n4", f"{PREFIX}too few")
+    log(study["sub-2_T1w"], "qc", f"{PREFIX}not there")
+    (failure,) = found(study).values()
+    assert failure[:4] == ("sub-2_T1w", "n4", "too few", "logs/n4/sub-2/anat/sub-2_T1w.log")
+    assert failure.again
+
+
+def test_logs_of_earlier_runs_do_not_count(study):
+    log(study["sub-2_T1w"], "mask", f"{PREFIX}broken")
+    assert found(study, since=time.time() + 1) == {}
+
+
+@pytest.mark.parametrize("lines", [(PASSING, f"{PREFIX}disk full"), ("computing",), ()])
+def test_what_the_machine_failed_at_would_not_fail_again(study, lines):
+    log(study["sub-2_T1w"], "mask", *lines)
+    (failure,) = found(study).values()
+    assert not failure.again
+    note(study)
+    assert not Path("failed.tsv").exists()
+
+
+@pytest.mark.parametrize("step", ["mask", "n4"])
+def test_scans_that_take_their_field_from_one_without_are_left_out_with_it(study, step):
+    log(study["sub-1_T1w"], step, f"{PREFIX}broken")
+    note(study)
+    assert left_out(study) == {"sub-1_T1w": step, "sub-1_T2w": NO_FIELD}
+    # the row of the source alone decides
+    rows = Path("failed.tsv").read_text().splitlines(keepends=True)
+    assert rows[2].startswith("sub-1_T2w\tfield\tits field is that of sub-1_T1w, which failed\t")
+    Path("failed.tsv").write_text("".join(rows[::2]))
+    assert left_out(study) == {}
+    Path("failed.tsv").write_text("".join(rows[:2]))
+    assert left_out(study) == {"sub-1_T1w": step, "sub-1_T2w": NO_FIELD}
+
+
+def test_a_source_that_fails_after_its_field_is_made_takes_nobody_with_it(study):
+    log(study["sub-1_T1w"], "reference", f"{PREFIX}broken")
+    note(study)
+    assert left_out(study) == {"sub-1_T1w": "reference"}
+
+
+def test_field_that_was_made_nevertheless_counts(study):
+    log(study["sub-1_T1w"], "n4", f"{PREFIX}broken")
+    made = Path("results") / output_of(study["sub-1_T2w"], "corrected")
+    made.parent.mkdir(parents=True)
+    made.touch()
+    assert set(found(study)) == {"sub-1_T1w"}
+
+
+@pytest.mark.parametrize("step", STEPS)
+def test_a_failure_is_left_out_until_image_settings_or_code_change(study, monkeypatch, step):
+    scan = study["sub-2_T1w"]
+    log(scan, step, f'{PREFIX}broken\tby a tab, "quotes"')
+    note(study)
+    assert left_out(study) == {scan.name: step}
+    other = copy.deepcopy(CONFIG)
+    other["n4"]["spans"] = 5
+    assert left_out(study, other) == {}
+    of_pages = copy.deepcopy(CONFIG)
+    of_pages["qc"]["viewer_mb"] = 1
+    assert left_out(study, of_pages) == ({} if step == "qc" else {scan.name: step})
+    ratings = copy.deepcopy(CONFIG)
+    ratings["qc"] |= {"ratings": "r.tsv", "flags": CONFIG["qc"]["flags"] | {"outlier_z": 9}}
+    assert left_out(study, ratings) == {scan.name: step}, "the index alone reads these"
+    assert left_out(study | {scan.name: replace(scan, mask="mask.nii")}) == {}
+    with monkeypatch.context() as patch:
+        patch.setattr(failures, "_code_of", lambda step: "other code")
+        assert left_out(study) == {}
+    os.utime(scan.image, (1, 1))
+    assert left_out(study) == {}
+
+
+def test_code_counts_from_the_first_step_to_the_one_that_failed():
+    digests = {step: failures._code_of(step) for step in STEPS}
+    assert len(set(digests.values())) == len(STEPS)
+    assert digests["n4"] == package_digest("steps.mask", "steps.correct")
+
+
+def test_rows_of_scans_that_are_not_in_the_sheet_do_not_count(study):
+    log(study["sub-2_T1w"], "mask", f"{PREFIX}broken")
+    note(study)
+    assert left_out({name: scan for name, scan in study.items() if scan.subject == "1"}) == {}
+
+
+def test_an_image_that_changed_during_the_run_is_tried_again(study):
+    log(study["sub-2_T1w"], "mask", f"{PREFIX}broken")
+    note(study, since=os.stat("2_T1w.nii").st_ctime - 1)
+    assert not Path("failed.tsv").exists()
+
+
+def test_without_failures_the_table_goes(study):
+    log(study["sub-2_T1w"], "mask", f"{PREFIX}broken")
+    note(study)
+    log(study["sub-2_T1w"], "mask", "done")
+    note(study)
+    assert not Path("failed.tsv").exists()
+
+
+@pytest.mark.parametrize("text", ["scan\tstep\nsub-2_T1w\tmask\n", "scan\tstep\terror\tfingerprint\na\tb\tc\td\n"])
+def test_another_table_is_refused_with_a_line(study, text):
+    Path("failed.tsv").write_text(text)
+    with pytest.raises(InputError, match=r"failed.tsv: is no table of failed scans; remove it"):
+        left_out(study)

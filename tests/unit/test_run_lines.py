@@ -1,0 +1,140 @@
+"""What the terminal shows of Snakemake's messages: workflow/rules/run.smk, which is plain Python."""
+
+import logging
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from snakemake_interface_logger_plugins.common import LogEvent
+
+SCAN, OTHER = "sub-1_T1w", "sub-2_T1w"
+
+
+def job(number, rule, log, entities=None, retries=0):
+    wildcards = {"entities": entities, "suffix": "T1w"} if entities else {}
+    rule = SimpleNamespace(name=rule)
+    return SimpleNamespace(
+        jobid=number, rule=rule, log=[str(log)], wildcards=wildcards, attempt=1, restart_times=retries
+    )
+
+
+@pytest.fixture
+def run(tmp_path, pytestconfig):
+    """The file's names, with jobs of two scans and one over all scans, a log for each, and what is said."""
+    jobs = [
+        job(1, "mask", tmp_path / "mask1.log", "sub-1"),
+        job(2, "n4", tmp_path / "n4_1.log", "sub-1"),
+        job(3, "n4", tmp_path / "n4_2.log", "sub-2"),
+        job(4, "index", tmp_path / "index.log"),
+    ]
+    said = []
+    logger = SimpleNamespace(log=lambda level, line, extra: said.append(line), handlers=[])
+    workflow = SimpleNamespace(dag=SimpleNamespace(needrun_jobs=lambda: jobs), is_main_process=True)
+    names = {"Path": Path, "workflow": workflow, "logger": logger, "FAILED": {}, "SCAN_OF": {SCAN: None, OTHER: None}}
+    path = pytestconfig.rootpath / "workflow" / "rules" / "run.smk"
+    exec(compile(path.read_text(encoding="utf-8"), path, "exec"), names)
+    lines = names["ScanLines"]()
+    lines.handleError = lambda record: pytest.fail("an exception in the handler")
+    return SimpleNamespace(**names, jobs=jobs, said=said, lines=lines, folder=tmp_path)
+
+
+def record(event, level=logging.INFO, message="", **values):
+    made = logging.LogRecord("snakemake", level, "", 0, message, None, None)
+    vars(made).update(event=event, **values)
+    return made
+
+
+def job_error(number, message="", indent=False, log=()):
+    return record(LogEvent.JOB_ERROR, logging.ERROR, jobid=number, rule_msg=message, indent=indent, log=list(log))
+
+
+def group_error(*numbers, logs=("slurm.log",)):
+    return record(
+        LogEvent.GROUP_ERROR, logging.ERROR, job_error_info=[{"jobid": n} for n in numbers], aux_logs=list(logs)
+    )
+
+
+def test_scan_is_said_to_be_done_with_its_last_job(run):
+    for number in (1, 2):
+        run.lines.emit(record(LogEvent.JOB_INFO, jobid=number))
+        run.lines.emit(record(LogEvent.JOB_FINISHED, job_id=number))
+    (line,) = run.said
+    assert line.startswith(f"[1/2] {SCAN}: done in ")
+
+
+def test_line_of_a_job_that_failed_is_that_of_its_log(run):
+    (run.folder / "n4_2.log").write_text("n4flow: raw.nii: is broken; mend it\n")
+    run.lines.emit(job_error(3, "SLURM status is FAILED"))
+    assert run.said == [f"[1/2] {OTHER}: n4 failed: raw.nii: is broken; mend it"]
+
+
+def test_of_a_group_the_job_that_failed_is_named_once(run):
+    (run.folder / "mask1.log").write_text("done\n")
+    (run.folder / "n4_1.log").write_text("n4flow: raw.nii: is broken; mend it\n")
+    run.lines.emit(group_error(1, 2, 3))
+    for number in (1, 2, 3):
+        run.lines.emit(job_error(number, indent=True))
+    assert run.said == [f"[1/2] {SCAN}: n4 failed: raw.nii: is broken; mend it"]
+
+
+def test_lost_node_is_named_with_the_log_of_the_cluster(run):
+    (run.folder / "mask1.log").write_text("done\n")
+    run.lines.emit(
+        job_error(1, "SLURM-job '7' failed, SLURM status is: 'NODE_FAIL'.\n", log=["mask1.log", "slurm.log"])
+    )
+    run.lines.emit(group_error(3))
+    assert run.said == [
+        f"[1/2] {SCAN}: mask failed: SLURM-job '7' failed, SLURM status is: 'NODE_FAIL'; see mask1.log, slurm.log",
+        f"[2/2] {OTHER}: n4 failed: ended without a word; see slurm.log",
+    ]
+
+
+def test_job_that_is_tried_again_has_no_line_yet(run):
+    for one in run.jobs:
+        one.restart_times = 1
+    (run.folder / "n4_2.log").write_text("n4flow: raw.nii: is broken; mend it\n")
+    run.lines.emit(job_error(3))
+    run.lines.emit(group_error(1, 2))
+    assert run.said == []
+    run.jobs[2].attempt = 2
+    run.lines.emit(job_error(3))
+    assert len(run.said) == 1
+
+
+def test_log_of_an_earlier_run_does_not_count(run):
+    (run.folder / "n4_2.log").write_text("n4flow: of yesterday\n")
+    run.lines.follow.__globals__["RUN_START"] += 10
+    run.lines.emit(job_error(3, log=["n4_2.log"]))
+    assert run.said == [f"[1/2] {OTHER}: n4 failed: ended without a word; see n4_2.log"]
+
+
+def test_job_over_all_scans_has_a_line_when_it_fails(run):
+    (run.folder / "index.log").write_text("n4flow: disk full\n")
+    run.lines.emit(job_error(4))
+    assert run.said == ["index failed: disk full"]
+
+
+SCRIPT_ENDED = "RuleException:\nCalledProcessError in file mask.smk, line 26:\nCommand 'python mask.py' returned 1."
+
+
+@pytest.mark.parametrize(
+    ("message", "shown"),
+    [
+        (record(LogEvent.JOB_INFO), False),
+        (record(None, message="Select jobs to execute..."), False),
+        (job_error(1), False),
+        (group_error(1), False),
+        (record(LogEvent.ERROR, logging.ERROR, SCRIPT_ENDED, exception="RuleException"), False),
+        (record("n4flow"), True),
+        (record(None, logging.WARNING, "File system is slow"), True),
+        (record(LogEvent.ERROR, logging.ERROR, "Missing output", exception="MissingOutputException"), True),
+        (record(LogEvent.ERROR, logging.ERROR, "the file is bad", exception="RuleException"), True),
+    ],
+)
+def test_what_goes_wrong_beside_jobs_is_shown(run, message, shown):
+    assert run.is_shown(message) is shown
+
+
+def test_warning_at_the_start_names_a_few_of_many(run):
+    assert run.names_of(["b", "a"]) == "a, b"
+    assert run.names_of([f"s{n}" for n in range(9)]) == "s0, s1, s2, s3, s4 and 4 more"

@@ -1,0 +1,232 @@
+# What happens at the start and at the end of a run, and what the terminal shows meanwhile. No rules.
+import logging
+import os
+import shutil
+import subprocess
+import time
+
+from snakemake.settings.enums import Quietness
+from snakemake_interface_logger_plugins.common import LogEvent
+
+from n4flow.console import TOLD, last_error
+from n4flow.images.files import remove_abandoned, why_not_writable
+from n4flow.study.failures import failed_scans, made_since, write_failed
+from n4flow.study.progress import Progress
+from n4flow.worker import begin_run
+
+RUN_START = time.time()
+
+# The jobs of this run have this copy of the package, and a worker that ends with this process.
+begin_run()
+
+# How many names a line bears.
+NAMED = 5
+
+# An event of our own among those of Snakemake's log: a line that the terminal shows.
+SHOWN = "n4flow"
+
+
+def place_of(path):
+    """Where a path with pathvars leads."""
+    return Path(workflow.pathvars.apply(path))
+
+
+def names_of(names):
+    """A few names in a line."""
+    names = sorted(names)
+    return ", ".join(names[:NAMED]) + (f" and {len(names) - NAMED} more" if len(names) > NAMED else "")
+
+
+if FAILED and workflow.is_main_process:
+    # a warning, so that those see it, too, who want few words
+    logger.warning(
+        f"{len(FAILED)} left out that failed before: {names_of(FAILED)}. To try one again, mend it or remove its row "
+        f"from {FAILED_FILE}"
+    )
+
+
+class ScanLines(logging.Handler):
+    """Hears what Snakemake says of jobs, and says a line for each scan."""
+
+    def __init__(self):
+        super().__init__()
+        self.jobs = {job.jobid: job for job in workflow.dag.needrun_jobs()}
+        scans = {number: scan_of_job(job) for number, job in self.jobs.items()}
+        self.progress = Progress({number: scan for number, scan in scans.items() if scan}, self.say)
+
+    def emit(self, record):
+        try:
+            self.follow(record)
+        except Exception:
+            self.handleError(record)
+
+    def follow(self, record):
+        event = getattr(record, "event", None)
+        if event == LogEvent.JOB_INFO:
+            self.progress.begin(record.jobid)
+        elif event == LogEvent.JOB_FINISHED:
+            self.progress.end(record.job_id)
+        elif event == LogEvent.GROUP_ERROR:
+            self.fail(record.job_error_info, "", record.aux_logs)
+        elif event == LogEvent.JOB_ERROR and not record.indent:  # those of a group are indented
+            self.fail([vars(record)], record.rule_msg, record.log)
+
+    def fail(self, errors, message, logs):
+        """One job has failed, or some job of a group."""
+        jobs = [self.jobs[error["jobid"]] for error in errors]
+        if any(job.attempt <= job.restart_times for job in jobs):
+            return  # it is tried again
+        logs_now = [[path for path in job.log if made_since(Path(path), RUN_START)] for job in jobs]
+        said = [(job, line) for job, paths in zip(jobs, logs_now) for line in map(last_error, paths) if line]
+        if not said:  # the node was lost, or the log could not be written
+            where = ", ".join(map(str, logs)) or "Snakemake's log"
+            problem = " ".join((message or "ended without a word").split()).rstrip(".") + f"; see {where}"
+            said = [(job, problem) for job in jobs]
+        for job, problem in said:
+            self.tell(job, problem)
+
+    def tell(self, job, problem):
+        if scan_of_job(job):
+            self.progress.fail(job.jobid, f"{job.rule.name} failed: {problem}")
+        else:
+            self.say(f"{job.rule.name} failed: {problem}", True)
+
+    def say(self, line, failed):
+        logger.log(logging.ERROR if failed else logging.INFO, line, extra={"event": SHOWN})
+
+
+def scan_of_job(job):
+    """Name of the scan that a job works on, if it is one's."""
+    name = f"{job.wildcards.get('entities')}_{job.wildcards.get('suffix')}"
+    return name if name in SCAN_OF else None
+
+
+def is_shown(record):
+    """Whether the terminal shows one of Snakemake's messages: what goes wrong, other than with a job, which has its line."""
+    event = getattr(record, "event", None)
+    of_job = event in (LogEvent.JOB_ERROR, LogEvent.GROUP_ERROR)
+    # so does Snakemake call it that a script has ended with another exit status than 0
+    of_job |= getattr(record, "exception", None) == "RuleException" and "CalledProcessError" in record.getMessage()
+    return event == SHOWN or record.levelno > logging.INFO and not of_job
+
+
+def calm_down():
+    """From here on the terminal shows a line for each scan, if quiet says host, as in profiles/default."""
+    settings = workflow.output_settings
+    # there is none where a logger plugin writes to the terminal
+    screen = next((handler for handler in logger.handlers if handler.name == "DefaultStreamHandler"), None)
+    if screen and not settings.verbose and Quietness.HOST in (settings.quiet or ()):
+        os.environ[TOLD] = "1"
+        logger.addHandler(ScanLines())
+        screen.addFilter(is_shown)
+
+
+def jobs_on_gpu():
+    """Jobs of this run whose rule asks for a GPU (a job's own resources are not known before its input is)."""
+    return [job for job in workflow.dag.needrun_jobs() if "gpu" in job.rule.resources]
+
+
+def check_places():
+    """Before the first job, and so before Snakemake removes what is to be made anew: can be written, is there a GPU?
+
+    What a run that was killed left half-written is removed.
+    """
+    places = [*map(workflow.pathvars.apply, ("<results>", "<logs>", "<benchmarks>"))]
+    for place in places:
+        remove_abandoned(place)
+    # a folder in them may be another user's, of a container say
+    made = (os.path.dirname(path) for job in workflow.dag.needrun_jobs() for path in job.output)
+    unwritable = {}
+    for place in dict.fromkeys([*places, *made]):
+        if problem := why_not_writable(place):
+            unwritable.setdefault(problem, place)
+    where = {place: " (pathvars in the config)" for place in places}
+    problems = [f"{problem}: {place} is to be there{where.get(place, '')}" for problem, place in unwritable.items()]
+    # a cluster's login node has no GPU, nor has Snakemake's own environment CuPy where the rules have theirs
+    may_ask = workflow.local_exec and not workflow.deployment_settings.deployment_method
+    if config["device"] == "gpu" and workflow.global_resources["gpu"] != 0 and may_ask and jobs_on_gpu():
+        # in a process of its own: who asks holds some of the GPU's memory until it ends
+        ask = "from n4flow.device import select_device; select_device('gpu')"
+        done = subprocess.run([sys.executable, "-c", ask], stderr=subprocess.PIPE, text=True)
+        if done.returncode != 0:
+            problems.append(done.stderr.strip().rpartition("MachineError: ")[2])
+    if problems:
+        raise WorkflowError("\n".join(problems))
+
+
+def end_run(success):
+    """What was done, what failed and why, where the report is, and what to run next; notes who would fail again."""
+    lines = next((handler for handler in logger.handlers if isinstance(handler, ScanLines)), None)
+    for handler in logger.handlers:
+        handler.removeFilter(is_shown)
+    new = {} if success else failed_scans(SHEET, place_of("<logs>"), place_of("<results>"), RUN_START)
+    failed = {name: failure for name, failure in FAILED.items() if not is_done_now(failure)} | new
+    try:
+        if new or FAILED_FILE.is_file():
+            FAILED_FILE.parent.mkdir(parents=True, exist_ok=True)
+            write_failed(FAILED_FILE, list(failed.values()), SCAN_OF, config, RUN_START)
+    except InputError as error:
+        logger.error(f"Not noted which scans failed: {error}")
+    if success:
+        report_success({job.rule.name for job in workflow.dag.jobs})
+    elif new:  # else of no scan: the rule's own line says all
+        report_failures(failed, new, told=lines.progress.over if lines else ())
+
+
+def is_done_now(failure):
+    """Whether this run made what failed before."""
+    role = "reference" if failure.step == "reference" else "metrics"
+    return made_since(place_of(made_of(SCAN_OF[failure.scan], role)), RUN_START)
+
+
+def report_success(rule_names):
+    """Where the reports of a run are that asked for these rules."""
+    if "index" in rule_names:
+        left_out = f", {len(FAILED)} failed before (see {FAILED_FILE})" if FAILED else ""
+        page = place_of("<results>/qc/index.html")
+        logger.info(f"{len(SCANS)} of {len(SHEET)} scans are done{left_out}. The report: {page}")
+        logger.info("Next: look through it in a browser; snakemake --report report.zip packs it for a colleague")
+    if "tune" in rule_names:
+        logger.info(f"The settings side by side: {place_of('<results>/tune/index.html')}")
+
+
+def report_failures(failed, new, told):
+    """After a run that failed: the index over the scans that are done, with the failed ones named."""
+    not_done = new.keys() | {name for name, failure in failed.items() if failure.step != "reference"}
+    done = [
+        place_of(made_of(scan, "metrics"))
+        for scan in SHEET
+        if scan.name not in not_done
+        and all(place_of(made_of(scan, role)).is_file() for role in ("metrics", "corrected"))
+    ]
+    qc = place_of("<results>/qc")
+    count = f"{len(done)} of {len(SHEET)} scans are done, {len(failed)} failed"
+    try:
+        from n4flow.qc.dataset import make_index
+
+        make_index(
+            done,
+            qc / "index.html",
+            qc / "metrics.tsv",
+            failed=list(failed.values()),
+            ratings=RATINGS_FILE or None,
+            outlier_z=config["qc"]["flags"]["outlier_z"],
+            limits=page_settings(config["qc"])["flags"],
+            groups={scan.name: dict(scan.groups) for scan in SHEET},
+        )
+    # the workflow's own environment need not hold the QC's packages; a disk may be full
+    except (ImportError, InputError) as error:
+        logger.error(f"No index over the scans that are done: {error}")
+        logger.error(count)
+    else:
+        logger.error(f"{count}: see {qc / 'index.html'}")
+    # without it the rule index is not done, and makes the index anew when all scans are
+    shutil.rmtree(place_of(BUNDLE), ignore_errors=True)
+    for name, failure in new.items():
+        if name not in told:
+            logger.error(f"{name}: {failure.error}")
+    again = sum(failure.again for failure in failed.values())
+    if again:
+        logger.error(f"Next: mend them. Or the same command again: it leaves out {again} and completes the report")
+    if again < len(failed):
+        logger.error(f"{len(failed) - again} failed by no fault of the scan: the same command tries again")
