@@ -23,6 +23,7 @@ from n4flow.study.bids import (
     index_dataset,
     sidecars_of,
 )
+from tests.pyramids import write_store
 
 
 @pytest.mark.parametrize(
@@ -444,6 +445,27 @@ def test_sidecars_are_those_that_bids_lets_an_image_inherit(tmp_path):
     assert sidecars_of(root / f"{image}.nii.gz") == [root / path for path in wanted]
     (root / "dataset_description.json").unlink()  # no dataset, nothing inherited
     assert sidecars_of(root / f"{image}.nii.gz") == [root / wanted[-1]]
+
+
+def test_ome_zarr_images_are_found_and_have_a_row_for_each_channel(tmp_path, caplog):
+    folder = tmp_path / "sub-01/micr"
+    values = np.ones((4, 8, 8), np.uint16)
+    write_store(
+        folder / "sub-01_sample-A_SPIM.ome.zarr", [np.stack([values] * 2)], axes="czyx", labels=("GFP", "c Fos")
+    )
+    write_store(folder / "sub-01_sample-B_SPIM.ome.zarr", [values])
+    write_store(folder / "sub-01_sample-C_SPIM.ome.zarr", [np.stack([values] * 2)], axes="czyx")
+    write_store(folder / "sub-01_sample-D_SPIM.ome.zarr", [values], root=False)
+    touch(tmp_path, "sub-01/micr/sub-01_sample-B_SPIM.ome.zarr/sub-01_sample-X_SPIM.nii.gz")  # not looked into
+    found = [(scan.modality, scan.channel) for scan in index_dataset(tmp_path, ["SPIM"])]
+    assert found == [
+        ("sample-A_stain-GFP_SPIM", "GFP"),
+        ("sample-A_stain-cFos_SPIM", "c Fos"),
+        ("sample-B_SPIM", ""),
+        ("sample-C_stain-0_SPIM", "0"),
+        ("sample-C_stain-1_SPIM", "1"),
+    ]
+    assert "sub-01_sample-D_SPIM.ome.zarr: holds neither zarr.json nor .zattrs" in caplog.text
 
 
 UNIFORM = "sub-1/anat/sub-1_acq-a_UNIT1.nii.gz"

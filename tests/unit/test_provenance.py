@@ -18,6 +18,7 @@ NOT_USED = {
     "steps.correct": {"steps.apply", "steps.reference", "core.phantom", "steps.mask", "qc.metrics", "qc.pages"},
     "steps.reference": {"core.phantom", "steps.mask", "qc.metrics", "qc.pages"},
     "steps.apply": {"estimate", "steps.mask", "qc.pages"},
+    "steps.pyramid": {"estimate", "correction", "steps.correct", "steps.mask", "qc.pages"},
     "steps.demo": {"estimate", "steps.mask", "qc.pages"},
     "study.bids": {"images.nifti", "estimate", "steps.mask", "qc.pages"},
     "qc.pages": {"estimate", "steps.reference", "core.phantom", "steps.mask"},

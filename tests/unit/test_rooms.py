@@ -63,9 +63,10 @@ def test_the_core_touches_no_files(module):
 
 
 #: What the workflow itself may import.
-FOR_THE_WORKFLOW = ["console", "worker", "errors", "parameters", "images.files"]
+FOR_THE_WORKFLOW = ["console", "worker", "errors", "parameters", "images.files", "images.ngff"]
 FOR_THE_WORKFLOW += [
-    f"study.{name}" for name in ("bids", "config", "failures", "outputs", "progress", "provenance", "ratings", "sheet")
+    f"study.{name}"
+    for name in ("bids", "config", "failures", "outputs", "progress", "provenance", "ratings", "sheet", "stores")
 ]
 
 
@@ -79,7 +80,7 @@ def test_the_workflow_itself_needs_no_numeric_library(pytestconfig):
     subprocess.run([sys.executable, "-c", code, pytestconfig.rootpath / "workflow" / "scripts"], check=True)
 
 
-@pytest.mark.parametrize("name", ["common.smk", "run.smk"])
+@pytest.mark.parametrize("name", ["common.smk", "run.smk", "inputs.smk"])
 def test_the_workflow_itself_imports_only_what_was_tried_above(pytestconfig, name):
     text = (pytestconfig.rootpath / "workflow" / "rules" / name).read_text(encoding="utf-8")
     top_level = {line.split()[1] for line in text.splitlines() if line.startswith("from n4flow")}
@@ -92,7 +93,7 @@ def test_every_file_that_the_documents_link_to_is_in_the_repository(pytestconfig
     ).stdout.splitlines()
     if not listed:
         pytest.skip("not in a git checkout")
-    for document in ("README.md", "config/README.md", "docs/cluster.md"):
+    for document in ("README.md", "config/README.md", "docs/cluster.md", "docs/microscopy.md"):
         text = (pytestconfig.rootpath / document).read_text(encoding="utf-8")
         for target in re.findall(r"\]\(([^)#:]+)\)", text):
             path = (pytestconfig.rootpath / document).parent.joinpath(target).resolve()

@@ -47,7 +47,7 @@ def test_further_columns_group_scans_in_the_report():
     assert [scan.groups for scan in scans] == [(("site", "A"), ("scan_year", "2020")), (("scan_year", "2021"),)]
     assert [scan.name for scan in scans] == ["sub-01_T1w", "sub-02_T1w"]
     (problem,) = problems_of("subject site image\n01 A a.nii")
-    assert problem.endswith("field_from, and group_… (group_site) to group scans by in the report")
+    assert problem.endswith("field_from, channel, and group_… (group_site) to group scans by in the report")
     assert len(problems_of("subject group_ image\n01 A a.nii")) == 1
 
 
@@ -162,8 +162,8 @@ def test_files_that_the_workflow_makes_need_not_be_there():
         ("subject image\n. a.nii", "sheet.tsv, line 2: 'subject' is a required property; "),
         (
             "subject image\n01 a.mnc",
-            "sheet.tsv, line 2: image: 'a.mnc' does not fit; path of the image, .nii, .nii.gz, .mgz, .mgh or .img "
-            "(beside its .hdr); convert it: mnc2nii a.mnc a.nii.gz",
+            "sheet.tsv, line 2: image: 'a.mnc' does not fit; path of the image, .nii, .nii.gz, .mgz, .mgh, .img "
+            "(beside its .hdr) or .ome.zarr; convert it: mnc2nii a.mnc a.nii.gz",
         ),
         ("subject image\n0_1 a.nii", "sheet.tsv, line 2: subject '0_1' is no BIDS label, use letters and digits only"),
         ("subject image session\n01 a.nii s-1", "sheet.tsv, line 2: session 's-1' is no BIDS label, use letters"),

@@ -106,13 +106,21 @@ def scan_of(wildcards):
     return SCAN_OF[name]
 
 
+def volume_of(scan):
+    """What goes through the chain: the image, or the coarse volume of an OME-Zarr image."""
+    return made_of(scan, "coarse") if scan.is_store else scan.image
+
+
 def image_of(wildcards):
-    return scan_of(wildcards).image
+    return volume_of(scan_of(wildcards))
 
 
 def own_mask_of(wildcards):
     """The mask that the sheet gives, if it gives one."""
-    return scan_of(wildcards).mask or []
+    scan = scan_of(wildcards)
+    if scan.mask and scan.is_store:  # on the grid of the coarse volume
+        return made_of(scan, "given_mask")
+    return scan.mask or []
 
 
 def mask_image_of(wildcards):
@@ -157,7 +165,9 @@ def products(scan):
     roles = ["mask", "mask_sidecar", *CORRECTION, *PAGE, *carried(scan)]
     if scan.name in WITH_REFERENCE:
         roles += ["reference", "reference_sidecar", "reference_field"]
-    return {role: made_of(scan, role) for role in roles}
+    if scan.is_store:
+        roles += ["coarse", "coarse_sidecar"]
+    return {role: made_of(scan, role) for role in roles} | STORE_FILES.get(scan.name, {})
 
 
 def qc_inputs(wildcards):
@@ -165,35 +175,8 @@ def qc_inputs(wildcards):
     scan = scan_of(wildcards)
     made = products(scan)
     shown = ("mask", "mask_sidecar", "corrected", "sidecar", "field", "reference_field", "reference_sidecar")
-    of_scan = {"image": scan.image, "beside": beside_of(wildcards)}
+    of_scan = {"image": volume_of(scan), "beside": beside_of(wildcards)}
     return of_scan | {role: made[role] for role in shown if role in made}
-
-
-def tune_settings(wildcards):
-    """The keys of n4 that a combination means."""
-    if wildcards.combination not in COMBINATIONS:
-        raise WorkflowError(f"{wildcards.combination}: no such combination in config's tune.grid; name the target tune")
-    return config["n4"] | COMBINATIONS[wildcards.combination]
-
-
-def tune_inputs(wildcards):
-    """What the page shows: scan by scan, and of each scan every combination."""
-    if not TUNED:
-        raise WorkflowError("tune: there is nothing to compare; give tune.subjects and tune.grid, see config/README.md")
-    of_all = lambda name: [
-        f"<results>/tune/{scan.folder}/{scan.name}/{combination}/{name}"
-        for scan in TUNED
-        for combination in COMBINATIONS
-    ]
-    return {
-        "images": [scan.image for scan in TUNED],
-        "masks": [made_of(scan, "mask") for scan in TUNED],
-        # of all of them: whom a dataset's own choice hits says nothing here
-        "references": [made_of(scan, "reference_field") for scan in TUNED if config["reference"]["scans"]],
-        "corrected": of_all("corrected.nii.gz"),
-        "sidecars": of_all("corrected.json"),
-        "fields": of_all("biasfield.json"),
-    }
 
 
 def memory_mb(baseline, per_voxel, per_sample=0):
@@ -205,7 +188,9 @@ def memory_mb(baseline, per_voxel, per_sample=0):
     thinned = N4Parameters.from_mapping(config["n4"]).shrink_factor
 
     def resource(wildcards, input, attempt):
-        voxels = max(map(voxels_of_frame, input.get("images") or [input.image]))
+        # of the coarse volume of an OME-Zarr image no more is known before it is made
+        most = config["zarr"]["level_voxels"] if STORES else 0
+        voxels = max(voxels_of_frame(path) or most for path in input.get("images") or [input.image])
         samples = voxels / thinned**3 if thinned else min(voxels, MOST_SAMPLES)
         return int(SNAKEMAKE_MB + baseline + (per_voxel * voxels + per_sample * samples) / 1e6) * attempt
 

@@ -123,6 +123,9 @@ def _parser() -> argparse.ArgumentParser:
     added.add_argument(
         "manifest", metavar="MANIFEST", type=Path, help="manifest.json of the other run, or its folder of results"
     )
+    added.add_argument(
+        "--deep", action="store_true", help="read all voxels of OME-Zarr images again, which takes as long as a copy"
+    )
 
     added = command(
         "run",
@@ -345,12 +348,19 @@ def verify(given: argparse.Namespace) -> None:
     from n4flow.study.manifest import verify as compare
 
     verdicts = compare(given.results, given.manifest, threads=available_cores())
+    changed = []
+    if given.deep:
+        from n4flow.steps.pyramid import changed_voxels
+
+        changed = changed_voxels(given.results)
     table = csv.writer(sys.stdout, delimiter="\t", lineterminator="\n")
     table.writerow(["scan", "verdict", "reason"])
     table.writerows(verdicts)
     counts = Counter(verdict.verdict for verdict in verdicts if verdict.scan != "dataset")
     print(", ".join(f"{counts[verdict]} {verdict}" for verdict in (EQUAL, CLOSE, DIFFERENT)), file=sys.stderr)
-    sys.exit(any(verdict.verdict == DIFFERENT for verdict in verdicts))
+    for line in changed:
+        print(line, file=sys.stderr)
+    sys.exit(bool(changed) or any(verdict.verdict == DIFFERENT for verdict in verdicts))
 
 
 def run(given: argparse.Namespace) -> None:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from n4flow.errors import InputError, MachineError
+from n4flow.images.ngff import is_store
 
 #: What to do where the operating system refuses to write.
 REMEDIES = {
@@ -168,8 +169,12 @@ def _remove(path: Path) -> None:
 
 
 def remove_abandoned(folder: str | Path) -> None:
-    """Remove what processes that were killed had begun to write in a folder; not what is being written now."""
-    for place, _, names in os.walk(folder):
+    """Remove what processes that were killed had begun to write in a folder; not what is being written now.
+
+    OME-Zarr stores are left alone: zarr takes no locks, and a store that is not complete is finished by its own step.
+    """
+    for place, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if not is_store(name)]
         for name in names:
             if name.endswith(".partial"):
                 with contextlib.suppress(OSError), open(Path(place, name), "rb") as file:

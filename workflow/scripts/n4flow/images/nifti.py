@@ -15,7 +15,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import nibabel as nib
 import numpy as np
@@ -388,6 +388,24 @@ def _decompressed(path: Path, length: int, size: int, time_ns: int) -> bytes:
         return stream.read(length)
 
 
+class Grid(NamedTuple):
+    """What an image that is written takes over of another one, or of none."""
+
+    header: Any
+    shape: tuple[int, ...]
+    frames: int
+
+    @classmethod
+    def of(cls, shape: Sequence[int], affine_mm: np.ndarray) -> Grid:
+        """A volume of this shape, whose affine is in mm and names a space."""
+        header = nib.Nifti1Header()
+        header.set_data_shape(shape)
+        header.set_xyzt_units("mm", "unknown")
+        header.set_qform(affine_mm, "scanner")
+        header.set_sform(affine_mm, "scanner")
+        return cls(header, tuple(shape), 1)
+
+
 class VolumeWriter:
     """Writes an image like another one, slab by slab; the file appears when it is complete.
 
@@ -395,7 +413,7 @@ class VolumeWriter:
     ----------
     path : path-like
         .nii or .nii.gz.
-    like : Volume
+    like : Volume or Grid
         Gives shape, affine, codes, zooms and units.
     dtype : numpy dtype
     slope, intercept : float
@@ -408,7 +426,7 @@ class VolumeWriter:
     def __init__(
         self,
         path: str | Path,
-        like: Volume,
+        like: Volume | Grid,
         dtype: Any,
         *,
         slope: float = 1.0,

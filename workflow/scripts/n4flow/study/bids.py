@@ -23,6 +23,7 @@ from n4flow.images.files import (
     shortened,
     write_json,
 )
+from n4flow.images.ngff import is_store, read_image
 
 log = logging.getLogger(__name__)
 
@@ -46,7 +47,7 @@ BIDS_VERSION = "1.10.0"
 BIDSIGNORE = "*_biasfield.*\n**/perf/*_mask.*\n**/micr/*_mask.*\n**/fmap/*_mask.*\n"
 # masks have no flip-, inv- and mt-; of names with several stars the validator ignores none
 BIDSIGNORE += "".join(f"*foreground{suffix}_mask.*\n" for suffix in ("MP2RAGE", "MPM", "MTS", "VFA"))
-BIDSIGNORE += "manifest.json\nqc\ntune\n"
+BIDSIGNORE += "manifest.json\nqc\ntune\nparts\n"
 
 #: File systems hold names of 255 characters: what the outputs add must fit, too.
 LONGEST_NAME = 200
@@ -55,7 +56,7 @@ LONGEST_NAME = 200
 NAMED = 10
 
 LABEL = re.compile(r"[A-Za-z0-9]+")
-IMAGE = re.compile("|".join(f"{re.escape(end)}$" for end in IMAGE_ENDS), re.IGNORECASE)
+IMAGE = re.compile("|".join(f"{re.escape(end)}$" for end in (*IMAGE_ENDS, ".ome.zarr")), re.IGNORECASE)
 ENTITY = re.compile(r"[a-z0-9]+-[A-Za-z0-9+]+")
 
 #: How names say that a file holds a part of a complex image other than its magnitude: BIDS, and dcm2niix and others at
@@ -86,6 +87,8 @@ class Scan:
         that has a field of its own.
     groups : tuple of (str, str)
         What the report may split scans by, and to which part this one belongs: ``("site", "A")``.
+    channel : str
+        Of an OME-Zarr image: label or index of the channel that the row is; empty where there is one alone.
     """
 
     subject: str
@@ -97,6 +100,12 @@ class Scan:
     weights: str = ""
     field_from: str = ""
     groups: tuple[tuple[str, str], ...] = ()
+    channel: str = ""
+
+    @property
+    def is_store(self) -> bool:
+        """Whether the image is OME-Zarr: what goes through the chain is a coarse volume of it."""
+        return is_store(self.image)
 
     @property
     def suffix(self) -> str:
@@ -111,6 +120,8 @@ class Scan:
             parts.append(f"ses-{self.session}")
         if "_" in self.modality:
             parts.append(self.modality.rpartition("_")[0])
+        if self.is_store:
+            parts.append("res-coarse")
         return "_".join(parts)
 
     @cached_property
@@ -236,11 +247,11 @@ def index_dataset(
                         continue
                     if suffix in suffixes and datatype not in datatypes_of(suffix):
                         continue
-                    if suffix not in suffixes or not image.name.endswith(IMAGE_ENDS):
+                    if suffix not in suffixes or not image.name.endswith((*IMAGE_ENDS, ".ome.zarr")):
                         _name_near_miss(image, suffix, suffixes)
                         continue
                     file = header_file(image) if image.is_file() else image
-                    if missing := missing_file(file):
+                    if missing := None if is_store(image) else missing_file(file):
                         log.warning("%s: left out, %s; %s", file, *missing)
                     elif not _left_out(image, parts, subject.name, session and f"ses-{session}"):
                         kept = [part for part in parts if not part.startswith(("sub-", "ses-"))]
@@ -254,7 +265,7 @@ def index_dataset(
                         if problems := scan.problems():
                             log.warning("%s: left out, %s", image, problems[0])
                         else:
-                            scans.append(scan)
+                            scans += _channels(scan) if scan.is_store else [scan]
     there = {subject.name[4:] for subject in subjects}
     if absent := sorted({label.removeprefix("sub-") for label in participants} - there):
         raise InputError(folder, f"holds no participant {' '.join(absent)}", "check the labels")
@@ -268,6 +279,26 @@ def index_dataset(
             names = " ".join(without[:NAMED]) + (" …" if len(without) > NAMED else "")
             log.warning("%s: %d of %d subjects have no %s: %s", folder, len(without), len(there), suffix, names)
     return scans
+
+
+def _channels(scan: Scan) -> list[Scan]:
+    """The scan of each channel of an OME-Zarr image, told apart by its stain; none of one that cannot be read."""
+    try:
+        image = read_image(scan.image)
+    except InputError as error:
+        log.warning("%s: left out (it cannot be used)", error)
+        return []
+    if image.channels == 1:
+        return [scan]
+    *entities, suffix = scan.modality.split("_")
+    found = []
+    for index in range(image.channels):
+        label = image.labels[index] if index < len(image.labels) else ""
+        stain = re.sub(r"[^A-Za-z0-9]", "", label)
+        known = stain and [re.sub(r"[^A-Za-z0-9]", "", other) for other in image.labels].count(stain) == 1
+        modality = "_".join([*entities, f"stain-{stain if known else index}", suffix])
+        found.append(replace(scan, modality=modality, channel=label if known else str(index)))
+    return found
 
 
 def _chosen(place: Path, prefix: str, labels: Sequence[str]) -> list[Path]:
@@ -304,6 +335,8 @@ def _second_inversion(image: Path, files: Sequence[Path]) -> str:
 
 def _same_scan(image: Path) -> str:
     """In which format that comes before it in `IMAGE_ENDS` a scan is there too; empty if in none."""
+    if is_store(image):
+        return ""
     stem, end = IMAGE.sub("", image.name), IMAGE_ENDS.index("".join(IMAGE.findall(image.name)))
     return next((other for other in IMAGE_ENDS[:end] if image.with_name(stem + other).exists()), "")
 

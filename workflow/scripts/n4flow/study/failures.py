@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 from n4flow.console import end_of
 from n4flow.errors import InputError
 from n4flow.images.files import atomic_text, header_file
+from n4flow.images.ngff import file_of
 from n4flow.study.bids import CARRIED_WITH, Scan, beside_image
 from n4flow.study.config import page_settings
 from n4flow.study.outputs import output_of
@@ -21,6 +22,8 @@ from n4flow.study.provenance import package_digest
 
 #: The steps of a scan, in their order, with the modules that they stand on.
 STEPS = {
+    "coarse": "steps.pyramid",
+    "given_mask": "steps.pyramid",
     "mask": "steps.mask",
     "n4": "steps.correct",
     "apply": "steps.apply",
@@ -90,7 +93,7 @@ def without_field(scans: Iterable[Scan], failed: Mapping[str, Failure]) -> dict[
     found = {}
     for scan in scans:
         source = failed.get(scan.field_source) if scan.field_from else None
-        if source and source.step in ("mask", "n4") and scan.name not in failed:
+        if source and source.step in ("coarse", "given_mask", "mask", "n4") and scan.name not in failed:
             error = f"its field is that of {source.scan}, which failed"
             found[scan.name] = source._replace(scan=scan.name, step=NO_FIELD, error=error)
     return found
@@ -111,6 +114,8 @@ def fingerprint(scan: Scan, step: str, config: Mapping[str, Any]) -> str:
     """
     files = [[path, *_size_and_time(path)] for path in _inputs(scan)]
     settings = {key: config[key] for key in ("mask", "n4", "output", "device")}
+    if scan.is_store:
+        settings["zarr"] = config["zarr"]
     if step == "qc":
         settings["qc"] = page_settings(config["qc"])
     content = json.dumps([files, scan.field_from, step, settings, _code_of(step)], sort_keys=True)
@@ -127,7 +132,7 @@ def _inputs(scan: Scan) -> list[str]:
     """The files that a row names, with headers apart from their voxels, and b values."""
     headers = [str(header_file(path)) for path in scan.paths if path.endswith(".img")]
     beside = [beside_image(scan.image, role) for role in CARRIED_WITH.get(scan.suffix, ()) if role == "bval"]
-    return [*scan.paths, *headers, *(str(path) for path in beside if path)]
+    return [*map(file_of, scan.paths), *headers, *(str(path) for path in beside if path)]
 
 
 def _size_and_time(path: str) -> list[int]:

@@ -290,7 +290,7 @@ def _verdict(
             return DIFFERENT, f"the log field differs by up to {difference:.1e}: {file}"
         if file in other:  # it is what the corrected image, its sidecar and the field as an image are made with
             largest = max(largest, difference)
-            explained |= {file, *_of_field(file)}
+            explained |= {file, *_of_field(file), *_of_store(other)}
     if unexplained := [file for file in other if file not in explained]:
         return DIFFERENT, f"differs by more than its field: {_list(unexplained)}"
     if not left:
@@ -330,6 +330,12 @@ def _of_field(file: str) -> list[str]:
     """The other files that are made with a field, by its own file."""
     _, role = scan_and_role(file) or ("", "")
     return [beside(file, other) for other in MADE_WITH.get(role, ())]
+
+
+def _of_store(files: Sequence[str]) -> set[str]:
+    """Of these files those of a corrected OME-Zarr image: root metadata, and the sidecar with the voxels' digests."""
+    roots = {file for file in files if ".ome.zarr/" in file}
+    return roots | {f"{root.partition('.ome.zarr/')[0]}.json" for root in roots}
 
 
 def _list(files: Sequence[str]) -> str:

@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from n4flow.study.bids import DATATYPE_OF, Scan
+from n4flow.study.stores import Store
 
 #: What the wildcards stand for, as regular expressions.
 WILDCARDS = {
@@ -20,6 +21,9 @@ WILDCARDS = {
 
 #: By role, in the folder of the results; the wildcards are those of the rules, and attributes of a `Scan`.
 NAMES = {
+    "coarse": "{folder}/{entities}_desc-original_{suffix}.nii.gz",
+    "coarse_sidecar": "{folder}/{entities}_desc-original_{suffix}.json",
+    "given_mask": "{folder}/{entities}_desc-given{suffix}_mask.nii.gz",
     "mask": "{folder}/{entities}_desc-foreground{suffix}_mask.nii.gz",
     "mask_sidecar": "{folder}/{entities}_desc-foreground{suffix}_mask.json",
     "corrected": "{folder}/{entities}_desc-N4_{suffix}.nii.gz",
@@ -39,6 +43,15 @@ NAMES = {
     "viewer": "qc/data/{entities}_{suffix}.js",
 }
 
+#: Of an OME-Zarr image, whose rows in the sheet are its channels; level and part are numbers, root is its metadata.
+STORE_NAMES = {
+    "store": "{folder}/{entities}_desc-N4_{suffix}.ome.zarr",
+    "root": "{folder}/{entities}_desc-N4_{suffix}.ome.zarr/{root}",
+    "store_sidecar": "{folder}/{entities}_desc-N4_{suffix}.json",
+    "plan": "parts/{folder}/{entities}_{suffix}/plan.json",
+    "part": "parts/{folder}/{entities}_{suffix}/level-{level}_part-{part}.json",
+}
+
 
 def output_of(scan: Scan, role: str) -> str:
     """Path of one of the files that are made of a scan, in the folder of the results.
@@ -54,6 +67,26 @@ def output_of(scan: Scan, role: str) -> str:
     str
     """
     return NAMES[role].format(folder=scan.folder, entities=scan.entities, suffix=scan.suffix)
+
+
+def store_output(store: Store, role: str, **numbers: int) -> str:
+    """Path of what is made of an OME-Zarr image, in the folder of the results.
+
+    Parameters
+    ----------
+    store : Store
+    role : str
+        One of `STORE_NAMES`.
+    **numbers : int
+        Level and part.
+
+    Returns
+    -------
+    str
+    """
+    return STORE_NAMES[role].format(
+        folder=store.folder, entities=store.entities, suffix=store.suffix, root=store.image.root, **numbers
+    )
 
 
 def beside(path: str | Path, role: str) -> str:
@@ -114,7 +147,7 @@ def _pattern(name: str) -> re.Pattern[str]:
 _PATTERNS = {role: _pattern(name) for role, name in NAMES.items()}
 
 
-def entities_pattern(scans: Iterable[Scan]) -> str:
+def entities_pattern(scans: Iterable[Scan | Store]) -> str:
     """A regular expression of the entities of some scans in the paths of what corrects them; of none, nothing matches.
 
     The entities do not tell a scan without its suffix, so that it looks ahead at the rest of the file's name.

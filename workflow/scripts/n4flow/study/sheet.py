@@ -12,6 +12,7 @@ from typing import Any
 
 from n4flow.errors import InputError
 from n4flow.images.files import atomic_text, header_file, missing_file, of_other_format, shortened
+from n4flow.images.ngff import file_of, is_store
 from n4flow.study.bids import Scan
 from n4flow.study.config import schema_problems
 
@@ -238,18 +239,29 @@ def _read_row(
         for role, (_, command) in others.items():
             found = [f"{line}; convert it: {command}" if line.startswith(f"{role}: ") else line for line in found]
         return found, None
+    if is_store(cells.get("image", "")):
+        cells.setdefault("modality", "SPIM")
+        cells["image"] = cells["image"].rstrip("/")
     values = {key: part["default"] for key, part in schema["properties"].items() if "default" in part} | cells
     scan = Scan(**values, groups=groups)
     found = [f"{problem}" for problem in scan.problems()]
+    if scan.channel and not scan.is_store:
+        found.append(f"channel {scan.channel}: {shortened(scan.image)} is no OME-Zarr image; leave it empty")
     for role in PATHS:
         path = getattr(scan, role)
         if problem := _wildcard_problem(path):
             found.append(f"{role} {shortened(path)} {problem}")
+        elif role == "mask" and is_store(path) and not scan.is_store:
+            found.append(f"mask {shortened(path)} is OME-Zarr, and the image is not; give a .nii or .nii.gz file")
+        elif role in ("mask_image", "weights") and path and scan.is_store:
+            found.append(f"{role} {shortened(path)}: an OME-Zarr image takes none; give a mask, or leave it empty")
+        elif role == "image" and is_store(path):
+            continue  # read with the others of its kind, see stores.py
         elif path and path not in to_be_made:
             found += [
                 f"{role} {shortened(file)} {'; '.join(missing)}"
-                for file in dict.fromkeys((path, str(header_file(path))))
-                if (missing := missing_file(file))
+                for file in dict.fromkeys((file_of(path), str(header_file(path))))
+                if not is_store(file) and (missing := missing_file(file))
             ]
     return found, scan
 

@@ -1,0 +1,228 @@
+"""OME-Zarr images through the workflow: channels that share a field, a store without units; the first try is killed."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import nibabel as nib
+import numpy as np
+import pytest
+import zarr
+from study import ROOT, snakemake, write_config
+
+from n4flow.errors import InputError
+from n4flow.images.fields import load_field
+from n4flow.images.ngff import read_image
+from n4flow.study.bids import Scan
+from n4flow.study.config import load_schema
+from n4flow.study.manifest import verify
+from n4flow.study.sheet import read_sheet, results_problem
+from n4flow.study.stores import stores_of
+from tests.pyramids import binned, sheet_volume, write_store
+
+VALUES, LOG_BIAS = sheet_volume()
+AUTO = np.rint(VALUES).astype(np.uint16)
+#: A stain of few cells.
+SPARSE = np.where(np.random.default_rng(0).random(AUTO.shape) < 0.02, AUTO, AUTO // 40).astype(np.uint16)
+SHEET = [
+    ["subject", "image", "channel", "modality", "field_from", "mask"],
+    ["01", "raw/two.ome.zarr", "auto", "stain-auto_SPIM", "", ""],
+    ["01", "raw/two.ome.zarr", "cFos", "stain-cFos_SPIM", "stain-auto_SPIM", ""],
+    ["02", "raw/one.ome.zarr", "", "", "", "raw/mask.nii.gz"],
+]
+PARTS = 5
+TWO, ONE = "results/sub-01/micr/sub-01_desc-N4_SPIM", "results/sub-02/micr/sub-02_desc-N4_SPIM"
+FIELDS = {
+    TWO: "results/sub-01/micr/sub-01_stain-auto_res-coarse_desc-N4SPIM_biasfield.json",
+    ONE: "results/sub-02/micr/sub-02_res-coarse_desc-N4SPIM_biasfield.json",
+}
+INPUTS = {TWO: "raw/two.ome.zarr", ONE: "raw/one.ome.zarr"}
+stores = pytest.mark.parametrize("store", INPUTS, ids=["two channels, 0.5", "no units, 0.4"])
+
+
+def pyramid(values):
+    return [values, np.rint(binned(values)).astype(np.uint16)]
+
+
+def prepare(folder):
+    both = pyramid(np.stack([AUTO, SPARSE]))
+    write_store(folder / "raw/two.ome.zarr", both, axes="czyx", labels=("auto", "cFos"), shards=(32, 64, 64))
+    write_store(folder / "raw/one.ome.zarr", pyramid(AUTO), version="0.4", unit=None, translations=False)
+    # of the voxels of level 0, where the coarse volume has those of level 1
+    affine = np.diag([0.004, 0.004, 0.004, 1])
+    nib.save(nib.Nifti1Image((AUTO.T > 500).astype(np.uint8), affine), folder / "raw/mask.nii.gz")
+    (folder / "config").mkdir()
+    (folder / "config/samples.tsv").write_text("\n".join("\t".join(row) for row in SHEET) + "\n")
+    job_gb = 2 * AUTO.nbytes / PARTS / 1e9
+    changes = {"zarr": {"level_voxels": AUTO.size // 2, "job_gb": job_gb}, "reference": {"scans": 0}}
+    write_config(folder, changes)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A working directory after a run whose first try was killed while parts were divided."""
+    folder = tmp_path_factory.mktemp("zarr")
+    prepare(folder)
+    command = [sys.executable, "-m", "snakemake", "-s", ROOT / "Snakefile", "--directory", folder, "--cores", "2"]
+    with open(folder / "killed.log", "w") as log:
+        process = subprocess.Popen([*command, TWO + ".json"], stdout=log, stderr=log, start_new_session=True)
+        end = time.monotonic() + 300
+        while not list(folder.glob("results/parts/sub-01/**/level-0_part-*.json")):
+            assert process.poll() is None, (folder / "killed.log").read_text()
+            assert time.monotonic() < end
+            time.sleep(0.02)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    assert not (folder / f"{TWO}.ome.zarr/zarr.json").exists()
+    (folder / f"{TWO}.ome.zarr/0/c.abandoned.partial").write_text("")
+    snakemake(folder, "--unlock")
+    done = snakemake(folder, "--cores", 2, "--rerun-incomplete")
+    assert done.returncode == 0, done.stdout
+    return folder
+
+
+def expected(folder, store):
+    """What each level should be, in float64, and the level."""
+    image, field = read_image(folder / INPUTS[store]), load_field(folder / FIELDS[store])
+    for level in image.levels:
+        values = zarr.open_array(folder / INPUTS[store] / level.path, mode="r")[...]
+        shape, affine = image.grid(level)
+        ratio = np.exp(field.on_grid(shape, np.array(affine)).log_tile((slice(None),) * 3)).T
+        yield level, np.rint(values / ratio)
+
+
+@stores
+def test_every_level_is_the_input_divided_by_the_field(folder, store):
+    for level, values in expected(folder, store):
+        written = zarr.open_array(folder / f"{store}.ome.zarr" / level.path, mode="r")[...]
+        assert (written != values).mean() < 1e-4
+        assert np.abs(written - values).max() <= 1
+
+
+@stores
+def test_the_store_is_of_the_kind_that_went_in(folder, store):
+    before, after = read_image(folder / INPUTS[store]), read_image(folder / f"{store}.ome.zarr")
+    assert (after.levels, after.attributes, after.version) == (before.levels, before.attributes, before.version)
+    assert not [path for path in (folder / "results").rglob("*") if path.name.endswith(".partial")]
+
+
+def test_the_field_is_found(folder):
+    field = load_field(folder / FIELDS[TWO])
+    image = read_image(folder / INPUTS[TWO])
+    shape, affine = image.grid(image.levels[0])
+    found = field.on_grid(shape, np.array(affine)).log_tile((slice(None),) * 3).T
+    left = (found - LOG_BIAS)[AUTO > 500]
+    assert left.std() < 0.2 * LOG_BIAS[AUTO > 500].std()
+
+
+@stores
+def test_the_sidecar_says_what_was_seen(folder, store):
+    told = json.loads((folder / f"{store}.json").read_text())
+    assert told["PixelSize"] == [4, 4, 4]
+    assert told["PixelSizeUnits"] == "um"
+    assert (told["OriginAssumed"], told["UnitAssumed"]) == ((store == ONE),) * 2
+    assert {row["Field"] for row in told["Channels"].values()} == {f"bids::{FIELDS[store][8:]}"}
+    assert told["SelfCheck"] < 1e-9
+
+
+def test_parts_are_those_of_the_config(folder):
+    assert len(list(folder.glob("results/parts/sub-01/micr/sub-01_SPIM/level-0_part-*.json"))) >= PARTS
+    page = (folder / "results/qc/sub-02_res-coarse_SPIM.html").read_text()
+    assert "sub-02_res-coarse_SPIM" in page
+
+
+def test_a_mask_of_the_sheet_is_brought_onto_the_coarse_grid(folder):
+    stem = folder / "results/sub-02/micr/sub-02_res-coarse_desc-foregroundSPIM_mask"
+    mask = np.asarray(nib.load(f"{stem}.nii.gz").dataobj) != 0
+    assert np.mean(mask != (binned(AUTO > 500).T >= 0.5)) < 0.1
+    assert 0.1 < mask.mean() < 0.9
+
+
+def test_nothing_is_left_to_do_and_the_manifest_agrees(folder):
+    done = snakemake(folder, "--cores", 1, "--dry-run")
+    assert "Nothing to be done" in done.stdout, done.stdout
+    manifest = json.loads((folder / "results/manifest.json").read_text())
+    files = manifest["Scans"]["sub-01_stain-cFos_res-coarse_SPIM"]["Files"]
+    assert {f"{TWO[8:]}.json", f"{TWO[8:]}.ome.zarr/zarr.json"} <= set(files)
+    verdicts = verify(folder / "results", folder / "results/manifest.json")
+    assert {verdict.verdict for verdict in verdicts} == {"equal"}
+
+
+def test_a_part_whose_marker_is_gone_is_divided_again_alone(folder):
+    store = folder / f"{TWO}.ome.zarr"
+    before = {path: path.read_bytes() for path in store.rglob("*") if path.is_file()}
+    times = {path: path.stat().st_mtime_ns for path in before}
+    (folder / "results/parts/sub-01/micr/sub-01_SPIM/level-0_part-1.json").unlink()
+    done = snakemake(folder, "--cores", 2)
+    assert done.returncode == 0, done.stdout
+    assert {path: path.read_bytes() for path in store.rglob("*") if path.is_file()} == before
+    again = [path for path in before if path.stat().st_mtime_ns != times[path]]
+    arrays = {path.relative_to(store).parts[0] for path in again}
+    assert arrays == {"0", "zarr.json"}
+    assert len(again) < len(before) / 2
+
+
+BAD = {
+    "several channels, none named": (
+        "01\traw/two.ome.zarr\t\tSPIM\t\t",
+        "two.ome.zarr: has 2 channels; name one in the column channel: 0 auto, 1 cFos",
+    ),
+    "a channel without a row": (
+        "01\traw/two.ome.zarr\tauto\tSPIM\t\t",
+        "two.ome.zarr: has no row for its channels 1; add one each, or set zarr.other_channels to copy",
+    ),
+    "two rows of one channel": (
+        "01\traw/two.ome.zarr\tauto\tstain-a_SPIM\t\t\n01\traw/two.ome.zarr\t0\tstain-b_SPIM\t\t",
+        "two.ome.zarr: has two rows of one channel; remove one",
+    ),
+    "two stores of one name": (
+        "01\traw/one.ome.zarr\t\tsample-1_SPIM\t\t\n01\traw/../raw/two.ome.zarr\tauto\tsample-1_stain-a_SPIM\t\t\n"
+        "01\traw/two.ome.zarr\tcFos\tsample-1_stain-b_SPIM\t\t",
+        "would be written to the same store as raw/one.ome.zarr; tell them apart",
+    ),
+    "rows of two subjects": (
+        "01\traw/two.ome.zarr\tauto\tSPIM\t\t\n02\traw/two.ome.zarr\tcFos\tSPIM\t\t",
+        "two.ome.zarr: has rows of several subjects, sessions or suffixes",
+    ),
+    "no store": ("01\traw/no.ome.zarr\t\tSPIM\t\t", "raw/no.ome.zarr: is not there; check the path"),
+    "a channel of a NIfTI image": (
+        "01\traw/mask.nii.gz\tauto\tSPIM\t\t",
+        "channel auto: raw/mask.nii.gz is no OME-Zarr image",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_a_sheet_that_cannot_be_used_is_one_line(folder, tmp_path, name, monkeypatch):
+    rows, message = BAD[name]
+    monkeypatch.chdir(folder)
+    sheet = tmp_path / "sheet.tsv"
+    sheet.write_text("\t".join(SHEET[0]) + f"\n{rows}\n")
+    with pytest.raises(InputError) as caught:
+        stores_of(read_sheet(sheet, load_schema(ROOT / "workflow/schemas/samples.schema.yaml")), "auto", "error")
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_store_that_cannot_be_used_ends_the_run_with_its_line(folder, tmp_path):
+    os.symlink(folder / "raw", tmp_path / "raw")
+    write_config(tmp_path)
+    (tmp_path / "config/samples.tsv").write_text("subject\timage\n01\traw/two.ome.zarr\n")
+    done = snakemake(tmp_path, "--cores", 1, "--dry-run")
+    assert done.returncode != 0
+    assert "raw/two.ome.zarr: has 2 channels; name one in the column channel: 0 auto, 1 cFos" in done.stdout
+    assert "Traceback" not in done.stdout
+
+
+def test_the_results_may_not_lie_where_a_store_does(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    assert "where results/x.ome.zarr lies" in results_problem("results", [Scan("01", "", "SPIM", "results/x.ome.zarr")])
+
+
+def test_names_of_rows_and_store(folder):
+    scan = Scan("01", "", "stain-auto_SPIM", "raw/two.ome.zarr", channel="auto")
+    assert scan.name == "sub-01_stain-auto_res-coarse_SPIM"
+    assert (folder / f"results/{scan.folder}/{scan.entities}_desc-original_SPIM.nii.gz").is_file()

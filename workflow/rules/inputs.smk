@@ -1,0 +1,94 @@
+# Input functions of single steps: of OME-Zarr images (zarr.smk), and of what compares settings (tune.smk).
+from n4flow.images.ngff import file_of
+from n4flow.study.outputs import STORE_NAMES, store_output
+from n4flow.study.stores import stores_of
+
+try:
+    STORES = stores_of(SHEET, config["zarr"]["pyramid_origin"], config["zarr"]["other_channels"])
+except InputError as error:
+    raise WorkflowError(str(error)) from None
+# of one with a channel that failed before, nothing is written: it would not be whole
+STORES = [store for store in STORES if all(scan in SCANS for scan in store.scans)]
+
+# What is written for the OME-Zarr image of a scan: the sidecar, and the root metadata, by which it is complete.
+STORE_FILES = {
+    scan.name: {
+        "store_sidecar": f"<results>/{store_output(store, 'store_sidecar')}",
+        "store": f"<results>/{store_output(store, 'root')}",
+    }
+    for store in STORES
+    for scan in store.scans
+}
+
+STORE_OUTPUT = {role: f"<results>/{name}" for role, name in STORE_NAMES.items()}
+STORE_OF = {(store.folder, store.name): store for store in STORES}
+
+
+def store_of(wildcards):
+    """The store that a job works on."""
+    key = (wildcards.folder, f"{wildcards.entities}_{wildcards.suffix}")
+    if key not in STORE_OF:
+        raise WorkflowError(f"{key[1]}: no such OME-Zarr image in {config['samples']}; add a line for it")
+    return STORE_OF[key]
+
+
+def parts_of(store):
+    """What is seen of each part of each level."""
+    return [
+        f"<results>/{store_output(store, 'part', level=number, part=part)}"
+        for number, level in enumerate(store.image.levels)
+        for part in range(level.parts(config["zarr"]["job_gb"]))
+    ]
+
+
+def target_of(wildcards):
+    """Folder of the corrected store."""
+    return workflow.pathvars.apply(f"<results>/{store_output(store_of(wildcards), 'store')}")
+
+
+def fields_of(wildcards):
+    """By what its channels are divided, and what the coarse volumes say of them."""
+    scans = store_of(wildcards).scans
+    return {
+        "fields": [made_of(SCAN_OF[scan.field_source], "field") for scan in scans],
+        "coarse": [made_of(scan, "coarse_sidecar") for scan in scans],
+    }
+
+
+def divide_mb(wildcards, attempt, threads):
+    level = store_of(wildcards).image.levels[int(wildcards.level)]
+    return int(SNAKEMAKE_MB + 400 + threads * 5 * level.unit_bytes / 1e6) * attempt
+
+
+def divide_minutes(wildcards, attempt, threads):
+    """By a minute for each GB of a core, which is twice what was measured."""
+    level = store_of(wildcards).image.levels[int(wildcards.level)]
+    share = level.units_per_part(config["zarr"]["job_gb"]) * level.unit_bytes / 1e9
+    return int(15 + share / threads) * attempt
+
+
+def tune_settings(wildcards):
+    """The keys of n4 that a combination means."""
+    if wildcards.combination not in COMBINATIONS:
+        raise WorkflowError(f"{wildcards.combination}: no such combination in config's tune.grid; name the target tune")
+    return config["n4"] | COMBINATIONS[wildcards.combination]
+
+
+def tune_inputs(wildcards):
+    """What the page shows: scan by scan, and of each scan every combination."""
+    if not TUNED:
+        raise WorkflowError("tune: there is nothing to compare; give tune.subjects and tune.grid, see config/README.md")
+    of_all = lambda name: [
+        f"<results>/tune/{scan.folder}/{scan.name}/{combination}/{name}"
+        for scan in TUNED
+        for combination in COMBINATIONS
+    ]
+    return {
+        "images": [volume_of(scan) for scan in TUNED],
+        "masks": [made_of(scan, "mask") for scan in TUNED],
+        # of all of them: whom a dataset's own choice hits says nothing here
+        "references": [made_of(scan, "reference_field") for scan in TUNED if config["reference"]["scans"]],
+        "corrected": of_all("corrected.nii.gz"),
+        "sidecars": of_all("corrected.json"),
+        "fields": of_all("biasfield.json"),
+    }

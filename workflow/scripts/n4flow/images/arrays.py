@@ -1,0 +1,420 @@
+"""The arrays of an OME-Zarr image: one level read as a coarse volume, and divided by a field unit by unit."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from itertools import product
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import zarr
+
+from n4flow.core.blocks import FieldTiles
+from n4flow.core.bspline import one_blas_thread
+from n4flow.core.field import BiasField
+from n4flow.core.quantize import Rounding
+from n4flow.errors import InputError
+from n4flow.images.files import REMEDIES
+from n4flow.images.ngff import Files, Image, Level
+
+#: Voxels that are read at a time where a level is averaged.
+BLOCK_VOXELS = 2**24
+
+#: Of the voxels that are no fill, this share counts as darker than the pedestal: `offset: auto` takes their limit.
+PEDESTAL_QUANTILE = 0.01
+
+
+def open_level(image: Image, level: Level) -> zarr.Array[Any]:
+    """The array of a level, to be read.
+
+    Raises
+    ------
+    InputError
+        It cannot be opened, for want of a codec perhaps.
+    """
+    files = Files(image.path)
+    store: Any = zarr.storage.ZipStore(image.path, mode="r") if files.is_zip else os.path.join(image.path, level.path)
+    return _open(image.path, store, files.key(level.path) if files.is_zip else "", "r")
+
+
+def _open(source: str, store: Any, path: str, mode: Any) -> zarr.Array[Any]:
+    try:
+        return zarr.open_array(store, path=path, mode=mode)
+    except Exception as error:  # every codec has errors of its own
+        raise InputError(
+            source,
+            f"cannot be opened by zarr ({type(error).__name__}: {error})",
+            "install the codec that it names, or write the store again with another one",
+        ) from None
+
+
+def read_coarse(
+    image: Image, level: Level, factors: Sequence[int], channel: int, offset: float | str
+) -> tuple[np.ndarray, float, dict[str, float]]:
+    """One level of a channel as a volume, the mean over time, less the pedestal; streamed by chunks.
+
+    Parameters
+    ----------
+    image : Image
+    level : Level
+    factors : three ints
+        Voxels that are averaged along each axis of the volume; those that are left over at the far end are left out.
+    channel : int
+    offset : float or "auto"
+        The pedestal: what the camera adds to every voxel.
+
+    Returns
+    -------
+    volume : (n0, n1, n2) float32 array
+        In Fortran order; 0 where no voxel is usable: the array's fill value, the largest value of an integer type, NaN.
+    offset : float
+    shares : dict
+        Of the voxels: ``Fill`` and ``Saturated``.
+
+    Raises
+    ------
+    InputError
+        It cannot be read.
+    """
+    array = open_level(image, level)
+    shape = tuple(level.shape[axis] for axis in image.space)
+    by_axis = tuple(factors[::-1])[-len(shape) :]
+    coarse = tuple(n // f for n, f in zip(shape, by_axis, strict=True))
+    limits = Limits.of(array)
+    times = level.shape[image.axes.index("t")] if "t" in image.axes else 1
+    averaged = times > 1 or any(f > 1 for f in by_axis)
+    total = np.zeros(coarse, dtype=np.float64 if averaged else np.float32)
+    count = np.zeros(coarse, dtype=np.uint32 if averaged else bool)
+    fill = saturated = 0
+    steps = _steps(level, image)
+    used = [n * f for n, f in zip(coarse, by_axis, strict=True)]
+    blocks = [
+        [slice(start, min(start + step, n)) for start in range(0, n, step)] for n, step in zip(used, steps, strict=True)
+    ]
+    for time, *part in product(range(times), *blocks):
+        values = _read(image, array, part, channel, time)
+        unusable = limits.fills(values)
+        fill += int(np.count_nonzero(unusable))
+        if values.max() == limits.top:
+            is_top = values == limits.top
+            saturated += int(np.count_nonzero(is_top))
+            unusable |= is_top
+        if values.dtype.kind == "f":
+            unusable |= ~np.isfinite(values)
+        usable = np.logical_not(unusable, out=unusable)
+        if not averaged:
+            total[tuple(part)], count[tuple(part)] = values, usable
+            continue
+        sums, counts = np.where(usable, values, 0).astype(np.float64), usable.astype(np.uint32)
+        place = []
+        for axis, (along, f) in enumerate(zip(part, by_axis, strict=True)):
+            edges = np.arange(along.start // f, -(-along.stop // f))
+            place.append(slice(int(edges[0]), int(edges[-1]) + 1))
+            cuts = np.maximum(edges * f, along.start) - along.start
+            sums, counts = (np.add.reduceat(each, cuts, axis=axis) for each in (sums, counts))
+        total[tuple(place)] += sums
+        count[tuple(place)] += counts
+    if averaged:
+        total /= np.maximum(count, 1)
+    inside = count > 0
+    if offset == "auto":
+        found = total[inside]
+        at = int(PEDESTAL_QUANTILE * found.size)
+        offset = float(np.partition(found, at)[at]) if found.size else 0.0
+    volume = total.astype(np.float32, copy=False)
+    if offset:
+        volume -= np.float32(offset)
+    if offset or saturated or limits.fill != 0 or limits.top is None:
+        volume[~inside] = 0
+    voxels = times * math.prod(used)
+    volume = volume.reshape((1,) * (3 - len(coarse)) + coarse)
+    return volume.T, float(offset), {"Fill": fill / voxels, "Saturated": saturated / voxels}
+
+
+def read_voxels(image: Image, level: Level) -> np.ndarray:
+    """All voxels of a level along the axes of space, of the first channel and time.
+
+    Raises
+    ------
+    InputError
+        It cannot be read.
+    """
+    whole = [slice(0, level.shape[axis]) for axis in image.space]
+    return _read(image, open_level(image, level), whole, 0, 0)
+
+
+def _steps(level: Level, image: Image) -> list[int]:
+    """How far apart the blocks are that are read at a time: whole units, several of them where they are small."""
+    steps = [level.unit[axis] for axis in image.space]
+    for axis in reversed(range(len(steps))):
+        n = level.shape[image.space[axis]]
+        room = max(1, BLOCK_VOXELS // math.prod(steps))
+        steps[axis] = min(steps[axis] * room, -(-n // steps[axis]) * steps[axis])
+    return steps
+
+
+def _read(image: Image, array: zarr.Array[Any], part: Sequence[slice], channel: int, time: int) -> np.ndarray:
+    index: list[Any] = [{"t": time, "c": channel}.get(name) for name in image.axes]
+    for axis, along in zip(image.space, part, strict=True):
+        index[axis] = along
+    with _reading(image.path):
+        return np.asarray(array[tuple(index)])
+
+
+class _reading:
+    """Turns what zarr and its codecs raise into one line for the user."""
+
+    def __init__(self, source: str) -> None:
+        self.source = source
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if isinstance(error, InputError) or not isinstance(error, Exception):
+            return
+        if isinstance(error, OSError) and error.errno in REMEDIES:
+            raise InputError(self.source, f"cannot be written ({error.strerror})", REMEDIES[error.errno]) from None
+        raise InputError(self.source, f"cannot be read ({type(error).__name__}: {error})", "copy it again") from None
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Values of an array that say nothing of an intensity.
+
+    Parameters
+    ----------
+    fill : float
+        What voxels of chunks hold that were never written.
+    top : int, optional
+        The largest value of an integer type: saturated.
+    """
+
+    fill: Any
+    top: int | None
+
+    @classmethod
+    def of(cls, array: zarr.Array[Any]) -> Limits:
+        """Those of an array."""
+        dtype = np.dtype(array.dtype)
+        fill = np.asarray(0 if array.fill_value is None else array.fill_value, dtype=dtype)[()]
+        return cls(fill, int(np.iinfo(dtype).max) if dtype.kind in "iu" else None)
+
+    def fills(self, values: np.ndarray) -> np.ndarray:
+        """Where values are the fill value."""
+        return np.isnan(values) if self.fill != self.fill else values == self.fill
+
+
+class ChannelDivision(NamedTuple):
+    """By what a channel is divided; nothing is copied but what has one."""
+
+    field: BiasField
+    offset: float = 0.0
+
+
+@dataclass
+class Tally:
+    """What was seen while units were divided.
+
+    Parameters
+    ----------
+    voxels, fill, saturated, clipped : int
+        Voxels; those that hold the fill value, are saturated, or would be larger or smaller than the type holds.
+    self_check : float
+        Largest ``|written - expected|`` beyond the rounding, relative to the expected value, of a line of voxels of
+        each unit that is found in another way.
+    units : dict of str to str
+        SHA-256 of the voxels of each unit, before and after, by its place among the units.
+    """
+
+    voxels: int = 0
+    fill: int = 0
+    saturated: int = 0
+    clipped: int = 0
+    self_check: float = 0.0
+    units: dict[str, str] = field(default_factory=dict)
+
+    def add(self, other: Tally) -> None:
+        """Count what another one has seen, too."""
+        for name in ("voxels", "fill", "saturated", "clipped"):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+        self.self_check = max(self.self_check, other.self_check)
+        self.units |= other.units
+
+
+@one_blas_thread
+def divide_units(
+    image: Image,
+    level: Level,
+    target: str | Path,
+    channels: Mapping[int, ChannelDivision],
+    units: Sequence[int],
+    *,
+    keep_saturated: bool = True,
+    threads: int = 1,
+) -> Tally:
+    """Divide some units of a level by the fields of its channels, and write them.
+
+    ``out = (v - offset) / exp(B) + offset`` in float64; integers are rounded half to even and cut off at the limits of
+    their type. The fill value stays what it is, and so does the largest value of an integer type, if wanted. A channel
+    without a field is copied.
+
+    Parameters
+    ----------
+    image : Image
+    level : Level
+    target : path-like
+        The array to write, with the units of `level`.
+    channels : mapping of int to ChannelDivision
+        Fields on the grid of the level.
+    units : sequence of int
+        Which ones, counted in C order: no other writer may have one of these.
+    keep_saturated : bool
+    threads : int
+        Units that are worked on side by side; the result does not depend on it.
+
+    Returns
+    -------
+    Tally
+
+    Raises
+    ------
+    InputError
+        Something cannot be read or written.
+    """
+    with zarr.config.set({"threading.max_workers": threads, "async.concurrency": max(2, threads)}):
+        source, out = open_level(image, level), _open(str(target), str(target), "", "r+")
+        if tuple(out.shape) != level.shape or (out.shards or out.chunks) != level.unit:
+            raise InputError(target, "is the array of another plan", "remove the store, then run it again")
+        work = _Division(image, level, source, out, channels, keep_saturated)
+        tally = Tally()
+        with ThreadPoolExecutor(threads) as pool:
+            try:
+                for part in pool.map(work.divide, units):
+                    tally.add(part)
+            except BaseException:
+                pool.shutdown(cancel_futures=True)
+                raise
+        return tally
+
+
+class _Division:
+    """What the units of a level have in common."""
+
+    def __init__(
+        self,
+        image: Image,
+        level: Level,
+        source: zarr.Array[Any],
+        out: zarr.Array[Any],
+        channels: Mapping[int, ChannelDivision],
+        keep_saturated: bool,
+    ) -> None:
+        self.image, self.level, self.source, self.out, self.channels = image, level, source, out, channels
+        self.tiles = {index: FieldTiles(each.field) for index, each in channels.items()}
+        self.limits = Limits.of(source)
+        self.rounding = Rounding(np.dtype(source.dtype), np.dtype(out.dtype), self.limits.fill, keep_saturated)
+
+    def divide(self, unit: int) -> Tally:
+        image, level = self.image, self.level
+        place = [int(at) for at in np.unravel_index(unit, level.unit_grid)]
+        region = _region(level, place)
+        with _reading(image.path):
+            values = np.asarray(self.source[region])
+        out = np.empty(values.shape, dtype=self.out.dtype.newbyteorder("="))
+        tally = Tally(voxels=values.size)
+        block = [region[axis] for axis in image.space]
+        if len(block) == 2:
+            block.insert(0, slice(0, 1))
+        outer: list[Any] = [range(n) for n in values.shape[: values.ndim - len(image.space)]]
+        for index in product(*outer):
+            axis = image.channel_axis
+            channel = 0 if axis is None else region[axis].start + index[axis]
+            here, there = values[index], out[index]
+            if channel not in self.channels:
+                there[...] = here
+                continue
+            if here.ndim == 2:
+                here, there = here[None], there[None]
+            self._divide_block(block, channel, here, there, tally)
+        with _reading(str(self.out.store_path)):
+            self.out[region] = out
+        tally.units[".".join(map(str, place))] = f"{_sha256(values)} {_sha256(out)}"
+        return tally
+
+    def _divide_block(
+        self, block: Sequence[slice], channel: int, values: np.ndarray, out: np.ndarray, tally: Tally
+    ) -> None:
+        offset = self.channels[channel].offset
+        if self.limits.fills(values[:1, :1]).all() and self.limits.fills(values).all():
+            out[...] = self.rounding.fill
+            tally.fill += values.size
+            return
+        for part, ratio in self.tiles[channel].tiles(block):
+            counts = self.rounding(values[part], ratio, offset, out[part])
+            tally.fill += counts.fill
+            tally.saturated += counts.saturated
+            tally.clipped += counts.clipped
+        self._check(block, channel, values, out, tally)
+
+    def _check(self, block: Sequence[slice], channel: int, values: np.ndarray, out: np.ndarray, tally: Tally) -> None:
+        """Compare the line of voxels in the middle with the same from the field as it stands."""
+        z, y = values.shape[0] // 2, values.shape[1] // 2
+        line, written = values[z, y].astype(np.float64), out[z, y].astype(np.float64)
+        whole = self.channels[channel]
+        places = [np.arange(block[2].start, block[2].stop), [block[1].start + y], [block[0].start + z]]
+        ratio = np.exp(whole.field.log_at([np.asarray(p, dtype=np.float64) for p in places]))[:, 0, 0]
+        expected = (line - whole.offset) / ratio + whole.offset
+        known = self.rounding.is_plain(values[z, y], expected)
+        error = np.abs(written - expected)[known] - (0.5 if self.rounding.whole else 0)
+        if error.size:
+            relative = error / np.maximum(np.abs(expected[known]), 1)
+            tally.self_check = max(tally.self_check, float(relative.max()))
+
+
+def _region(level: Level, place: Sequence[int]) -> tuple[slice, ...]:
+    """Of the array, what a unit holds."""
+    return tuple(
+        slice(at * size, min((at + 1) * size, n)) for at, size, n in zip(place, level.unit, level.shape, strict=True)
+    )
+
+
+def unit_digests(image: Image, level: Level, places: Iterable[str]) -> Iterator[tuple[str, str]]:
+    """SHA-256 of the voxels of units, as `Tally` has them; of a unit that cannot be read, what is wrong.
+
+    Parameters
+    ----------
+    image : Image
+    level : Level
+    places : iterable of str
+        Of the units among those of the level: ``0.1.2``.
+
+    Yields
+    ------
+    place, digest : str
+    """
+    array = open_level(image, level)
+    for place in places:
+        try:
+            with _reading(image.path):
+                values = np.asarray(array[_region(level, [int(at) for at in place.split(".")])])
+            yield place, _sha256(values)
+        except InputError as error:
+            yield place, str(error)
+
+
+def _sha256(values: np.ndarray) -> str:
+    """Of the values in C order, lowest byte first."""
+    values = np.ascontiguousarray(values, dtype=values.dtype.newbyteorder("<"))
+    return hashlib.sha256(values.view(np.uint8).reshape(-1).data).hexdigest()
+
+
+def unit_numbers(level: Level, part: int, units_per_part: int) -> Iterator[int]:
+    """Numbers of the units of a part."""
+    return iter(range(part * units_per_part, min((part + 1) * units_per_part, math.prod(level.unit_grid))))

@@ -1,0 +1,481 @@
+"""An OME-Zarr image through the workflow: a coarse volume of it, and its levels divided part by part."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import math
+import os
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from n4flow import __version__
+from n4flow.core.samples import inside_mask
+from n4flow.errors import InputError
+from n4flow.images.arrays import (
+    ChannelDivision,
+    Tally,
+    divide_units,
+    read_coarse,
+    read_voxels,
+    unit_digests,
+    unit_numbers,
+)
+from n4flow.images.fields import load_field
+from n4flow.images.files import write_json
+from n4flow.images.ngff import Image, choose_coarse, file_of, is_store, read_image
+from n4flow.images.nifti import Grid, Volume, VolumeWriter
+from n4flow.study.bids import own_uri, source_uri
+from n4flow.study.provenance import provenance
+
+log = logging.getLogger(__name__)
+
+#: What may lie in a store that is not complete: the root metadata is written when everything else is there.
+ROOT_NAMES = ("zarr.json", ".zattrs", ".zgroup")
+
+FORMAT = "n4flow plan of a store, version 1"
+
+PACKAGES = ("numpy", "zarr", "numcodecs")
+
+
+def coarse_scan(
+    store: str | Path,
+    output: str | Path,
+    sidecar: str | Path,
+    *,
+    channel: str,
+    level: int | str,
+    level_voxels: int,
+    offset: float | str | Mapping[str, float | str],
+    pyramid_origin: str,
+) -> None:
+    """Write one level of a channel as the volume on which its field is estimated.
+
+    Parameters
+    ----------
+    store : path-like
+    output, sidecar : path-like
+        NIfTI, float32, less the pedestal; JSON.
+    channel : str
+        As in the sheet.
+    level, level_voxels
+        See `ngff.choose_coarse`.
+    offset : float, "auto" or mapping
+        The pedestal, or that of each channel by its label or index.
+    pyramid_origin : {"auto", "declared"}
+
+    Raises
+    ------
+    InputError
+        The store is unusable.
+    """
+    store, output, sidecar = Path(store), Path(output), Path(sidecar)
+    image = read_image(store, pyramid_origin)
+    index = image.channel_index(channel)
+    chosen = choose_coarse(image, level, level_voxels)
+    source = image.levels[chosen.level]
+    if isinstance(offset, Mapping):
+        named = {str(key): value for key, value in offset.items()}
+        label = image.labels[index] if index < len(image.labels) else ""
+        offset = named.get(channel, named.get(label, named.get(str(index), 0.0)))
+    volume, pedestal, shares = read_coarse(image, source, chosen.factors, index, offset)
+    grid = Grid.of(chosen.shape, np.array(chosen.affine))
+    with VolumeWriter(output, grid, np.float32) as writer:
+        for plane in range(volume.shape[2]):
+            writer.write(volume[:, :, plane : plane + 1])
+    sizes, axes = _pixel_sizes_um(image)
+    write_json(
+        sidecar,
+        {
+            "PixelSize": sizes,
+            "PixelSizeUnits": "um",
+            "Axes": axes,
+            "Channel": channel or str(index),
+            "Level": source.path,
+            "Resolution": f"level {source.path}"
+            + (f", averaged over {' x '.join(map(str, chosen.factors))} voxels" if max(chosen.factors) > 1 else ""),
+            "LevelFactors": list(chosen.factors),
+            "OriginAssumed": image.origin_assumed,
+            "UnitAssumed": image.unit_assumed,
+            "Offset": pedestal,
+            "FillShare": round(shares["Fill"], 6),
+            "SaturatedShare": round(shares["Saturated"], 6),
+            "Sources": [source_uri(store, output)],
+            "Provenance": provenance(_inputs(store), PACKAGES),
+        },
+    )
+
+
+def _pixel_sizes_um(image: Image) -> tuple[list[float], list[str]]:
+    """Of the finest level, along the axes of the volume."""
+    axes = image.space[::-1]
+    return [float(f"{1e3 * image.levels[0].scale[axis]:.9g}") for axis in axes], [image.axes[axis] for axis in axes]
+
+
+def _inputs(store: Path) -> dict[str, str]:
+    """The file of a store whose hash is told: the root metadata; of a zip file, none."""
+    root = file_of(store)
+    return {} if os.path.samefile(root, store) else {"image": root}
+
+
+def place_mask(image: str | Path, mask: str | Path, output: str | Path) -> None:
+    """Bring a mask onto the grid of a coarse volume, by world coordinates: to each voxel its nearest neighbour's value.
+
+    Parameters
+    ----------
+    image : path-like
+        As `coarse_scan` wrote it.
+    mask : path-like
+        NIfTI, or an OME-Zarr label in the same space, of any resolution; what is not 0 counts.
+    output : path-like
+
+    Raises
+    ------
+    InputError
+        The mask is unusable, or lies outside of the image.
+    """
+    volume = Volume(image)
+    if is_store(mask):
+        labels = read_image(mask)
+        # the coarsest of no fewer voxels than the volume: of label images, averages mean nothing
+        enough = [level for level in labels.levels if labels.voxels(level) >= math.prod(volume.shape)]
+        level = (enough or labels.levels[:1])[-1]
+        shape, affine = labels.grid(level)
+        inside = read_voxels(labels, level).reshape(shape[::-1]).T != 0
+    else:
+        given = Volume(mask)
+        inside, affine = inside_mask(given.mean()), given.affine_mm.tolist()
+    to_mask = np.linalg.solve(np.array(affine), volume.affine_mm)
+    i, j = (np.arange(n, dtype=np.float64) for n in volume.shape[:2])
+    found = 0
+    with VolumeWriter(output, volume, np.uint8, frames=1) as writer:
+        for k in range(volume.shape[2]):
+            nearest = [
+                np.rint(row[0] * i[:, None] + row[1] * j + row[2] * k + row[3]).astype(np.int64) for row in to_mask[:3]
+            ]
+            there = np.logical_and.reduce(
+                [(n >= 0) & (n < size) for n, size in zip(nearest, inside.shape, strict=True)]
+            )
+            plane = np.zeros(volume.shape[:2], dtype=np.uint8)
+            plane[there] = inside[tuple(n[there] for n in nearest)]
+            found += int(np.count_nonzero(plane))
+            writer.write(plane[:, :, None])
+        if not found:
+            raise InputError(mask, f"has no voxel in {Path(image).name}", "give a mask in the same space, in mm")
+
+
+def plan_store(
+    store: str | Path,
+    target: str | Path,
+    output: str | Path,
+    *,
+    job_gb: float,
+    dtype: str,
+    pyramid_origin: str,
+) -> None:
+    """Make the arrays of the corrected store like those of the input, and say who writes what.
+
+    Nothing shows them to a reader yet: the root metadata is written last.
+
+    Parameters
+    ----------
+    store, target : path-like
+        Input and output.
+    output : path-like
+        JSON.
+    job_gb : float
+        GB of voxels that a part has.
+    dtype : {"same", "float32"}
+        Of the voxels that are written.
+    pyramid_origin : {"auto", "declared"}
+
+    Raises
+    ------
+    InputError
+        The store is unusable, or nothing can be written.
+    """
+    target = Path(target)
+    image = read_image(store, pyramid_origin)
+    hide(target)
+    wanted = {}
+    for level in image.levels:
+        name = "zarr.json" if image.version == "0.5" else ".zarray"
+        metadata = dict(level.metadata) if dtype == "same" else _as_float32(image, dict(level.metadata))
+        wanted[f"{level.path}/{name}"] = metadata
+    if target.exists() and any(_json(target / file) != metadata for file, metadata in wanted.items()):
+        shutil.rmtree(target)
+    for file, metadata in wanted.items():
+        (target / file).parent.mkdir(parents=True, exist_ok=True)
+        write_json(target / file, metadata)
+    write_json(
+        output,
+        {
+            "Format": FORMAT,
+            "Version": image.version,
+            "Levels": [
+                {
+                    "Path": level.path,
+                    "Shape": level.shape,
+                    "Unit": level.unit,
+                    "UnitsPerPart": level.units_per_part(job_gb),
+                    "Parts": level.parts(job_gb),
+                }
+                for level in image.levels
+            ],
+        },
+    )
+
+
+def hide(target: Path) -> None:
+    """Remove the root metadata of a store, so that no reader takes it for complete."""
+    for name in ROOT_NAMES:
+        (target / name).unlink(missing_ok=True)
+
+
+def _json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
+def _as_float32(image: Image, metadata: dict[str, Any]) -> dict[str, Any]:
+    """The metadata of an array like this one of float32."""
+    if image.version == "0.4":
+        if metadata.get("filters"):
+            raise InputError(image.path, "has filters of its own data type", "leave zarr.dtype at same")
+        fill = metadata.get("fill_value")
+        return {**metadata, "dtype": "<f4", "fill_value": None if fill is None else _float(fill)}
+    codecs = json.loads(json.dumps(metadata["codecs"]))
+    for codec in codecs:
+        inner = codec["configuration"]["codecs"] if codec["name"] == "sharding_indexed" else [codec]
+        for each in inner:
+            if each["name"] == "bytes":
+                each.setdefault("configuration", {}).setdefault("endian", "little")
+    return {**metadata, "data_type": "float32", "fill_value": _float(metadata["fill_value"]), "codecs": codecs}
+
+
+def _float(fill: Any) -> Any:
+    return fill if isinstance(fill, str) else float(fill)
+
+
+def divide_part(
+    store: str | Path,
+    target: str | Path,
+    plan: str | Path,
+    output: str | Path,
+    *,
+    channels: Mapping[str, int],
+    fields: Sequence[str | Path],
+    coarse: Sequence[str | Path],
+    level: int,
+    part: int,
+    keep_saturated: bool,
+    pyramid_origin: str,
+    threads: int = 1,
+) -> None:
+    """Divide a part of a level and write what was seen.
+
+    Parameters
+    ----------
+    store, target : path-like
+        Input and output.
+    plan : path-like
+        As `plan_store` wrote it.
+    output : path-like
+        JSON: counts, and the SHA-256 of the voxels of each unit, before and after.
+    channels : mapping of str to int
+        Index of the channel of each row.
+    fields, coarse : sequences of path-like
+        Field and sidecar of the coarse volume, of each row.
+    level, part : int
+    keep_saturated : bool
+    pyramid_origin : {"auto", "declared"}
+    threads : int
+
+    Raises
+    ------
+    InputError
+        The store is unusable, or something cannot be written.
+    """
+    start = time.perf_counter()
+    target = Path(target)
+    hide(target)
+    image = read_image(store, pyramid_origin)
+    planned, source = _json(Path(plan))["Levels"][level], image.levels[level]
+    if (tuple(planned["Shape"]), tuple(planned["Unit"])) != (source.shape, source.unit):
+        raise InputError(store, f"is no longer the one that {plan} was made for", "remove the plan and run again")
+    shape, affine = image.grid(source)
+    divisions = {
+        index: ChannelDivision(load_field(path).on_grid(shape, np.array(affine), store), _json(Path(told))["Offset"])
+        for index, path, told in zip(channels.values(), fields, coarse, strict=True)
+    }
+    units = list(unit_numbers(source, part, planned["UnitsPerPart"]))
+    tally = divide_units(
+        image,
+        source,
+        target / source.path,
+        divisions,
+        units,
+        keep_saturated=keep_saturated,
+        threads=threads,
+    )
+    os.sync()  # zarr leaves that to the system: a marker without its voxels would outlive a loss of power
+    seconds = round(time.perf_counter() - start, 3)
+    write_json(output, {"Level": level, "Part": part, **_told(tally), "WallTimeSeconds": seconds, "Units": tally.units})
+
+
+def _told(tally: Tally) -> dict[str, Any]:
+    return {
+        "Voxels": tally.voxels,
+        "Fill": tally.fill,
+        "Saturated": tally.saturated,
+        "Clipped": tally.clipped,
+        "SelfCheck": tally.self_check,
+    }
+
+
+def describe_store(
+    store: str | Path,
+    parts: Sequence[str | Path],
+    output: str | Path,
+    *,
+    channels: Mapping[str, int],
+    fields: Sequence[str | Path],
+    coarse: Sequence[str | Path],
+    pyramid_origin: str,
+) -> None:
+    """Write the sidecar of a corrected store: what the parts have seen, and the digest of each level.
+
+    Parameters
+    ----------
+    store : path-like
+        The input.
+    parts : sequence of path-like
+        What `divide_part` wrote, of all parts.
+    output : path-like
+        JSON, in the folder of the store.
+    channels, fields, coarse
+        As of `divide_part`.
+    pyramid_origin : {"auto", "declared"}
+    """
+    image, output = read_image(store, pyramid_origin), Path(output)
+    seen = [_json(Path(part)) for part in parts]
+    total = {key: sum(part[key] for part in seen) for key in ("Voxels", "Fill", "Saturated", "Clipped")}
+    levels = []
+    for number, level in enumerate(image.levels):
+        of_level = [part["Units"] for part in seen if part["Level"] == number]
+        units = {place: digests.split() for part in of_level for place, digests in part.items()}
+        if len(units) != math.prod(level.unit_grid):
+            raise InputError(
+                output, f"lacks units of level {level.path}", "remove the files of its parts, and run again"
+            )
+        before, after = (
+            hashlib.sha256("".join(f"{place} {units[place][which]}\n" for place in sorted(units)).encode()).hexdigest()
+            for which in (0, 1)
+        )
+        levels.append({"Path": level.path, "Units": len(units), "SHA256Before": before, "SHA256": after})
+    sizes, axes = _pixel_sizes_um(image)
+    rows = {
+        name: {
+            "Index": index,
+            "Field": own_uri(Path(field)),
+            **{key: _json(Path(told))[key] for key in ("Channel", "Level", "Offset")},
+        }
+        for (name, index), field, told in zip(channels.items(), fields, coarse, strict=True)
+    }
+    write_json(
+        output,
+        {
+            "PixelSize": sizes,
+            "PixelSizeUnits": "um",
+            "Axes": axes,
+            "OriginAssumed": image.origin_assumed,
+            "UnitAssumed": image.unit_assumed,
+            "Channels": rows,
+            "Clipped": total["Clipped"] / total["Voxels"],
+            "Saturated": total["Saturated"] / total["Voxels"],
+            "Fill": total["Fill"] / total["Voxels"],
+            "SelfCheck": max(part["SelfCheck"] for part in seen),
+            "Levels": levels,
+            "Sources": [source_uri(Path(store), output)],
+            "Provenance": provenance(_inputs(Path(store)), PACKAGES),
+        },
+    )
+
+
+def finish_store(store: str | Path, sidecar: str | Path, output: str | Path, *, pyramid_origin: str) -> None:
+    """Write the root metadata of a corrected store, with which it becomes one.
+
+    Parameters
+    ----------
+    store : path-like
+        The input.
+    sidecar : path-like
+        As `describe_store` wrote it.
+    output : path-like
+        ``zarr.json`` (NGFF 0.5) or ``.zattrs`` (0.4) in the folder of the corrected store.
+    pyramid_origin : {"auto", "declared"}
+    """
+    image, output = read_image(store, pyramid_origin), Path(output)
+    target = output.parent
+    for folder, _, names in os.walk(target):  # of writers that were killed
+        for name in names:
+            if name.endswith(".partial"):
+                Path(folder, name).unlink(missing_ok=True)
+    told = _json(Path(sidecar))
+    kept = ("Channels", "Clipped", "Saturated", "Levels")
+    ours = {"n4flow": {"Version": __version__, **{key: told[key] for key in kept}}}
+    multiscales = image.attributes["multiscales"][:1]
+    groups = {str(parent) for level in image.levels for parent in Path(level.path).parents} - {"."}
+    if image.version == "0.5":
+        ome = {"version": "0.5", **image.attributes, "multiscales": multiscales}
+        group: dict[str, Any] = {"zarr_format": 3, "node_type": "group", "attributes": {}}
+        for name in groups:
+            write_json(target / name / "zarr.json", group)
+        write_json(output, {**group, "attributes": {"ome": ome, **ours}})
+    else:
+        for name in ["", *groups]:
+            write_json(target / name / ".zgroup", {"zarr_format": 2})
+        write_json(output, {**image.attributes, "multiscales": multiscales, **ours})
+    if os.path.isdir(Path(store) / "labels"):
+        log.warning("%s: its labels are not copied; they fit the corrected store as well", store)
+
+
+def changed_voxels(results: str | Path) -> list[str]:
+    """Read all voxels of the corrected stores again, and compare them with what the parts have written down.
+
+    Parameters
+    ----------
+    results : path-like
+        Folder.
+
+    Returns
+    -------
+    list of str
+        A line for each level with units whose voxels have changed, or cannot be read.
+    """
+    found = []
+    for plan in sorted(Path(results).glob("parts/**/plan.json")):
+        entities, _, suffix = plan.parent.name.rpartition("_")
+        folder = plan.parent.parent.relative_to(Path(results) / "parts")
+        store = Path(results) / folder / f"{entities}_desc-N4_{suffix}.ome.zarr"
+        try:
+            image = read_image(store)
+        except InputError as error:
+            found.append(str(error))
+            continue
+        for number, level in enumerate(image.levels):
+            wrong = []
+            for part in sorted(plan.parent.glob(f"level-{number}_part-*.json")):
+                wanted = {place: digests.split()[1] for place, digests in _json(part)["Units"].items()}
+                wrong += [place for place, digest in unit_digests(image, level, wanted) if digest != wanted[place]]
+            if wrong:
+                found.append(f"{store}: {len(wrong)} units of level {level.path} have changed: {' '.join(wrong[:3])}")
+    return found

@@ -1,0 +1,110 @@
+"""OME-Zarr images of the sheet: which rows are channels of one, and what is written for it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+from n4flow.errors import InputError
+from n4flow.images.ngff import Image, read_image
+from n4flow.study.bids import Scan
+
+#: The metadata of a store, read once a run.
+image_of_store = lru_cache(maxsize=None)(read_image)
+
+
+@dataclass(frozen=True)
+class Store:
+    """An OME-Zarr image, and the rows of the sheet that are its channels.
+
+    Parameters
+    ----------
+    image : Image
+    scans : tuple of Scan
+    entities, folder, suffix : str
+        As of a `Scan`: what the rows have in common.
+    """
+
+    image: Image
+    scans: tuple[Scan, ...]
+    entities: str
+    folder: str
+    suffix: str
+
+    @property
+    def name(self) -> str:
+        """What tells it from all others."""
+        return f"{self.entities}_{self.suffix}"
+
+    def channels(self) -> dict[str, int]:
+        """Which channel each of its rows is, by their names."""
+        return {scan.name: self.image.channel_index(scan.channel) for scan in self.scans}
+
+
+def stores_of(scans: Sequence[Scan], pyramid_origin: str, other_channels: str) -> list[Store]:
+    """The OME-Zarr images of a sheet.
+
+    Parameters
+    ----------
+    scans : sequence of Scan
+    pyramid_origin : {"auto", "declared"}
+        See `ngff.read_image`.
+    other_channels : {"error", "copy"}
+        What becomes of channels that have no row.
+
+    Returns
+    -------
+    list of Store
+
+    Raises
+    ------
+    InputError
+        A store cannot be used, or its rows do not go together: a line for each.
+    """
+    rows: dict[str, list[Scan]] = {}
+    for scan in scans:
+        if scan.is_store:
+            rows.setdefault(os.path.realpath(scan.image), []).append(scan)
+    stores: dict[str, Store] = {}
+    problems = []
+    for own in rows.values():
+        try:
+            store = _store_of(own, pyramid_origin, other_channels)
+            if store.name in stores:
+                raise InputError(
+                    own[0].image,
+                    f"would be written to the same store as {stores[store.name].image.path}",
+                    "tell them apart by session or modality (sample-1_SPIM, sample-2_SPIM)",
+                )
+            stores[store.name] = store
+        except InputError as error:
+            problems.append(str(error))
+    if problems:
+        raise InputError.of_lines(problems)
+    return list(stores.values())
+
+
+def _store_of(scans: Sequence[Scan], pyramid_origin: str, other_channels: str) -> Store:
+    first = scans[0]
+    image = image_of_store(first.image, pyramid_origin)
+    if len({(scan.subject, scan.session, scan.suffix) for scan in scans}) > 1:
+        raise InputError(
+            first.image,
+            "has rows of several subjects, sessions or suffixes, and is written as one",
+            "give its channels one of each, and entities such as stain-LABEL to tell them apart",
+        )
+    indices = [image.channel_index(scan.channel) for scan in scans]
+    if len(set(indices)) < len(indices):
+        raise InputError(first.image, "has two rows of one channel", "remove one")
+    if other_channels == "error" and (left := sorted(set(range(image.channels)) - set(indices))):
+        raise InputError(
+            first.image,
+            f"has no row for its channels {' '.join(map(str, left))}",
+            "add one each, or set zarr.other_channels to copy",
+        )
+    shared = set.intersection(*(set(scan.modality.split("_")[:-1]) for scan in scans))
+    parts = [f"sub-{first.subject}", *([f"ses-{first.session}"] if first.session else [])]
+    parts += [part for part in first.modality.split("_")[:-1] if part in shared]
+    return Store(image, tuple(scans), "_".join(parts), first.folder, first.suffix)
