@@ -66,7 +66,8 @@ const groupOf = (n) => (state.group ? state.group.values[state.group.of[n]] : ""
 function choose() {
   const words = $("filter").value.toLowerCase().replaceAll("_", " ").split(/\s+/).filter(Boolean);
   const wanted = only[$("only").value];
-  const raised = (row) => [...state.raised].every((name) => row[2].some((flag) => flagName(flag) === name));
+  const names = [...state.raised];
+  const raised = (row) => names.every((name) => row[2].some((flag) => flagName(flag) === name));
   const kept = rows.map((_, n) => n).filter((n) => wanted(rows[n]) && raised(rows[n]) && words.every((word) => texts[n].includes(word)));
   if (state.key !== null) {
     const sign = state.down ? -1 : 1;

@@ -166,6 +166,7 @@ class Ratings {
   // How any two raters agree on the scans that both have rated since these last changed.
   agreements() {
     const pairs = new Map();
+    if (new Set([...this.entries.values()].map((entry) => entry.rater)).size < 2) return [];
     for (const scan of this.hashes.keys()) {
       const its = [...this.of(scan)].sort((a, b) => (a.rater < b.rater ? -1 : 1));
       for (const [n, a] of its.entries()) {

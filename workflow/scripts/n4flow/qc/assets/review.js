@@ -219,7 +219,9 @@ window.addEventListener("message", (event) => {
   if (typeof said.comment === "string") {
     // a comment is of its page, though another may be on show by now
     if (reviewing() && scan === scanShown() && document.activeElement !== $("comment")) $("comment").value = said.comment;
-    if (said.done) keepComment(scan, said.comment);
+    if (!said.done) return;
+    keepComment(scan, said.comment);
+    event.source.postMessage({ n4flow: { kept: true } }, "*");
   } else if (said.viewer !== undefined) {
     if (reviewing() && scan === scanShown()) review.viewer = said.viewer;
   } else if (said === "ready") {

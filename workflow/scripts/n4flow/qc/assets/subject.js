@@ -8,6 +8,7 @@ document.documentElement.classList.toggle("framed", framed);
 const note = document.querySelector("dialog#note");
 const noteInput = note.querySelector("input");
 let comment = ""; // as the review has it
+let unanswered = 0; // comments that the review has not kept yet: what it says of older ones is out of date
 let leaving = false; // an alone page that a key leads away from takes no other
 function writeNote() {
   noteInput.value = comment;
@@ -37,6 +38,7 @@ const toReview = (action) => {
 noteInput.addEventListener("input", () => { if (framed) tellReview({ comment: noteInput.value }); });
 note.addEventListener("close", () => {
   comment = noteInput.value; // the key may come again before the review answers
+  unanswered += framed;
   if (framed) tellReview({ comment: noteInput.value, done: true });
   else if (noteInput.value.trim()) toReview(`c:${encodeURIComponent(noteInput.value)}`);
 });
@@ -77,7 +79,8 @@ window.addEventListener("message", (event) => {
   if (typeof said === "string") act(said);
   else if (said.viewer !== undefined) window.followViewer?.(said.viewer);
   else if (said.leave) note.close();
-  else if (typeof said.comment === "string" && !note.open) comment = said.comment;
+  else if (said.kept) unanswered -= 1;
+  else if (typeof said.comment === "string" && !note.open && !unanswered) comment = said.comment;
 });
 for (const button of document.querySelectorAll("[data-key]")) button.addEventListener("click", () => act(button.dataset.key));
 if (framed) tellReview("ready");
