@@ -170,7 +170,9 @@ def test_report_is_one_file_that_leads_nowhere_and_its_flags_are_told(image, tmp
     page = (tmp_path / "p.html").read_text()
     assert "<h1>sub-01_T1w</h1>" in page
     body = page.split("<script>")[0]
-    assert [word for word in ("index.html", "guide.html", "data-key", 'href="sub', 'src="sub') if word in body] == []
+    assert [
+        word for word in ("index.html", "guide.html", 'data-key="1"', 'href="sub', 'src="sub') if word in body
+    ] == []
     told = [line for line in capsys.readouterr().err.splitlines() if "flagged" in line]
     assert any(line.startswith(f"n4flow: {image}: flagged: field_range: ") for line in told)
 
