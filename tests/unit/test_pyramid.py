@@ -14,8 +14,10 @@ import pytest
 import zarr
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from numpy.testing import assert_array_equal
 from yaozarrs import validate_ome_json
 
+from n4flow import cli
 from n4flow.core.blocks import FieldTiles
 from n4flow.core.field import BiasField, Mesh
 from n4flow.core.quantize import Rounding
@@ -517,6 +519,20 @@ class TestOneStore:
             assert (after != np.rint(before / ratio)).mean() < 1e-4
         names = {path.name for path in tmp_path.iterdir()}
         assert names == {"in.ome.zarr", "out.ome.zarr", "out.json", "out_channel-0_biasfield.json"}
+
+    def test_the_command_does_the_same(self, tmp_path, capsys):
+        store = write_store(tmp_path / "in.ome.zarr", LEVELS, scale_um=SCALE_UM)
+        config = {"zarr": {"level": 1, "offset": 2}, "n4": {"preset": "fixed"}, "mask": {"method": "percentile"}}
+        (tmp_path / "c.yaml").write_text(json.dumps(config | {"samples": "a.tsv"}))
+        correct_store(
+            store, tmp_path / "a.ome.zarr", level=1, offset=2, parameters=config["n4"], mask_method="percentile"
+        )
+        cli.main(["correct", str(store), str(tmp_path / "b.ome.zarr"), "--config", str(tmp_path / "c.yaml")])
+        for one, other in zip(voxels(tmp_path / "a.ome.zarr"), voxels(tmp_path / "b.ome.zarr"), strict=True):
+            assert_array_equal(one, other)
+        for option in ("--weights", "--bias-field", "--report"):
+            with pytest.raises(SystemExit, match=f"OME-Zarr image, for which there is no {option}; leave it out"):
+                cli.main(["correct", str(store), str(tmp_path / "c.ome.zarr"), option, str(tmp_path / "x.nii.gz")])
 
     @pytest.mark.parametrize("output", ["in.ome.zarr", "in.ome.zarr/out.ome.zarr", "out.nii.gz", "out.ozx"])
     def test_what_is_no_place_for_it(self, tmp_path, output):

@@ -75,8 +75,8 @@ def _parser() -> argparse.ArgumentParser:
         "Beside OUT (x.nii.gz) lie its sidecar (x.json) and the control points of the field (x_biasfield.json), "
         "which n4flow apply takes.",
     )
-    added.add_argument("image", metavar="IN", type=Path, help="the image: .nii, .nii.gz, .mgz, .img; 2-D to 4-D")
-    added.add_argument("output", metavar="OUT", type=Path, help="the corrected image, .nii or .nii.gz")
+    added.add_argument("image", metavar="IN", type=Path, help="the image: .nii, .nii.gz, .mgz, .img, .ome.zarr")
+    added.add_argument("output", metavar="OUT", type=Path, help="the corrected image, .nii, .nii.gz or .ome.zarr")
     added.add_argument("--mask", metavar="M", type=Path, help="where to estimate; found in the image by default")
     added.add_argument("--weights", metavar="W", type=Path, help="how sure each voxel is: an image, from 0")
     added.add_argument(
@@ -168,6 +168,11 @@ def _add_suffixes(parser: argparse.ArgumentParser) -> None:
 
 def correct(given: argparse.Namespace) -> None:
     """Do the steps mask, n4 and, for a report, qc, with outputs by their own names."""
+    from n4flow.images.ngff import is_store
+
+    if is_store(given.image):
+        _correct_store(given)
+        return
     start = time.perf_counter()
     stem = _stem(given.output)
     points = given.output.with_name(f"{stem}_biasfield.json")
@@ -207,6 +212,33 @@ def correct(given: argparse.Namespace) -> None:
         if given.report:
             _report(given, {"mask": mask, **files}, config["qc"], Path(folder))
     _tell(start, [*files.values(), *([given.report] if given.report else [])])
+
+
+def _correct_store(given: argparse.Namespace) -> None:
+    """From store to store; each channel gets a field of its own."""
+    start = time.perf_counter()
+    for option in ("weights", "bias_field", "report"):
+        if getattr(given, option):
+            raise InputError(
+                given.image,
+                f"is an OME-Zarr image, for which there is no --{option.replace('_', '-')}",
+                "leave it out, or correct the image with the workflow (docs/microscopy.md)",
+            )
+    config = _config(given)
+    from n4flow.steps.store import correct_store
+
+    named = ("level", "level_voxels", "offset", "dtype", "saturated", "pyramid_origin")
+    correct_store(
+        given.image,
+        given.output,
+        mask=given.mask,
+        mask_method=config["mask"]["method"],
+        percentile=config["mask"]["percentile"],
+        parameters=config["n4"],
+        device=config["device"],
+        **{key: config["zarr"][key] for key in named},
+    )
+    _tell(start, [given.output])
 
 
 def _report(given: argparse.Namespace, made: dict[str, Path], settings: dict[str, Any], folder: Path) -> None:

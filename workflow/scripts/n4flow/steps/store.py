@@ -25,6 +25,7 @@ def correct_store(
     field_from: str = "",
     mask: str | Path | None = None,
     mask_method: MaskMethod = "otsu",
+    percentile: float = 50.0,
     parameters: N4Parameters | Mapping[str, Any] | None = None,
     device: DeviceChoice = "auto",
     level: int | str = "auto",
@@ -49,7 +50,8 @@ def correct_store(
         The channel whose field all are divided by.
     mask : path-like, optional
         See `pyramid.place_mask`; found in each channel by default.
-    mask_method : {"otsu", "head", "percentile"}
+    mask_method, percentile
+        See `mask.find_foreground`.
     parameters : N4Parameters or mapping, optional
     device : {"auto", "gpu", "cpu"}
     level, level_voxels, offset, dtype, saturated, pyramid_origin
@@ -97,7 +99,8 @@ def correct_store(
                 own = place / "given.nii.gz"
                 place_mask(place / "coarse.nii.gz", mask, own)
             found = place / "mask.nii.gz"
-            mask_scan(place / "coarse.nii.gz", own, found, place / "mask.json", method=mask_method, percentile=50.0)
+            how: dict[str, Any] = {"method": mask_method, "percentile": percentile}
+            mask_scan(place / "coarse.nii.gz", own, found, place / "mask.json", **how)
             fields[index] = output.with_name(f"{stem}_channel-{index}_biasfield.json")
             correct_scan(
                 place / "coarse.nii.gz",
