@@ -31,6 +31,11 @@ def place_of(path):
     return Path(workflow.pathvars.apply(path))
 
 
+def shown(path):
+    """A path as the terminal shows it: in full where it leads out of the working directory, which may not be the user's."""
+    return path.resolve() if ".." in path.parts else path
+
+
 def names_of(names):
     """A few names in a line."""
     names = sorted(names)
@@ -41,7 +46,7 @@ if FAILED and workflow.is_main_process:
     # a warning, so that those see it, too, who want few words
     logger.warning(
         f"{len(FAILED)} left out that failed before: {names_of(FAILED)}. To try one again, mend it or remove its row "
-        f"from {FAILED_FILE}"
+        f"from {shown(FAILED_FILE)}"
     )
 
 
@@ -182,9 +187,9 @@ def is_done_now(failure):
 def report_success(rule_names):
     """Where the reports of a run are that asked for these rules."""
     if "index" in rule_names:
-        left_out = f", {len(FAILED)} failed before (see {FAILED_FILE})" if FAILED else ""
+        left_out = f", {len(FAILED)} failed before (see {shown(FAILED_FILE)})" if FAILED else ""
         page = place_of("<results>/qc/index.html")
-        logger.info(f"{len(SCANS)} of {len(SHEET)} scans are done{left_out}. The report: {page}")
+        logger.info(f"{len(SCANS)} of {len(SHEET)} scans are done{left_out}. The report: {shown(page)}")
         logger.info("Next: look through it in a browser; snakemake --report report.zip packs it for a colleague")
     if "tune" in rule_names:
         logger.info(f"The settings side by side: {place_of('<results>/tune/index.html')}")
@@ -219,7 +224,7 @@ def report_failures(failed, new, told):
         logger.error(f"No index over the scans that are done: {error}")
         logger.error(count)
     else:
-        logger.error(f"{count}: see {qc / 'index.html'}")
+        logger.error(f"{count}: see {shown(qc / 'index.html')}")
     # without it the rule index is not done, and makes the index anew when all scans are
     shutil.rmtree(place_of(BUNDLE), ignore_errors=True)
     for name, failure in new.items():
