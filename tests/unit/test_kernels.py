@@ -494,7 +494,7 @@ def test_a_corrected_array_uses_one_blas_thread(blas_threads):
 
 # `correct` would hide an estimate without a limit of its own, and the estimate a `correct` without: so each alone
 def test_the_field_of_an_array_is_evaluated_with_one_blas_thread(blas_threads, field, monkeypatch):
-    monkeypatch.setattr("n4flow.correction.estimate_field", lambda *_, **__: (field, []))
+    monkeypatch.setattr("n4flow.correction.estimate_twice", lambda *_, **__: (field, [], None))
     correct(np.full(SHAPE, 7.0), voxel_size_mm=(1, 1, 1), device="cpu")
     assert blas_threads == {1}
 

@@ -173,6 +173,7 @@ def test_nothing_was_written_where_the_images_lie(folder):
 def test_results_hold_nothing_else_and_no_partial_file(folder):
     expected = {path for scan in SCANS.values() for path in roles_of(scan).values()}
     qc = ("index.html", "guide.html", "metrics.tsv", "metrics_mqc.tsv", "distributions.png", "worst.png")
+    qc += ("methods.md", "outliers.js")
     top = ("dataset_description.json", ".bidsignore", "manifest.json")
     expected |= {f"results/{n}" for n in (*top, *(f"qc/{n}" for n in qc))}
     found = {p.relative_to(folder).as_posix() for p in (folder / "results").rglob("*") if p.is_file()}

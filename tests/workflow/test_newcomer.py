@@ -232,7 +232,7 @@ def test_what_cannot_be_corrected_is_one_line_everywhere(run, name):
     line = (run.folder / log_of(scan, "mask")).read_text().rstrip("\n").rpartition("\n")[2]
     assert line.startswith(f"n4flow: {scan.image}: {ODD[name].words}")
     assert "; give" in line
-    assert line in run.terminal
+    assert f"{scan.name}: mask failed: {line.removeprefix('n4flow: ')}\n" in run.terminal
     index = (run.folder / "results/qc/index.html").read_text(encoding="utf-8")
     assert f"{scan.name}</td>" in index
     assert not (run.folder / results_of(scan)["corrected"]).exists()

@@ -14,6 +14,8 @@ rule carry:
         "<benchmarks>/carry/{folder}/{entities}_{suffix}{end}.tsv"
     wildcard_constraints:
         end=r"\.bval|\.bvec|context\.tsv",
+    conda:
+        "../../envs/n4.yaml"
     resources:
         mem_mb=300,
     shell:

@@ -1,14 +1,13 @@
 # Input functions of single steps: of OME-Zarr images (zarr.smk), and of what compares settings (tune.smk).
 from n4flow.images.ngff import file_of
 from n4flow.study.outputs import STORE_NAMES, store_output
-from n4flow.study.stores import stores_of
+from n4flow.study.stores import check_offset, stores_of
 
 try:
     STORES = stores_of(SHEET, config["zarr"]["pyramid_origin"], config["zarr"]["other_channels"])
+    check_offset(config["zarr"]["offset"], [store.image for store in STORES])
 except InputError as error:
     raise WorkflowError(str(error)) from None
-# of one with a channel that failed before, nothing is written: it would not be whole
-STORES = [store for store in STORES if all(scan in SCANS for scan in store.scans)]
 
 # What is written for the OME-Zarr image of a scan: the sidecar, and the root metadata, by which it is complete.
 STORE_FILES = {

@@ -110,7 +110,7 @@ def is_shown(record):
     """Whether the terminal shows one of Snakemake's messages: what goes wrong, other than with a job, which has its line."""
     event = getattr(record, "event", None)
     of_job = event in (LogEvent.JOB_ERROR, LogEvent.GROUP_ERROR)
-    # so does Snakemake call it that a script has ended with another exit status than 0
+    # Snakemake reports a script's non-zero exit status this way, too
     of_job |= getattr(record, "exception", None) == "RuleException" and "CalledProcessError" in record.getMessage()
     return event == SHOWN or record.levelno > logging.INFO and not of_job
 
@@ -192,7 +192,7 @@ def report_success(rule_names):
         logger.info(f"{len(SCANS)} of {len(SHEET)} scans are done{left_out}. The report: {shown(page)}")
         logger.info("Next: look through it in a browser; snakemake --report report.zip packs it for a colleague")
     if "tune" in rule_names:
-        logger.info(f"The settings side by side: {place_of('<results>/tune/index.html')}")
+        logger.info(f"The settings side by side: {shown(place_of('<results>/tune/index.html'))}")
 
 
 def report_failures(failed, new, told):
@@ -232,6 +232,6 @@ def report_failures(failed, new, told):
             logger.error(f"{name}: {failure.error}")
     again = sum(failure.again for failure in failed.values())
     if again:
-        logger.error(f"Next: mend them. Or the same command again: it leaves out {again} and completes the report")
+        logger.error(f"Next: mend them, or run the same command again: it leaves out {again} and completes the report")
     if again < len(failed):
         logger.error(f"{len(failed) - again} failed by no fault of the scan: the same command tries again")

@@ -10,17 +10,18 @@ import contextlib
 import csv
 import os
 import re
+import signal
 import sys
 import tempfile
 import time
 from collections.abc import Iterable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from threading import Thread
+from threading import Thread, Timer
 from typing import Any, NoReturn
 
 from n4flow import __version__
-from n4flow.console import PREFIX, commanding
+from n4flow.console import PREFIX, STOPPED, commanding
 from n4flow.errors import InputError
 
 #: Where the sheet, the config, the logs and Snakemake's records lie in the folder of a dataset: BIDS passes it over.
@@ -49,10 +50,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def program() -> NoReturn:
     """As `main`, for a process of its own, which ends at once: Python takes long to take apart what it has loaded."""
+    signal.signal(signal.SIGINT, _interrupted)
     main()
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)
+
+
+def _interrupted(*_: object) -> NoReturn:
+    """End in any case: threads that wait for one another after Ctrl-C would keep the process for ever."""
+    last_resort = Timer(5, os._exit, [STOPPED])
+    last_resort.daemon = True
+    last_resort.start()
+    raise KeyboardInterrupt
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -78,7 +88,7 @@ def _parser() -> argparse.ArgumentParser:
     added.add_argument("image", metavar="IN", type=Path, help="the image: .nii, .nii.gz, .mgz, .img, .ome.zarr")
     added.add_argument("output", metavar="OUT", type=Path, help="the corrected image, .nii, .nii.gz or .ome.zarr")
     added.add_argument("--mask", metavar="M", type=Path, help="where to estimate; found in the image by default")
-    added.add_argument("--weights", metavar="W", type=Path, help="how sure each voxel is: an image, from 0")
+    added.add_argument("--weights", metavar="W", type=Path, help="confidence of each voxel: an image of values from 0")
     added.add_argument(
         "--bias-field", metavar="F", type=Path, help="write the field as an image, and its control points beside it"
     )
@@ -144,7 +154,7 @@ def _parser() -> argparse.ArgumentParser:
         nargs="+",
         default=[],
         metavar="LABEL",
-        help="these alone, such as 01 02",
+        help="add these alone to the sheet, such as 01 02",
     )
     added.add_argument("--cores", metavar="N", help="how many to use, a number or all; a cluster's profile needs none")
     return parser
@@ -403,6 +413,10 @@ def run(given: argparse.Namespace) -> None:
     from n4flow.study.config import load_schema
     from n4flow.study.sheet import add_to_sheet
 
+    if os.path.realpath(given.output) == os.path.realpath(given.bids):
+        raise InputError(
+            given.output, "is the dataset itself", f"give a folder of its own: {given.bids}/derivatives/n4flow"
+        )
     root = workflow_folder()
     scans = _index(Path(os.path.abspath(given.bids)), given.suffix, participants=given.participant_label)
     folder = Path(os.path.abspath(given.output), WORKING_FOLDER)
@@ -416,7 +430,8 @@ def run(given: argparse.Namespace) -> None:
     if not settings.exists():
         with atomic_text(settings) as file:
             file.write((root / "config/config.yaml").read_text(encoding="utf-8") + RESULTS_ABOVE)
-    _tell_of_echoes(scans)
+    if added:
+        _tell_of_echoes(scans)
     print(f"{PREFIX}{path}: {rows} scans, {added} of them new", file=sys.stderr, flush=True)
     cores = ["--cores", given.cores] if given.cores else []
     command = ["-m", "snakemake", "--snakefile", str(root / "Snakefile"), "--directory", str(folder)]

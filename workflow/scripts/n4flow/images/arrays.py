@@ -19,7 +19,7 @@ from n4flow.core.blocks import FieldTiles
 from n4flow.core.bspline import one_blas_thread
 from n4flow.core.field import BiasField
 from n4flow.core.quantize import Rounding
-from n4flow.errors import InputError
+from n4flow.errors import InputError, MachineError
 from n4flow.images.files import REMEDIES
 from n4flow.images.ngff import Files, Image, Level
 
@@ -177,11 +177,12 @@ class _reading:
         pass
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if isinstance(error, InputError) or not isinstance(error, Exception):
+        if isinstance(error, (InputError, MemoryError)) or not isinstance(error, Exception):
             return
         if isinstance(error, OSError) and error.errno in REMEDIES:
-            raise InputError(self.source, f"cannot be written ({error.strerror})", REMEDIES[error.errno]) from None
-        raise InputError(self.source, f"cannot be read ({type(error).__name__}: {error})", "copy it again") from None
+            raise MachineError(self.source, f"cannot be written ({error.strerror})", REMEDIES[error.errno]) from None
+        raised = MachineError if isinstance(error, OSError) else InputError
+        raise raised(self.source, f"cannot be read ({type(error).__name__}: {error})", "copy it again") from None
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import numpy as np
 from n4flow.images.fields import load_field
 from n4flow.images.nifti import Volume
 from n4flow.steps.derivatives import CorrectionFiles, write_derivatives
-from n4flow.study.bids import source_uri
+from n4flow.study.bids import check_magnitude, source_uri
 
 log = logging.getLogger(__name__)
 
@@ -46,6 +46,7 @@ def apply_scan(
     """
     start = time.perf_counter()
     image, field, files = Path(image), Path(field), CorrectionFiles.of(files)
+    check_magnitude(image)
     volume = Volume(image)
     source = load_field(field)
     same_grid = volume.shape == source.image_shape and np.array_equal(volume.affine_mm, source.affine)

@@ -119,7 +119,7 @@ def reference_field(samples: Samples, parameters: N4Parameters) -> Estimate:
     def note_iteration() -> None:
         line = Iteration(n4.GetCurrentLevel() + 1, n4.GetElapsedIterations(), n4.GetCurrentConvergenceMeasurement())
         history.append(line)
-        log.info("%s: SimpleITK, level %d, iteration %d, cv %.2e", samples.source, *line)
+        log.info("%s: SimpleITK, level %d, iteration %d, cv %.2e", samples.source, *line[:3])
 
     n4.AddCommand(sitk.sitkIterationEvent, note_iteration)
     try:

@@ -15,6 +15,7 @@ from n4flow.steps.correct import correct_scan
 from n4flow.steps.derivatives import CorrectionFiles
 from n4flow.steps.mask import MaskMethod, mask_scan
 from n4flow.steps.pyramid import coarse_scan, describe_store, divide_part, finish_store, place_mask, plan_store
+from n4flow.study.stores import check_offset
 
 
 def correct_store(
@@ -70,6 +71,7 @@ def correct_store(
     image = read_image(store, pyramid_origin)
     if output.resolve() in (place := Path(store).resolve(), *place.parents) or place in output.resolve().parents:
         raise InputError(output, "is the input, or lies in it", "give another place")
+    check_offset(offset, [image])
     threads = threads or available_cores()
     wanted = list(channels) or list(map(str, range(image.channels)))
     indices = {name: image.channel_index(name) for name in wanted}

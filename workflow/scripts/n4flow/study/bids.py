@@ -476,13 +476,15 @@ def _image_type(image: Path) -> set[str]:
 
 
 def check_magnitude(image: Path) -> None:
-    """Refuse a part of a complex image other than its magnitude, as its sidecar has it.
+    """Refuse a part of a complex image other than its magnitude, as its name or its sidecar has it.
 
     Raises
     ------
     InputError
         It is phase, real or imaginary part.
     """
+    if named := complex_part(IMAGE.sub("", image.name)):
+        raise InputError(image, f"is a part of a complex image ({named})", "give its magnitude")
     types = _image_type(image)
     if (part := types & COMPLEX_TYPES) and not types & {"M", "MAGNITUDE"}:
         raise InputError(

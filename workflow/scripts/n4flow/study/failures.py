@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, replace
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,8 +15,7 @@ from typing import Any, NamedTuple
 from n4flow.console import end_of
 from n4flow.errors import InputError
 from n4flow.images.files import atomic_text, header_file
-from n4flow.images.ngff import file_of
-from n4flow.study.bids import CARRIED_WITH, Scan, beside_image
+from n4flow.study.bids import CARRIED_WITH, Scan, beside_image, sidecars_of
 from n4flow.study.config import page_settings
 from n4flow.study.outputs import output_of
 from n4flow.study.provenance import package_digest
@@ -99,10 +99,11 @@ def without_field(scans: Iterable[Scan], failed: Mapping[str, Failure]) -> dict[
     return found
 
 
-def fingerprint(scan: Scan, step: str, config: Mapping[str, Any]) -> str:
+def fingerprint(scan: Scan, step: str, config: Mapping[str, Any], source: Scan | None = None) -> str:
     """What a failed step hangs on: while it is the same, the step fails again.
 
-    The files that the row names count by path, size and time, the settings and the code with those of the steps before.
+    The row counts as it stands, its files and what tells of them (headers, sidecars, b values) by path, size and time,
+    the settings and the code with those of the steps before.
 
     Parameters
     ----------
@@ -111,15 +112,21 @@ def fingerprint(scan: Scan, step: str, config: Mapping[str, Any]) -> str:
         One of `STEPS`.
     config : mapping
         The workflow's, with its defaults.
+    source : Scan, optional
+        The scan whose field this one is divided by, if that is another one.
     """
-    files = [[path, *_size_and_time(path)] for path in _inputs(scan)]
+    rows = [asdict(replace(row, groups=())) for row in (scan, source) if row]
+    files = [[path, *_size_and_time(path)] for row in (scan, source) if row for path in _inputs(row)]
     settings = {key: config[key] for key in ("mask", "n4", "output", "device")}
-    if scan.is_store:
-        settings["zarr"] = config["zarr"]
     if step == "qc":
         settings["qc"] = page_settings(config["qc"])
-    content = json.dumps([files, scan.field_from, step, settings, _code_of(step)], sort_keys=True)
+    content = json.dumps([rows, files, step, settings, _code_of(step)], sort_keys=True)
     return hashlib.sha256(content.encode()).hexdigest()[:16]
+
+
+def _may_be_left_out(scan: Scan) -> bool:
+    """Not a channel of an OME-Zarr image, which is written as a whole, and of whose voxels no fingerprint tells."""
+    return not scan.is_store
 
 
 @cache
@@ -129,10 +136,10 @@ def _code_of(step: str) -> str:
 
 
 def _inputs(scan: Scan) -> list[str]:
-    """The files that a row names, with headers apart from their voxels, and b values."""
+    """The files that a row names, with headers apart from their voxels, and what tells of the image."""
     headers = [str(header_file(path)) for path in scan.paths if path.endswith(".img")]
     beside = [beside_image(scan.image, role) for role in CARRIED_WITH.get(scan.suffix, ()) if role == "bval"]
-    return [*map(file_of, scan.paths), *headers, *(str(path) for path in beside if path)]
+    return [*scan.paths, *headers, *(str(path) for path in (*beside, *sidecars_of(Path(scan.image))) if path)]
 
 
 def _size_and_time(path: str) -> list[int]:
@@ -177,7 +184,10 @@ def read_failed(
         if any(row.get(column) is None for column in COLUMNS) or row["step"] not in (*STEPS, NO_FIELD):
             raise InputError(path, "is no table of failed scans", "remove it: its scans are tried again")
         scan, step = scans.get(row["scan"]), row["step"]
-        if scan and step != NO_FIELD and row["fingerprint"] == fingerprint(scan, step, config):
+        if not scan or step == NO_FIELD or not _may_be_left_out(scan):
+            continue
+        source = scans.get(scan.field_source) if scan.field_from else None
+        if row["fingerprint"] == fingerprint(scan, step, config, source):
             failed[scan.name] = Failure(scan.name, step, row["error"], str(log_of(scan, step, logs)), True)
     # these follow from the others, so that they are tried again with them
     return failed | without_field(scans.values(), failed)
@@ -191,7 +201,7 @@ def write_failed(
     Parameters
     ----------
     path : Path
-        Where there is none, it is removed.
+        Removed if no scan would fail again.
     failed : sequence of Failure
     scans, config : mapping
         See `read_failed`.
@@ -207,8 +217,9 @@ def write_failed(
     for failure in sorted(failed):
         scan = scans[failure.scan]
         changed = [time for name in _inputs(scan) for time in _size_and_time(name)[2:]]
-        if failure.again and max(changed, default=0) < since * 1e9:
-            print_of = "" if failure.step == NO_FIELD else fingerprint(scan, failure.step, config)
+        if failure.again and _may_be_left_out(scan) and max(changed, default=0) < since * 1e9:
+            source = scans.get(scan.field_source) if scan.field_from else None
+            print_of = "" if failure.step == NO_FIELD else fingerprint(scan, failure.step, config, source)
             rows.append([failure.scan, failure.step, failure.error, print_of])
     if not rows:
         path.unlink(missing_ok=True)

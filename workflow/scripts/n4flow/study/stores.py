@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -108,3 +108,28 @@ def _store_of(scans: Sequence[Scan], pyramid_origin: str, other_channels: str) -
     parts = [f"sub-{first.subject}", *([f"ses-{first.session}"] if first.session else [])]
     parts += [part for part in first.modality.split("_")[:-1] if part in shared]
     return Store(image, tuple(scans), "_".join(parts), first.folder, first.suffix)
+
+
+def check_offset(offset: object, images: Sequence[Image]) -> None:
+    """Refuse pedestals of channels that no image has: a mistyped label would leave the pedestal in.
+
+    Parameters
+    ----------
+    offset : object
+        As config's ``zarr.offset`` has it: of all channels, or a mapping of labels and indices.
+    images : sequence of Image
+
+    Raises
+    ------
+    InputError
+        A key is no channel's.
+    """
+    if not isinstance(offset, Mapping) or not images:
+        return
+    known = {name for image in images for name in (*image.labels, *map(str, range(image.channels)))}
+    if unknown := [str(key) for key in offset if str(key) not in known]:
+        raise InputError(
+            "zarr.offset",
+            f"names channels that no image has: {' '.join(unknown)}",
+            f"give labels or numbers of theirs: {' '.join(sorted(known))}",
+        )
