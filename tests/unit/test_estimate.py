@@ -302,6 +302,46 @@ def test_repeatability_of_what_has_no_half_is_not_known(small_head):
     assert estimate_twice(samples_of(image, mask, (6, 6, 6)), fine).repeatability is None
 
 
+def test_a_width_that_does_not_settle_is_left_out(small_head, caplog):
+    caplog.set_level("INFO", logger="n4flow")
+    samples = samples_of(*small_head, (6, 6, 6))
+    kept = N4Parameters(fwhm=(0.2, 0.15), twicing=0.5, iterations=(50, 50))
+    restless = N4Parameters(fwhm=(0.2, 0.15, 0.08), twicing=0.5, iterations=(50, 50, 1))
+    one, other = (estimate_field(samples, parameters) for parameters in (kept, restless))
+    assert "the field of stage 2 is kept, for the next does not settle" in caplog.text
+    assert_array_equal(one.field.lattice, other.field.lattice)
+    assert one.history == other.history
+    # a first stage that is cut short is none that has settled
+    first = N4Parameters(fwhm=(0.2, 0.15), twicing=0.5, iterations=(2, 2))
+    assert {line.stage for line in estimate_field(samples, first).history} == {1, 2}
+
+
+def test_of_a_very_strong_field_on_a_blurred_head_less_is_left_than_by_simpleitk(tissues):
+    head = make_phantom(tissues, 2.0, inu_percent=180, noise_percent=1, seed=3)
+    ours = correct(head.image, head.brain, voxel_size_mm=(2, 2, 2), device="cpu")
+    grid = np.ix_(*sample_positions(head.brain.shape, 4))
+    reference = np.exp(simpleitk_log_field(head.image[grid], head.brain[grid], [50] * 4, (1, 1, 1), threshold=1e-3))
+    error = rms(demeaned_error(ours.bias[grid], head.bias[grid], head.brain[grid]))
+    assert error < 0.7 * rms(demeaned_error(reference, head.bias[grid], head.brain[grid]))
+
+
+@pytest.mark.data
+@pytest.mark.parametrize("block", [(2, 2, 2), (3, 3, 3), (1, 1, 6)])
+def test_a_head_of_large_voxels_has_much_the_field_that_it_has_of_small_ones(real_scans, block):
+    scan = nib.load(real_scans / "sub-01/anat/sub-01_T1w.nii.gz")
+    image = np.asarray(scan.dataobj, dtype=np.float32)
+    image = image[tuple(slice(n // k * k) for n, k in zip(image.shape, block, strict=True))]
+    averaged = image.reshape([size for n, k in zip(image.shape, block, strict=True) for size in (n // k, k)])
+    fields = []
+    mask = (averaged := averaged.mean(axis=(1, 3, 5))) > otsu_threshold(averaged.ravel())
+    for array, size in ((image, (1, 1, 1)), (averaged, block)):
+        sizes = tuple(k * float(mm) for k, mm in zip(size, scan.header.get_zooms(), strict=True))
+        found = correct(array, array > otsu_threshold(array.ravel()), voxel_size_mm=sizes, device="cpu").bias
+        part = tuple(slice(k // 2 if size == (1, 1, 1) else 0, None, k if size == (1, 1, 1) else 1) for k in block)
+        fields.append(np.log(found[part][mask]))
+    assert np.std(fields[0] - fields[1]) < 0.1
+
+
 def finer(*arrays):
     """Each voxel as 4 x 4 x 4 of them."""
     return [np.kron(array, np.ones((4, 4, 4), dtype=array.dtype)) for array in arrays]

@@ -94,7 +94,9 @@ def estimate_field(
     kernels = choose_kernels(samples, parameters, xp, threads)
     fit, lattice = fit_on(mesh, samples, parameters), np.zeros(mesh.lattice_shape)
     history: list[Iteration] = []
+    settled = False
     for number, stage in enumerate(parameters.stages, start=1):
+        before = lattice
         if number > 1 and parameters.mesh == "refined":
             lattice, mesh = refine(lattice), mesh.refined()
             fit = fit_on(mesh, samples, parameters)
@@ -106,7 +108,6 @@ def estimate_field(
             update = kernels.fit(expected)
             kernels.subtract(update)
         lattice, cvs = kernels.end_stage()
-        history += [Iteration(number, iteration, cv) for iteration, cv in enumerate(cvs, start=1)]
         log.info(
             "%s: stage %d of %d, FWHM %g, %s spans, %d of at most %d iterations, cv %.2e",
             samples.source,
@@ -118,6 +119,14 @@ def estimate_field(
             stage.most_iterations,
             cvs[-1] if cvs else 0,
         )
+        restless = len(cvs) == stage.most_iterations and cvs[-1] > parameters.convergence_threshold > 0
+        if restless and settled and parameters.mesh == "fixed":
+            # the width is too narrow for this histogram: from here on, anatomy becomes field
+            log.info("%s: the field of stage %d is kept, for the next does not settle", samples.source, number - 1)
+            lattice = before
+            break
+        history += [Iteration(number, iteration, cv) for iteration, cv in enumerate(cvs, start=1)]
+        settled = not restless
     return Estimate(BiasField(lattice, mesh, samples.image_shape, samples.affine), history)
 
 
