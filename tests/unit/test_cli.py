@@ -362,3 +362,37 @@ def test_the_program_ends_at_once_and_loses_nothing_that_it_said(tmp_path):
     command = [sys.executable, "-m", "n4flow.cli", "sheet", str(tmp_path)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     assert len(done.stdout.splitlines()) == 301
+
+
+@pytest.mark.parametrize("how", ["name", "sidecar"])
+@pytest.mark.parametrize("command", ["correct", "apply"])
+def test_a_part_of_a_complex_image_is_refused(image, tmp_path, command, how):
+    n4flow("correct", image, tmp_path / "x.nii.gz", "--device", "cpu")
+    part = tmp_path / ("sub-01_part-phase_T1w.nii.gz" if how == "name" else "sub-01_T1w.nii.gz")
+    part.write_bytes(image.read_bytes())
+    if how == "sidecar":
+        (tmp_path / "sub-01_T1w.json").write_text(json.dumps({"ImageType": ["ORIGINAL", "PRIMARY", "P", "ND"]}))
+    field = [tmp_path / "x_biasfield.json"] if command == "apply" else []
+    line = failure(command, *field, part, tmp_path / "y.nii.gz")
+    assert line.startswith(f"{part}: is a part of a complex image (")
+    assert line.endswith("give its magnitude")
+
+
+def test_the_results_of_a_dataset_do_not_go_into_it(tmp_path):
+    pytest.importorskip("snakemake")
+    (tmp_path / "sub-01").mkdir()
+    assert "is the dataset itself; give a folder of its own" in failure("run", tmp_path, f"{tmp_path}/.", "participant")
+    assert [path.name for path in tmp_path.iterdir()] == ["sub-01"]
+
+
+def test_the_command_ends_after_ctrl_c_whatever_its_threads_wait_for():
+    code = (
+        "import signal, threading; from n4flow import cli; signal.signal(signal.SIGINT, cli._interrupted)\n"
+        "lock = threading.Lock(); lock.acquire()\n"
+        "try: signal.raise_signal(signal.SIGINT)\n"
+        "except KeyboardInterrupt: lock.acquire()"
+    )
+    ended = subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": str(Path(cli.__file__).parents[1])}, timeout=60
+    )
+    assert ended.returncode == 130

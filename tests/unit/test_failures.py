@@ -160,3 +160,45 @@ def test_another_table_is_refused_with_a_line(study, text):
     Path("failed.tsv").write_text(text)
     with pytest.raises(InputError, match=r"failed.tsv: is no table of failed scans; remove it"):
         left_out(study)
+
+
+@pytest.mark.parametrize("column", ["mask", "mask_image", "weights", "channel"])
+def test_a_cell_of_the_row_counts(study, column):
+    log(study["sub-2_T1w"], "mask", f"{PREFIX}broken")
+    Path("other.nii").write_bytes(b"mask")
+    note(study)
+    assert set(left_out(study)) == {"sub-2_T1w"}
+    assert left_out(study | {"sub-2_T1w": replace(study["sub-2_T1w"], **{column: "other.nii"})}) == {}
+
+
+def test_a_file_in_another_column_counts(study):
+    Path("other.nii").write_bytes(b"mask")
+    study["sub-2_T1w"] = replace(study["sub-2_T1w"], mask="other.nii")
+    log(study["sub-2_T1w"], "mask", f"{PREFIX}broken")
+    note(study)
+    assert left_out(study | {"sub-2_T1w": replace(study["sub-2_T1w"], mask="", weights="other.nii")}) == {}
+
+
+def test_a_sidecar_that_is_mended_counts(study):
+    Path("2_T1w.json").write_text("{}")
+    log(study["sub-2_T1w"], "mask", f"{PREFIX}is a part of a complex image")
+    note(study)
+    assert set(left_out(study)) == {"sub-2_T1w"}
+    Path("2_T1w.json").write_text('{"ImageType": ["M"]}')
+    assert left_out(study) == {}
+
+
+def test_the_image_that_the_field_comes_from_counts(study):
+    log(study["sub-1_T2w"], "apply", f"{PREFIX}lies outside")
+    note(study)
+    assert left_out(study) == {"sub-1_T2w": "apply"}
+    Path("1_T1w.nii").write_bytes(b"another image")
+    assert left_out(study) == {}
+
+
+def test_channels_of_a_store_are_never_left_out(study):
+    scan = replace(study["sub-2_T1w"], image="2.ome.zarr", modality="SPIM")
+    Path(scan.image).mkdir()
+    log(scan, "coarse", f"{PREFIX}broken")
+    note({scan.name: scan})
+    assert left_out({scan.name: scan}) == {}

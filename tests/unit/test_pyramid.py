@@ -21,7 +21,8 @@ from n4flow import cli
 from n4flow.core.blocks import FieldTiles
 from n4flow.core.field import BiasField, Mesh
 from n4flow.core.quantize import Rounding
-from n4flow.errors import InputError
+from n4flow.errors import InputError, MachineError
+from n4flow.images import arrays
 from n4flow.images.fields import load_field, save_field
 from n4flow.images.files import write_json
 from n4flow.images.ngff import Level, read_image
@@ -487,6 +488,14 @@ def test_damaged_chunk_is_one_line(tmp_path):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("error", "fault"), [(OSError(5, "Input/output error"), MachineError), (MemoryError(), MemoryError)]
+)
+def test_what_the_machine_fails_at_is_none_of_the_stores_fault(error, fault):
+    with pytest.raises(fault), arrays._reading("in.ome.zarr"):
+        raise error
+
+
 def test_voxels_that_have_changed_are_found(tmp_path):
     store = write_store(tmp_path / "in.ome.zarr", LEVELS, scale_um=SCALE_UM)
     out = divide(tmp_path, store, some_field())
@@ -533,6 +542,13 @@ class TestOneStore:
         for option in ("--weights", "--bias-field", "--report"):
             with pytest.raises(SystemExit, match=f"OME-Zarr image, for which there is no {option}; leave it out"):
                 cli.main(["correct", str(store), str(tmp_path / "c.ome.zarr"), option, str(tmp_path / "x.nii.gz")])
+
+    def test_a_pedestal_of_a_channel_that_is_not_there(self, tmp_path):
+        store = write_store(tmp_path / "in.ome.zarr", LEVELS, scale_um=SCALE_UM)
+        with pytest.raises(
+            InputError, match=r"zarr.offset: names channels that no image has: GPF; give labels or numb"
+        ):
+            correct_store(store, tmp_path / "out.ome.zarr", offset={"0": 1, "GPF": 100})
 
     @pytest.mark.parametrize("output", ["in.ome.zarr", "in.ome.zarr/out.ome.zarr", "out.nii.gz", "out.ozx"])
     def test_what_is_no_place_for_it(self, tmp_path, output):
