@@ -180,7 +180,13 @@ def test_results_hold_nothing_else_and_no_partial_file(folder):
     bundle = {path for path in found if path.startswith("results/qc/bundle/")}
     assert found - bundle == expected
     packed = {path.replace("/bundle", "") for path in bundle} - {"results/qc/.snakemake_timestamp"}
-    wanted = (".html", "/metrics.tsv", ".webp")  # not what only the viewer, the index and MultiQC need
+    wanted = (
+        ".html",
+        "/metrics.tsv",
+        ".webp",
+        "/outliers.js",
+        "/methods.md",
+    )  # not what only the viewer, the index and MultiQC need
     assert packed == {path for path in expected if path.startswith("results/qc/") and path.endswith(wanted)}
     assert partial_files(folder) == []
 
@@ -223,7 +229,7 @@ def test_corrected_times_field_is_the_original(folder, name):
 def test_field_varies_smoothly_about_one(folder, name):
     bias = load(folder / results_of(SCANS[name])["field_image"])
     assert 0.2 < bias.min() < 0.97
-    assert 1.03 < bias.max() < 5
+    assert 1.03 < bias.max() < 6  # most where the mask holds air
     steps = [np.abs(np.diff(np.log(bias), axis=axis)).max() for axis in range(bias.ndim) if bias.shape[axis] > 1]
     assert max(steps) < 0.15
 
