@@ -10,8 +10,8 @@ PACKAGE = [Path(workflow.source_path(f"../scripts/n4flow/{name}")) for name in P
 sys.path.insert(0, str(PACKAGE[0].parent.parent))
 
 from n4flow.errors import InputError
-from n4flow.images.files import header_file, voxels_of_frame
-from n4flow.study.bids import CARRIED, CARRIED_WITH, beside_image
+from n4flow.images.files import voxels_of_frame
+from n4flow.study.bids import CARRIED, CARRIED_WITH, beside_image, counted_beside
 from n4flow.study.config import config_problems, grid_combinations, load_schema, page_settings
 from n4flow.study.config import tune_problems, with_defaults
 from n4flow.study.sheet import place_problem, read_sheet, results_problem, with_least_hash
@@ -129,9 +129,7 @@ def mask_image_of(wildcards):
 
 
 def beside_of(wildcards):
-    """Files whose change counts as one of what the row names: headers apart from their voxels, b values."""
-    scan = scan_of(wildcards)
-    return [str(header_file(path)) for path in scan.paths if path.endswith(".img")] + carried(scan).get("bval", [])
+    return counted_beside(scan_of(wildcards))
 
 
 def carried(scan):

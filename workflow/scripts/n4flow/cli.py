@@ -257,6 +257,7 @@ def _report(given: argparse.Namespace, made: dict[str, Path], settings: dict[str
     import logging
 
     from n4flow.qc.pages import make_subject
+    from n4flow.study.config import page_settings
 
     metrics = folder / "metrics.json"
     make_subject(
@@ -270,8 +271,7 @@ def _report(given: argparse.Namespace, made: dict[str, Path], settings: dict[str
         metrics=metrics,
         pictures=folder / "pictures.webp",
         alone=True,
-        field_window_log=settings["field_window_log"],
-        flags={name: limit for name, limit in settings["flags"].items() if name != "outlier_z"},
+        **page_settings(settings),
     )
     for flag in json.loads(metrics.read_text(encoding="utf-8"))["flags"]:
         logging.getLogger(__name__).warning("%s: flagged: %s", given.image, flag)

@@ -32,6 +32,7 @@ from n4flow.images.files import write_json
 from n4flow.images.ngff import Image, choose_coarse, file_of, is_store, read_image
 from n4flow.images.nifti import Grid, Volume, VolumeWriter
 from n4flow.study.bids import own_uri, source_uri
+from n4flow.study.outputs import STORE_NAMES
 from n4flow.study.provenance import provenance
 
 log = logging.getLogger(__name__)
@@ -465,7 +466,7 @@ def changed_voxels(results: str | Path) -> list[str]:
     for plan in sorted(Path(results).glob("parts/**/plan.json")):
         entities, _, suffix = plan.parent.name.rpartition("_")
         folder = plan.parent.parent.relative_to(Path(results) / "parts")
-        store = Path(results) / folder / f"{entities}_desc-N4_{suffix}.ome.zarr"
+        store = Path(results, STORE_NAMES["store"].format(folder=folder, entities=entities, suffix=suffix))
         try:
             image = read_image(store)
         except InputError as error:

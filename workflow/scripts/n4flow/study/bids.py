@@ -412,6 +412,13 @@ def beside_image(image: str | Path, what: str) -> Path | None:
     return found[-1] if found else None
 
 
+def counted_beside(scan: Scan) -> list[str]:
+    """Files whose change counts as one of what a row names: headers apart from their voxels, b values."""
+    headers = [str(header_file(path)) for path in scan.paths if path.endswith(".img")]
+    b_values = beside_image(scan.image, "bval") if "bval" in CARRIED_WITH.get(scan.suffix, ()) else None
+    return [*headers, *([str(b_values)] if b_values else [])]
+
+
 def sidecars_of(image: Path, suffix: str = "", end: str = ".json") -> list[Path]:
     """The files that say something of an image, from the most general to its own.
 

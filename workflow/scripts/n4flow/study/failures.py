@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 
 from n4flow.console import end_of
 from n4flow.errors import InputError
-from n4flow.images.files import atomic_text, header_file
-from n4flow.study.bids import CARRIED_WITH, Scan, beside_image, sidecars_of
+from n4flow.images.files import atomic_text
+from n4flow.study.bids import Scan, counted_beside, sidecars_of
 from n4flow.study.config import page_settings
 from n4flow.study.outputs import output_of
 from n4flow.study.provenance import package_digest
@@ -99,11 +99,11 @@ def without_field(scans: Iterable[Scan], failed: Mapping[str, Failure]) -> dict[
     return found
 
 
-def fingerprint(scan: Scan, step: str, config: Mapping[str, Any], source: Scan | None = None) -> str:
+def fingerprint(scan: Scan, step: str, config: Mapping[str, Any], scans: Mapping[str, Scan]) -> str:
     """What a failed step hangs on: while it is the same, the step fails again.
 
-    The row counts as it stands, its files and what tells of them (headers, sidecars, b values) by path, size and time,
-    the settings and the code with those of the steps before.
+    The row counts as it stands, and that of the scan whose field it takes; their files and what tells of them (headers,
+    sidecars, b values) by path, size and time; the settings, and the code with that of the steps before.
 
     Parameters
     ----------
@@ -112,15 +112,18 @@ def fingerprint(scan: Scan, step: str, config: Mapping[str, Any], source: Scan |
         One of `STEPS`.
     config : mapping
         The workflow's, with its defaults.
-    source : Scan, optional
-        The scan whose field this one is divided by, if that is another one.
+    scans : mapping of str to Scan
+        Those of the sheet, by name.
     """
-    rows = [asdict(replace(row, groups=())) for row in (scan, source) if row]
-    files = [[path, *_size_and_time(path)] for row in (scan, source) if row for path in _inputs(row)]
+    rows = [scan]
+    if scan.field_from and (source := scans.get(scan.field_source)):
+        rows.append(source)
+    cells = [asdict(replace(row, groups=())) for row in rows]
+    files = [[path, *_size_and_time(path)] for row in rows for path in _inputs(row)]
     settings = {key: config[key] for key in ("mask", "n4", "output", "device")}
     if step == "qc":
         settings["qc"] = page_settings(config["qc"])
-    content = json.dumps([rows, files, step, settings, _code_of(step)], sort_keys=True)
+    content = json.dumps([cells, files, step, settings, _code_of(step)], sort_keys=True)
     return hashlib.sha256(content.encode()).hexdigest()[:16]
 
 
@@ -137,9 +140,7 @@ def _code_of(step: str) -> str:
 
 def _inputs(scan: Scan) -> list[str]:
     """The files that a row names, with headers apart from their voxels, and what tells of the image."""
-    headers = [str(header_file(path)) for path in scan.paths if path.endswith(".img")]
-    beside = [beside_image(scan.image, role) for role in CARRIED_WITH.get(scan.suffix, ()) if role == "bval"]
-    return [*scan.paths, *headers, *(str(path) for path in (*beside, *sidecars_of(Path(scan.image))) if path)]
+    return [*scan.paths, *counted_beside(scan), *map(str, sidecars_of(Path(scan.image)))]
 
 
 def _size_and_time(path: str) -> list[int]:
@@ -186,8 +187,7 @@ def read_failed(
         scan, step = scans.get(row["scan"]), row["step"]
         if not scan or step == NO_FIELD or not _may_be_left_out(scan):
             continue
-        source = scans.get(scan.field_source) if scan.field_from else None
-        if row["fingerprint"] == fingerprint(scan, step, config, source):
+        if row["fingerprint"] == fingerprint(scan, step, config, scans):
             failed[scan.name] = Failure(scan.name, step, row["error"], str(log_of(scan, step, logs)), True)
     # these follow from the others, so that they are tried again with them
     return failed | without_field(scans.values(), failed)
@@ -218,8 +218,7 @@ def write_failed(
         scan = scans[failure.scan]
         changed = [time for name in _inputs(scan) for time in _size_and_time(name)[2:]]
         if failure.again and _may_be_left_out(scan) and max(changed, default=0) < since * 1e9:
-            source = scans.get(scan.field_source) if scan.field_from else None
-            print_of = "" if failure.step == NO_FIELD else fingerprint(scan, failure.step, config, source)
+            print_of = "" if failure.step == NO_FIELD else fingerprint(scan, failure.step, config, scans)
             rows.append([failure.scan, failure.step, failure.error, print_of])
     if not rows:
         path.unlink(missing_ok=True)
