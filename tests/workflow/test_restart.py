@@ -39,8 +39,8 @@ SEED = 6
 #: everything at once, as at a loss of power; scripts of jobs, three in one run.
 ROUNDS = (("snakemake", 1), ("everything", 1), ("job", 3))
 
-#: What a run with failed jobs leaves beside them.
-INDEX = {"index.html", "metrics.tsv", "metrics_mqc.tsv"}
+#: What a run with failed jobs leaves beside them: the index, and what belongs to it.
+INDEX = {"index.html", "metrics.tsv", "metrics_mqc.tsv", "methods.md", "outliers.js"}
 
 TARGETS = [results_of(scan)["page"] for scan in SCANS]
 
