@@ -1,6 +1,6 @@
 """Control points of the built-in dataset: what moves them changes what labs have already published with.
 
-After a change that is meant to, and its line with **[changes outputs]** in CHANGELOG.md: `python tests/unit/test_golden.py`.
+After a change that is meant to, with a line in CHANGELOG.md that has the mark: `python tests/unit/test_golden.py`.
 """
 
 import json

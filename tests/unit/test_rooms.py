@@ -5,6 +5,7 @@ import graphlib
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -87,15 +88,41 @@ def test_the_workflow_itself_imports_only_what_was_tried_above(pytestconfig, nam
     assert top_level <= {f"n4flow.{module}" for module in FOR_THE_WORKFLOW}
 
 
-def test_every_file_that_the_documents_link_to_is_in_the_repository(pytestconfig):
+LINK = re.compile(r"\]\((?!https?:)([^)#]*)(?:#([^)]+))?\)")
+
+
+def documents(root):
     listed = subprocess.run(
-        ["git", "ls-files"], cwd=pytestconfig.rootpath, capture_output=True, text=True, check=False
+        ["git", "ls-files"], cwd=root, capture_output=True, text=True, check=False
     ).stdout.splitlines()
     if not listed:
         pytest.skip("not in a git checkout")
-    for document in ("README.md", "config/README.md", "docs/cluster.md", "docs/microscopy.md"):
-        text = (pytestconfig.rootpath / document).read_text(encoding="utf-8")
-        for target in re.findall(r"\]\(([^)#:]+)\)", text):
-            path = (pytestconfig.rootpath / document).parent.joinpath(target).resolve()
-            assert path.relative_to(pytestconfig.rootpath).as_posix() in listed
+    return {name: root / name for name in listed if name.endswith(".md")}, set(listed)
+
+
+def anchors_of(document):
+    """What GitHub makes of the headings of a document."""
+    without_code = re.sub(r"^```.*?^```", "", document.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    headings = re.findall(r"^#+ (.+)$", without_code, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_every_link_of_the_documents_leads_to_a_file_of_the_repository_and_to_a_heading(pytestconfig):
+    root = pytestconfig.rootpath
+    found, listed = documents(root)
+    folders = {parent.as_posix() for name in listed for parent in Path(name).parents}
+    broken, links = [], 0
+    for name, document in found.items():
+        for target, anchor in LINK.findall(document.read_text(encoding="utf-8")):
+            links += 1
+            path = document.parent.joinpath(target).resolve() if target else document
+            within = path.relative_to(root).as_posix() if path.is_relative_to(root) else ""
+            if within not in listed | folders or (anchor and anchor not in anchors_of(path)):
+                broken.append(f"{name}: {target}#{anchor}")
+    assert broken == []
+    assert links > 50
+
+
+def test_the_tissue_maps_are_in_the_repository(pytestconfig):
+    listed = documents(pytestconfig.rootpath)[1]
     assert "workflow/resources/mni152/tissues_2mm.nii.gz.base64" in listed
