@@ -1,6 +1,8 @@
 """What the terminal shows of Snakemake's messages: workflow/rules/run.smk, which is plain Python."""
 
 import logging
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -138,3 +140,23 @@ def test_what_goes_wrong_beside_jobs_is_shown(run, message, shown):
 def test_warning_at_the_start_names_a_few_of_many(run):
     assert run.names_of(["b", "a"]) == "a, b"
     assert run.names_of([f"s{n}" for n in range(9)]) == "s0, s1, s2, s3, s4 and 4 more"
+
+
+@pytest.mark.parametrize(("local", "limit"), [(True, None), (False, "100 in a second")])
+def test_jobs_of_this_machine_are_not_limited_by_the_second(run, local, limit):
+    run.workflow.local_exec = local
+    run.workflow.scheduler = SimpleNamespace(job_rate_limiter="100 in a second")
+    run.weigh_jobs_once()
+    assert run.workflow.scheduler.job_rate_limiter == limit
+
+
+def test_snakemake_without_that_limit_weighs_jobs_only_when_one_has_ended(tmp_path):
+    """This is of Snakemake's scheduler: without the limit by one name, and more often with it."""
+    (tmp_path / "Snakefile").write_text(
+        "onstart:\n    workflow.scheduler.job_rate_limiter = config.get('limit')\n"
+        "rule all:\n    input: expand('{n}', n=range(4)),\n"
+        "rule one:\n    output: '{n}',\n    shell: 'sleep 0.4; touch {output}'\n"
+    )
+    command = [sys.executable, "-m", "snakemake", "--cores", "1", "--verbose", "--scheduler", "greedy"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert done.stderr.count("Ready jobs: ") == 5  # each job, and the last rule

@@ -126,6 +126,16 @@ def calm_down():
         screen.addFilter(is_shown)
 
 
+def weigh_jobs_once():
+    """Have Snakemake weigh the jobs that are ready only when one has ended, in a run on this machine.
+
+    For its limit to the jobs that start in a second it weighs all of them again a second after each time it did, and
+    each job that ends adds to that: with 200 scans Snakemake alone then takes a core. Here the cores are the limit.
+    """
+    if workflow.local_exec:
+        workflow.scheduler.job_rate_limiter = None
+
+
 def jobs_on_gpu():
     """Jobs of this run whose rule asks for a GPU (a job's own resources are not known before its input is)."""
     return [job for job in workflow.dag.needrun_jobs() if "gpu" in job.rule.resources]
