@@ -48,7 +48,7 @@ def test_a_defect_leaves_its_traceback_in_the_log_and_one_line_on_the_terminal(t
 def test_a_job_that_was_killed_is_noticed(tmp_path, pytestconfig):
     scripts = pytestconfig.rootpath / "workflow" / "scripts"
     subprocess.run([sys.executable, "-c", KILLED, scripts, tmp_path / "log"], check=False)
-    assert last_error(tmp_path / "log").startswith("ended without a word")
+    assert last_error(tmp_path / "log").startswith("ended without a message")
 
 
 def test_a_job_that_was_stopped_by_hand_says_so_in_its_log_alone(tmp_path, capsys):

@@ -87,7 +87,7 @@ def test_lost_node_is_named_with_the_log_of_the_cluster(run):
     run.lines.emit(group_error(3))
     assert run.said == [
         f"[1/2] {SCAN}: mask failed: SLURM-job '7' failed, SLURM status is: 'NODE_FAIL'; see mask1.log, slurm.log",
-        f"[2/2] {OTHER}: n4 failed: ended without a word; see slurm.log",
+        f"[2/2] {OTHER}: n4 failed: ended without a message; see slurm.log",
     ]
 
 
@@ -107,7 +107,7 @@ def test_log_of_an_earlier_run_does_not_count(run):
     (run.folder / "n4_2.log").write_text("n4flow: of yesterday\n")
     run.lines.follow.__globals__["RUN_START"] += 10
     run.lines.emit(job_error(3, log=["n4_2.log"]))
-    assert run.said == [f"[1/2] {OTHER}: n4 failed: ended without a word; see n4_2.log"]
+    assert run.said == [f"[1/2] {OTHER}: n4 failed: ended without a message; see n4_2.log"]
 
 
 def test_job_over_all_scans_has_a_line_when_it_fails(run):
@@ -151,7 +151,7 @@ def test_jobs_of_this_machine_are_not_limited_by_the_second(run, local, limit):
 
 
 def test_snakemake_without_that_limit_weighs_jobs_only_when_one_has_ended(tmp_path):
-    """This is of Snakemake's scheduler: without the limit by one name, and more often with it."""
+    """Of the pinned Snakemake: the name is what it was, and with the limit jobs are weighed more often."""
     (tmp_path / "Snakefile").write_text(
         "onstart:\n    workflow.scheduler.job_rate_limiter = config.get('limit')\n"
         "rule all:\n    input: expand('{n}', n=range(4)),\n"

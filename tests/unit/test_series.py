@@ -142,7 +142,7 @@ def test_a_series_without_a_low_b_value_says_so(tmp_path, caplog):
 def test_a_lost_frame_is_told_by_its_number_in_the_series(tmp_path, caplog):
     values = np.ones((4, 5, 6, 4), np.float32)
     values[..., 3] = np.nan
-    values[..., 1] = np.inf  # of a high b value: nothing hangs on it
+    values[..., 1] = np.inf  # of a high b value: nothing depends on it
     nib.save(nib.Nifti1Image(values, AFFINE), tmp_path / "a_dwi.nii")
     (tmp_path / "a_dwi.bval").write_text("0 1000 0 0")
     assert open_scan(tmp_path / "a_dwi.nii").mean().max() == 1

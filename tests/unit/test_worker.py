@@ -51,7 +51,7 @@ def shout(path):
     print("from Python", file=sys.stderr)
 """
 
-KILLED = "was killed (SIGKILL), for want of memory perhaps; give the job more memory, or leave the scan out"
+KILLED = "was killed (SIGKILL), perhaps because memory ran out; give the job more memory, or leave the scan out"
 
 JOB = "import sys, json; from n4flow.worker import do_step; do_step(**json.loads(sys.argv[1]))"
 

@@ -197,7 +197,7 @@ def test_sheet_decides_between_a_field_of_its_own_and_that_of_another(folder):
 
 
 def give_guide(folder, other):
-    """The guide of another working directory: it hangs on no scan, and takes long to make."""
+    """The guide of another working directory: it depends on no scan, and takes long to make."""
     (other / "results/qc").mkdir(parents=True)
     shutil.copyfile(folder / "results/qc/guide.html", other / "results/qc/guide.html")
 

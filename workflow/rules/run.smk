@@ -85,7 +85,7 @@ class ScanLines(logging.Handler):
         said = [(job, line) for job, paths in zip(jobs, logs_now) for line in map(last_error, paths) if line]
         if not said:  # the node was lost, or the log could not be written
             where = ", ".join(map(str, logs)) or "Snakemake's log"
-            problem = " ".join((message or "ended without a word").split()).rstrip(".") + f"; see {where}"
+            problem = " ".join((message or "ended without a message").split()).rstrip(".") + f"; see {where}"
             said = [(job, problem) for job in jobs]
         for job, problem in said:
             self.tell(job, problem)

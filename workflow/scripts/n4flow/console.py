@@ -142,5 +142,5 @@ def end_of(log_path: str | Path) -> tuple[str, bool]:
         return "", False
     if lines and lines[-1].startswith(PREFIX):
         return lines[-1].removeprefix(PREFIX), PASSING not in lines[-2:-1]
-    killed = f"ended without a word, killed perhaps, for memory or by hand; see {log_path}"
+    killed = f"ended without a message: perhaps killed, by hand or because memory ran out; see {log_path}"
     return ("" if lines and lines[-1] == DONE else killed), False

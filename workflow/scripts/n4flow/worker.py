@@ -82,7 +82,7 @@ def do_step(step: str, log_path: str | Path, *, on_gpu: bool = False, **argument
     with connection:
         status = _ask(connection, request)
     if status < 0:
-        problem = f"was killed ({signal.Signals(-status).name}), for want of memory perhaps"
+        problem = f"was killed ({signal.Signals(-status).name}), perhaps because memory ran out"
         with open(log_path, "a", encoding="utf-8") as file:
             line = f"{PREFIX}{step.rpartition(':')[2]}: {problem}; give the job more memory, or leave the scan out"
             say(f"{PASSING}\n{line}\n", file)

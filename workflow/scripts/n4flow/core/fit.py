@@ -1,4 +1,4 @@
-"""How a spline is fitted to what sharpening leaves: one object per mesh, which knows all that hangs on the mask alone.
+"""How a spline is fitted to what sharpening leaves: an object per mesh, which holds all that depends on the mask alone.
 
 The kernels gather the residual onto the lattice, with `matrices`; what update of the control points comes of that is
 said here.
@@ -73,7 +73,7 @@ class LeeWolbergShin:
         Returns
         -------
         (m0, m1, m2) array
-            Here it hangs on what was gathered alone.
+            Here it depends only on what was gathered.
         """
         return gathered / self.divisors
 

@@ -155,7 +155,7 @@ def sharpening_gain(histogram: np.ndarray, table: np.ndarray, low: float, high: 
 
 @lru_cache
 def _padding(bins: int) -> tuple[int, int, np.ndarray, np.ndarray]:
-    """What hangs on the number of bins alone.
+    """What depends on the number of bins alone.
 
     Returns
     -------

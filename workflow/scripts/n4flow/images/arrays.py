@@ -36,7 +36,7 @@ def open_level(image: Image, level: Level) -> zarr.Array[Any]:
     Raises
     ------
     InputError
-        It cannot be opened, for want of a codec perhaps.
+        It cannot be opened, perhaps because a codec is missing.
     """
     files = Files(image.path)
     store: Any = zarr.storage.ZipStore(image.path, mode="r") if files.is_zip else os.path.join(image.path, level.path)

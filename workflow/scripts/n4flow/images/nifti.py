@@ -472,7 +472,7 @@ class VolumeWriter:
         return self
 
     def _put(self, content: Any) -> None:
-        """Hand bytes on in pieces of one size: what a compressor makes of them hangs on the pieces."""
+        """Hand bytes on in pieces of one size: what a compressor makes of them depends on the pieces."""
         content = memoryview(content).cast("B")
         if len(content) > self._missing:
             raise ValueError(f"{self.path}: {len(content) - self._missing} bytes more than the image holds")

@@ -114,7 +114,7 @@ DEFINITIONS: tuple[Definition, ...] = (
         ("repeatability_log",),
         "repeatability",
         "rms of log b1 - log b2, each less its mean: the fields of two halves of the samples, alternate planes",
-        "Below 0.01: by so much a field hangs on which voxels were taken. It says how sure a field is, not how right.",
+        "Below 0.01. How much a field depends on which voxels were taken: how sure it is, not how right.",
     ),
     Definition(
         ("reference_r",),

@@ -100,7 +100,7 @@ def without_field(scans: Iterable[Scan], failed: Mapping[str, Failure]) -> dict[
 
 
 def fingerprint(scan: Scan, step: str, config: Mapping[str, Any], scans: Mapping[str, Scan]) -> str:
-    """What a failed step hangs on: while it is the same, the step fails again.
+    """What a failed step depends on: while it is the same, the step fails again.
 
     The row counts as it stands, and that of the scan whose field it takes; their files and what tells of them (headers,
     sidecars, b values) by path, size and time; the settings, and the code with that of the steps before.
