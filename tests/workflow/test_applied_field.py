@@ -4,7 +4,6 @@ import hashlib
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -196,14 +195,7 @@ def test_sheet_decides_between_a_field_of_its_own_and_that_of_another(folder):
     assert rules_of_a_dry_run(folder, [*others, replace(scan, field_from="echo-1_MEGRE")], scan) == ["apply"]
 
 
-def give_guide(folder, other):
-    """The guide of another working directory: it depends on no scan, and takes long to make."""
-    (other / "results/qc").mkdir(parents=True)
-    shutil.copyfile(folder / "results/qc/guide.html", other / "results/qc/guide.html")
-
-
 def test_scan_whose_source_fails_is_named_as_failed_with_it(folder, tmp_path):
-    give_guide(folder, tmp_path)
     source, taking = SOURCES["T1w"], SCANS["turned"]
     save(tmp_path / source.image, np.zeros(SHAPE))
     save(tmp_path / taking.image, APPLIED["turned"][1], affine=APPLIED["turned"][2])
@@ -224,7 +216,6 @@ def test_scan_whose_source_fails_is_named_as_failed_with_it(folder, tmp_path):
 
 
 def test_scan_is_done_where_only_the_reference_of_its_source_fails(folder, tmp_path, monkeypatch):
-    give_guide(folder, tmp_path)
     source, taking = SOURCES["T1w"], SCANS["turned"]
     save(tmp_path / source.image, head())
     save(tmp_path / taking.image, APPLIED["turned"][1], affine=APPLIED["turned"][2])

@@ -37,7 +37,7 @@ def folder(tmp_path_factory):
     write_sheet(folder / "config" / "samples.tsv", SCANS)
     write_config(folder, {"n4": {"shrink_factor": 1}})
     results = folder / "results"
-    results.mkdir()
+    results.mkdir(exist_ok=True)
     try:
         mount("-t", "tmpfs", "-o", "size=2m", "tmpfs", results)
     except (OSError, subprocess.CalledProcessError):

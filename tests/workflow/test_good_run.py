@@ -142,7 +142,7 @@ def folder(tmp_path_factory):
     above = folder / "raw/task-rest_bold.json"
     above.write_text(json.dumps({"EchoTime": 0.03, "FlipAngle": 70, "TaskName": "rest"}))
     (folder / SCANS["bold"].image.replace(".nii.gz", ".json")).write_text(json.dumps({"FlipAngle": 75}))
-    write_config(folder, {"reference": {"scans": WITH_REFERENCE}})
+    write_config(folder, {"reference": {"scans": WITH_REFERENCE}}, guide=True)
     (folder / "before.json").write_text(json.dumps(state_of(folder / "raw")))
     done = snakemake(folder, "--cores", 2, threads=2)
     assert done.returncode == 0, done.stdout

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import pytest
 import yaml
-from study import ROOT, head, raw_scan, results_of, save, snakemake, write_sheet
+from study import ROOT, give_guide, head, raw_scan, results_of, save, snakemake, write_sheet
 
 SCAN = replace(raw_scan("01"), image="raw/scan 1.nii")
 
@@ -104,6 +104,7 @@ def test_a_broken_scan_stops_no_other_where_the_workflow_is_deployed_with_the_fl
     config = yaml.safe_load((lab / "lab.yaml").read_text())
     config["n4flow"]["reference"] = {"scans": 0}
     (tmp_path / "lab.yaml").write_text(yaml.safe_dump(config))
+    give_guide(tmp_path, "derivatives/n4flow")
     catalogue = yaml.safe_load((ROOT / ".snakemake-workflow-catalog.yml").read_text())
     flags = shlex.split(catalogue["usage"]["mandatory-flags"]["flags"])
     done = snakemake(tmp_path, "--cores", 2, *flags, workflow=tmp_path)

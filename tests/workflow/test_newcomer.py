@@ -184,8 +184,6 @@ def run(tmp_path_factory):
     scans[edited["mgz"]] = replace(scans[edited["mgz"]], weights="weights.mgz")
     write_sheet(folder / "config/samples.tsv", scans.values())
     write_config(folder, {"reference": {"scans": 0}})
-    (folder / "results/qc").mkdir(parents=True)
-    (folder / "results/qc/guide.html").write_text("takes long to make")
     done = snakemake(folder, "--cores", 2)
     return Run(folder, made.stderr, list(scans.values()), done.stdout)
 

@@ -20,6 +20,7 @@ import pytest
 from study import (
     ROOT,
     describe_raw,
+    give_guide,
     head,
     partial_files,
     raw_scan,
@@ -168,6 +169,7 @@ def unlock(folder):
 def begin_anew(folder):
     for name in ("results", "logs", "benchmarks", ".snakemake"):
         shutil.rmtree(folder / name, ignore_errors=True)
+    give_guide(folder)
 
 
 @pytest.fixture(scope="module")

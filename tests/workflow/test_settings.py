@@ -70,6 +70,7 @@ def lean(raw, code, tmp_path_factory):
             "qc": {"viewer_mb": 0},
             "pathvars": {"results": "out/n4"},
         },
+        guide=True,
     )
     done = snakemake(folder, "--cores", 2, "--resources", "gpu=0", workflow=code)
     assert done.returncode == 0, done.stdout
