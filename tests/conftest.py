@@ -15,6 +15,17 @@ REPOSITORY = Path(__file__).parents[1]
 TISSUES = REPOSITORY / "workflow" / "resources" / "mni152" / "tissues_2mm.nii.gz.base64"
 
 
+#: Folders of tests that run the workflow, browsers or a cluster.
+SLOW = {"workflow", "report", "slurm"}
+
+
+def pytest_collection_modifyitems(items):
+    """Mark what `-m "not slow"` leaves out, beside single tests that bear the mark themselves."""
+    for item in items:
+        if item.path.parent.name in SLOW:
+            item.add_marker(pytest.mark.slow)
+
+
 @pytest.fixture(scope="session")
 def tissues():
     """Grey matter, white matter and fluid at 2 mm, 0 to 255."""
