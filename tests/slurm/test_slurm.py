@@ -1,6 +1,5 @@
 """The built-in dataset through a real SLURM: a node is lost, a job is cancelled, a job exceeds its memory."""
 
-import importlib.util
 import re
 import shutil
 import subprocess
@@ -10,7 +9,6 @@ import time
 from typing import NamedTuple
 
 import pytest
-from cluster import Cluster, what_is_missing
 
 from tests.workflow.study import ROOT, partial_files, snakemake
 
@@ -26,21 +24,6 @@ MEMORY = [f"{rule}:mem_mb=60 if attempt < 2 and wildcards.entities == 'sub-{STAR
 
 #: How jobs end that exceeded their memory: as Snakemake, or SLURM for it, says so.
 WITHOUT_MEMORY = {"OUT_OF_MEMORY", "FAILED"}
-
-
-@pytest.fixture(scope="module")
-def cluster():
-    if not importlib.util.find_spec("snakemake_executor_plugin_slurm"):
-        pytest.skip("no snakemake-executor-plugin-slurm: install envs/requirements-slurm.txt")
-    if problem := what_is_missing():
-        pytest.skip(problem)
-    cluster = Cluster()
-    try:
-        cluster.__enter__()
-    except TimeoutError as error:
-        pytest.skip(f"SLURM does not start here: {error}")
-    yield cluster
-    cluster.__exit__()
 
 
 class Run(NamedTuple):
