@@ -15,7 +15,8 @@ import pytest
 from n4flow.core.field import BiasField, Mesh
 from n4flow.errors import InputError
 from n4flow.images.fields import save_field
-from n4flow.study.manifest import CLOSE, DIFFERENT, EQUAL, content_sha256, read_manifest, verify, write_manifest
+from n4flow.study.failures import Failure
+from n4flow.study.manifest import CLOSE, DIFFERENT, EQUAL, FAILED, content_sha256, read_manifest, verify, write_manifest
 
 SHAPE, AFFINE = (20, 18, 16), np.diag([4.0, 4, 4, 1])
 IMAGE = np.random.default_rng(0).uniform(50, 150, SHAPE).astype(np.float32)
@@ -190,6 +191,38 @@ def test_scans_and_files_of_one_side_alone_are_different(here, tmp_path):
     assert found["sub-02_T1w"][1].startswith("not there: sub-02/anat/")
 
 
+NO_VOXEL = Failure("sub-01_T1w", "mask", "raw/x.nii: no voxel is above 0", "", again=True)
+
+
+def failed_in(folder, failure=NO_VOXEL, left=()):
+    """The same run, in which the scan failed, and left these files."""
+    scans = {"sub-01_T1w": [folder / file for file in left]} if left else {}
+    for file in set(SCAN) - set(left):
+        (folder / file).unlink()
+    write_manifest(folder / "manifest.json", scans, [folder / file for file in DATASET], [failure])
+    return folder
+
+
+def test_a_scan_that_failed_is_said_to_have_failed(here, tmp_path):
+    other = failed_in(make(tmp_path / "other"))
+    assert verdict_of(other, here) == (DIFFERENT, "failed when the run was made: mask: raw/x.nii: no voxel is above 0")
+    assert verdict_of(here, other) == (
+        DIFFERENT,
+        "failed when the manifest was made: mask: raw/x.nii: no voxel is above 0",
+    )
+    assert verdict_of(other, other) == (FAILED, "mask: raw/x.nii: no voxel is above 0")
+    (other / "manifest.json").rename(tmp_path / "other.json")  # nothing tells what became of it here
+    assert verdict_of(other, tmp_path / "other.json")[0] == FAILED
+
+
+def test_a_scan_without_the_reference_that_failed_has_all_else_compared(here, tmp_path):
+    left = [file for file in SCAN if "sitk" not in file]
+    failure = NO_VOXEL._replace(step="reference", error="it took too long")
+    other = failed_in(make(tmp_path / "other"), failure, left)
+    assert verdict_of(other, here) == (DIFFERENT, "failed when the run was made: reference: it took too long")
+    assert verdict_of(here, other) == verdict_of(other, other) == (EQUAL, "")
+
+
 @pytest.mark.parametrize(
     "content",
     [
@@ -203,6 +236,12 @@ def test_scans_and_files_of_one_side_alone_are_different(here, tmp_path):
                 {"a": {"Files": {}, "Fields": {"x": {"Lattice": [float("nan")]}}}},
                 {"a": {"Files": {}, "Fields": {"../x": {"Lattice": [0]}}}},
             )
+        ),
+        *(
+            json.dumps(
+                {"Format": "n4flow manifest, version 1", "Dataset": {"Files": {}}, "Scans": {}, "Failed": failed}
+            ).encode()
+            for failed in ([], "a", {"a": 1}, {"a": {"Step": "mask"}})
         ),
     ],
 )  # fmt: skip
@@ -222,6 +261,14 @@ def test_hash_of_a_file_is_that_of_its_bytes_and_a_damaged_one_is_an_error(tmp_p
             content_sha256(tmp_path / name)
 
 
+def run_script(monkeypatch, pytestconfig, results, manifest):
+    """Status of the script."""
+    monkeypatch.setattr(sys, "argv", ["verify.py", str(results), str(manifest)])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(pytestconfig.rootpath / "workflow/scripts/verify.py"), run_name="__main__")
+    return int(ended.value.code)
+
+
 @pytest.mark.parametrize(("how", "status", "last"), [({}, 0, "1 equal, 0 equal within 1e-5, 0 different"), (
     {"lattice": LATTICE + 1e-3}, 1, "0 equal, 0 equal within 1e-5, 1 different")])  # fmt: skip
 def test_script_prints_a_line_per_scan_and_its_status_says_it_too(
@@ -229,10 +276,13 @@ def test_script_prints_a_line_per_scan_and_its_status_says_it_too(
 ):
     other = make(tmp_path / "other", **how)
     monkeypatch.delattr(os, "sched_getaffinity", raising=False)  # macOS has none
-    monkeypatch.setattr(sys, "argv", ["verify.py", str(here), str(other / "manifest.json")])
-    with pytest.raises(SystemExit) as ended:
-        runpy.run_path(str(pytestconfig.rootpath / "workflow/scripts/verify.py"), run_name="__main__")
-    assert int(ended.value.code) == status
+    assert run_script(monkeypatch, pytestconfig, here, other / "manifest.json") == status
     said = capsys.readouterr()
     assert [line.split("\t")[0] for line in said.out.splitlines()] == ["scan", "dataset", "sub-01_T1w"]
     assert said.err.splitlines() == [last]
+
+
+def test_script_counts_what_failed_in_both_runs_apart(here, monkeypatch, capsys, pytestconfig):
+    failed_in(here)
+    assert run_script(monkeypatch, pytestconfig, here, here) == 0
+    assert capsys.readouterr().err.splitlines() == ["0 equal, 0 equal within 1e-5, 0 different, 1 failed"]

@@ -386,7 +386,7 @@ def verify(given: argparse.Namespace) -> None:
     from collections import Counter
 
     from n4flow.device import available_cores
-    from n4flow.study.manifest import CLOSE, DIFFERENT, EQUAL
+    from n4flow.study.manifest import CLOSE, DIFFERENT, EQUAL, FAILED
     from n4flow.study.manifest import verify as compare
 
     verdicts = compare(given.results, given.manifest, threads=available_cores())
@@ -399,7 +399,9 @@ def verify(given: argparse.Namespace) -> None:
     table.writerow(["scan", "verdict", "reason"])
     table.writerows(verdicts)
     counts = Counter(verdict.verdict for verdict in verdicts if verdict.scan != "dataset")
-    print(", ".join(f"{counts[verdict]} {verdict}" for verdict in (EQUAL, CLOSE, DIFFERENT)), file=sys.stderr)
+    always = (EQUAL, CLOSE, DIFFERENT)
+    said = [f"{counts[verdict]} {verdict}" for verdict in (*always, FAILED) if verdict in always or counts[verdict]]
+    print(", ".join(said), file=sys.stderr)
     for line in changed:
         print(line, file=sys.stderr)
     sys.exit(bool(changed) or any(verdict.verdict == DIFFERENT for verdict in verdicts))

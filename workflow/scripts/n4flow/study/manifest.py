@@ -179,7 +179,8 @@ def read_manifest(path: Path) -> dict[str, Any]:
     Returns
     -------
     dict
-        Its ``Scans``, and as one of them ``dataset``, what is over all scans.
+        Its ``Scans``, and as one of them ``dataset``, what is over all scans. A scan that failed has as ``Failed`` in
+        which step and why; its ``Files`` are those that were made all the same.
 
     Raises
     ------
@@ -192,6 +193,8 @@ def read_manifest(path: Path) -> dict[str, Any]:
         if content["Format"] != FORMAT:
             raise ValueError(f"format {content['Format']!r}")
         scans = {"dataset": content["Dataset"], **content["Scans"]}
+        for name, failed in content.get("Failed", {}).items():
+            scans[name] = {"Files": {}, **scans.get(name, {}), "Failed": f"{failed['Step']}: {failed['Error']}"}
         for scan in scans.values():
             for file in [*scan["Files"], *scan.get("Fields", {})]:
                 place = PurePosixPath(file)
@@ -210,11 +213,12 @@ class Verdict(NamedTuple):
     """What came of the comparison of a scan."""
 
     scan: str
-    verdict: str  # equal, equal within 1e-5, or different
+    verdict: str  # equal, equal within 1e-5, different, or failed: in both runs
     reason: str  # why, in words; empty where all is equal
 
 
 EQUAL, CLOSE, DIFFERENT = "equal", f"equal within {CLOSE_LOG:.0e}".replace("e-0", "e-"), "different"
+FAILED = "failed"
 
 
 def verify(folder: Path, manifest: Path, *, threads: int = 1) -> list[Verdict]:
@@ -271,11 +275,18 @@ def _verdict(
     if wanted is None:
         return DIFFERENT, "the manifest has no such scan"
     own = own or {}
-    left = own.get(name, {}).get("Files", {})
+    here: dict[str, Any] = own.get(name, {"Files": {}})
+    left = here["Files"]
     if changed := [file for file in left if found.get(file) != left[file]]:
         return DIFFERENT, f"changed since the run: {_list(changed)}"
+    if "Failed" in wanted and not wanted["Files"]:
+        if left:
+            return DIFFERENT, f"failed when the manifest was made: {wanted['Failed']}"
+        return FAILED, wanted["Failed"]
     compared = [file for file in wanted["Files"] if not file.startswith("qc/")]
     if missing := [file for file in compared if file not in found]:
+        if "Failed" in here:
+            return DIFFERENT, f"failed when the run was made: {here['Failed']}"
         return DIFFERENT, f"not there: {_list(missing)}"
     other = [file for file in compared if found[file] != wanted["Files"][file]]
     if not other:
@@ -295,7 +306,7 @@ def _verdict(
         return DIFFERENT, f"differs by more than its field: {_list(unexplained)}"
     if not left:
         return DIFFERENT, "without a manifest.json of its own, nothing shows that the images are those of the field"
-    if _image_hashes(wanted) != _image_hashes(own[name]):
+    if _image_hashes(wanted) != _image_hashes(here):
         return DIFFERENT, "made of another image file, of whose field the manifest tells, but not of its intensities"
     return CLOSE, f"the log field differs by up to {largest:.1e}"
 
