@@ -112,6 +112,37 @@ def test_a_key_after_the_one_that_goes_on_never_rates_the_scan_before(qc, visit)
     assert ratings_on(page)[second] == ["pass", ""] or second not in ratings_on(page)
 
 
+def test_where_the_browser_goes_is_not_taken_back(qc, visit):
+    """The address follows what is on show, a moment later: by then the browser may be about to say that it went on."""
+    page = visit(qc / "index.html").page
+    page.evaluate(
+        """(scan) => {
+          draw();
+          for (const end = performance.now() + 400; performance.now() < end;); // a busy machine
+          location.hash = scan;
+        }""",
+        SCANS[0],
+    )
+    page.locator("#scan", has_text=SCANS[0]).wait_for()
+    page.wait_for_timeout(400)
+    assert page.url.endswith(f"#{SCANS[0]}")
+
+
+def test_a_viewer_opens_and_closes_only_by_its_key(qc, visit):
+    """However fast the keys are: two that leave it and the review, and one as soon as the page is there."""
+    page = visit(qc / "index.html").page
+    from_viewer(page, SCANS[0])
+    # the second key is heard before the page says what the first one did
+    shown_page(page).locator("body").evaluate("() => { tellReview('Escape'); viewer.close(); }")
+    page.locator("#review").wait_for(state="hidden")
+    open_scan(page, SCANS[1])
+    page.wait_for_timeout(300)
+    assert shown_page(page).locator("#viewer").is_hidden()
+    shown_page(page).locator("body").evaluate("() => { act('v'); tellReview('ready'); }")
+    page.wait_for_timeout(300)
+    assert shown_page(page).locator("#viewer").is_visible()
+
+
 def test_a_comment_stays_when_the_mouse_goes_on(qc, visit):
     page = visit(qc / "index.html").page
     first = order_of(page)[0]

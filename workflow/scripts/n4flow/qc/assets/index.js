@@ -309,11 +309,15 @@ function takeState(text) {
 
 // Not at every key in the filter: browsers allow a page only so many changes of its address.
 let waiting = 0;
+let followed = ""; // the address that was last followed
 function addressChanged() {
   clearTimeout(waiting);
   waiting = setTimeout(() => {
+    // the browser has gone elsewhere, and is about to say so: what is on show would take it back
+    if (location.hash !== followed) return addressChanged();
     const now = address(reviewing() ? scanShown() : null);
     if (now !== (location.hash || "#")) location.replace(now);
+    return undefined;
   }, 300);
 }
 

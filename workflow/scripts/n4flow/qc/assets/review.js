@@ -15,6 +15,7 @@ document.addEventListener("visibilitychange", countTime);
 
 // The address says what is on show, so the browser's own back works.
 function route() {
+  followed = location.hash;
   const [place, text] = location.hash.slice(1).split("?");
   const [name, action] = place.split("/").map(decodeURIComponent);
   if (text !== undefined) takeState(text);
@@ -104,6 +105,7 @@ function closeReview() {
   review.ready.clear();
   review.at = -1;
   review.since = 0;
+  review.viewer = null; // what a page says after the key that left it is not heard
   $("review").hidden = true;
   document.body.classList.remove("reviewing");
   document.title = titleOfTable;
@@ -227,7 +229,7 @@ window.addEventListener("message", (event) => {
   } else if (said === "ready") {
     review.ready.add(scan);
     if (scan !== scanShown()) return;
-    tellPage({ viewer: review.viewer });
+    if (review.viewer) tellPage({ viewer: review.viewer }); // closed it is, unless a key came first
     tellPage({ comment: ratings.note(scan).comment });
     focusPage();
   } else if (typeof said === "string" && scan === scanShown() && !$("keys").open) reviewKey(said);
