@@ -17,6 +17,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from threadpoolctl import threadpool_info, threadpool_limits
 
 from n4flow.core.field import BiasField, Mesh
 from n4flow.errors import InputError
@@ -475,6 +476,21 @@ def test_the_same_input_gives_the_same_page(subject, tmp_path):
     make_subject(name="sub-01", **again)
     for role in made:
         assert again[role].read_bytes() == subject[role].read_bytes()
+
+
+def test_a_page_is_measured_with_one_thread_of_blas(tmp_path, monkeypatch):
+    """Last bits may hang on their number; and threads that wait for each other take CPU time of the other jobs."""
+    limits = []
+    measure = measuring.correction_metrics
+
+    def noted(*given, **how):
+        limits.extend(pool["num_threads"] for pool in threadpool_info() if pool["user_api"] == "blas")
+        return measure(*given, **how)
+
+    monkeypatch.setattr(measuring, "correction_metrics", noted)
+    with threadpool_limits(2, "blas"):
+        make_subject(name="sub-01", **make_files(tmp_path))
+    assert set(limits) == {1}
 
 
 def test_each_file_of_a_scan_is_opened_once(tmp_path, monkeypatch):

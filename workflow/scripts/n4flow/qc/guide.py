@@ -15,6 +15,7 @@ import numpy as np
 from n4flow.core.field import BiasField
 from n4flow.core.phantom import make_phantom
 from n4flow.core.quadrature import keep_mean_intensity
+from n4flow.estimate import estimate_field
 from n4flow.images.fields import load_field
 from n4flow.images.files import atomic_text
 from n4flow.images.nifti import Volume
@@ -30,7 +31,7 @@ from n4flow.steps.correct import correct_scan
 from n4flow.steps.demo import load_tissues
 from n4flow.steps.derivatives import CorrectionFiles, write_derivatives
 from n4flow.steps.mask import mask_scan
-from n4flow.steps.reference import reference_scan
+from n4flow.steps.reference import mesh_of_samples, reference_parameters
 
 #: The simulated head.
 INU_PERCENT, NOISE_PERCENT, SEED = 60, 3, 7
@@ -85,6 +86,9 @@ class _Bench:
         write_derivatives(image, inputs, files, field, {}, (), time.perf_counter(), keep_dtype=False, xp=np)
         return _Made(self.image, self.mask, files)
 
+    def inside(self) -> np.ndarray:
+        return np.asarray(nib.load(self.mask).dataobj) > 0  # type: ignore[attr-defined]
+
     def good_field(self) -> BiasField:
         return load_field(self.files("good").field)
 
@@ -96,11 +100,11 @@ def _too_fine(bench: _Bench) -> _Made:
 
 
 def _leaking(bench: _Bench) -> _Made:
-    inside = np.asarray(nib.load(bench.mask).dataobj).astype(np.uint8)  # type: ignore[attr-defined]
-    inside[:, : inside.shape[1] // 3] = 1
-    mask = bench.save("leaking_mask.nii", inside)
-    # it takes all iterations: on an eighth of the voxels, a page need not wait for them
-    return _Made(bench.image, mask, bench.correct("leaking", bench.image, mask, shrink_factor=2))
+    inside = bench.inside()
+    inside[:, : inside.shape[1] // 3] = True
+    mask = bench.save("leaking_mask.nii", inside.astype(np.uint8))
+    # it takes all iterations: on a part of the voxels, a page need not wait for them
+    return _Made(bench.image, mask, bench.correct("leaking", bench.image, mask, shrink_factor=3))
 
 
 def _inverted(bench: _Bench) -> _Made:
@@ -120,8 +124,8 @@ def _drifted(bench: _Bench) -> _Made:
 
 
 def _clipped(bench: _Bench) -> _Made:
-    inside = np.asarray(nib.load(bench.mask).dataobj) > 0  # type: ignore[attr-defined]
-    image = bench.save("clipped.nii", np.minimum(bench.scan, np.percentile(bench.scan[inside], CLIP_PERCENT)))
+    ceiling = np.percentile(bench.scan[bench.inside()], CLIP_PERCENT)
+    image = bench.save("clipped.nii", np.minimum(bench.scan, ceiling))
     return _Made(image, bench.mask, bench.correct("clipped", image, bench.mask))
 
 
@@ -209,8 +213,8 @@ MAPS = {
     "Original, with the mask": "Slices through the mask, which is outlined. The scan as it came.",
     "Bias field": "What the original was divided by: red where it was too bright, blue where it was too dark.",
     "Corrected": "The same slices in the same window; on the page of a scan, the two swap in place.",
-    "Reference field": "The field that SimpleITK finds at its own defaults in the same mask, on every 4th voxel: "
-    "another estimate, not the truth.",
+    "Reference field": "The field that SimpleITK finds at its own defaults in the same mask, on every 3rd or 4th voxel "
+    "of a head: another estimate, not the truth. Here our arithmetic finds it, with SimpleITK's settings.",
     "Difference": "Log of ours over the reference, each less its mean, in a window a quarter as wide. SimpleITK's last "
     "mesh has 8 spans an axis and takes some anatomy with it: blobs here. That our arithmetic is right, numbers check, "
     "with its settings and iterations.",
@@ -278,8 +282,17 @@ def _set_up(folder: Path, tissues: Path) -> _Bench:
     bench.save(bench.image.name, phantom.image)
     mask_scan(bench.image, None, bench.mask, folder / "mask.json", method="otsu", percentile=50)
     bench.correct("good", bench.image, bench.mask)
-    reference_scan(bench.image, bench.mask, bench.files("reference"))
+    _reference(bench)
     return bench
+
+
+def _reference(bench: _Bench) -> _Made:
+    """What SimpleITK finds: by our passes, which come to the same in a thirtieth of the time."""
+    mask_voxels = int(np.count_nonzero(bench.inside()))
+    parameters = reference_parameters(bench.scan.shape, mask_voxels)
+    samples, intensity = read_samples(bench.image, bench.mask, parameters)
+    field = estimate_field(samples, parameters, mesh=mesh_of_samples(samples)).field
+    return bench.divide("reference", keep_mean_intensity(field, intensity, bench.image))
 
 
 def _broken(case: Case, bench: _Bench, good: Subject, limits: Mapping[str, Any]) -> dict[str, Any]:

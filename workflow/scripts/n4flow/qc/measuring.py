@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from n4flow.core.bspline import one_blas_thread
 from n4flow.core.field import BiasField
 from n4flow.core.samples import inside_mask
 from n4flow.errors import InputError
@@ -170,6 +171,7 @@ class Subject(NamedTuple):
     reference_facts: dict[str, Any]
 
 
+@one_blas_thread
 def measure_subject(
     *,
     name: str,
