@@ -140,3 +140,26 @@ def export(downloads):
         return path
 
     return save
+
+
+@pytest.fixture
+def violations():
+    """What axe-core finds on a page as it is, in both colour schemes: rule, scheme and element."""
+    axe = pytest.importorskip(
+        "axe_playwright_python.sync_playwright", reason="install envs/requirements-test.txt"
+    ).Axe()
+
+    def find(page):
+        found = []
+        for scheme in ("light", "dark"):
+            page.emulate_media(color_scheme=scheme)
+            # the pages in frames are looked at by themselves
+            results = axe.run(page, options={"resultTypes": ["violations"], "iframes": False})
+            found += [
+                (rule["id"], scheme, node["html"][:120])
+                for rule in results.response["violations"]
+                for node in rule["nodes"]
+            ]
+        return found
+
+    return find

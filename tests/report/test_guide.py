@@ -16,12 +16,17 @@ from tests.conftest import TISSUES
 
 
 @pytest.fixture(scope="module")
-def guide(tmp_path_factory):
+def guide_file(tmp_path_factory):
     path = tmp_path_factory.mktemp("guide") / "guide.html"
     start = time.process_time()
     make_guide(TISSUES, path, field_window_log=0.4)
     assert time.process_time() - start < 20
-    return path.read_text(encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def guide(guide_file):
+    return guide_file.read_text(encoding="utf-8")
 
 
 def section(page, key):
@@ -109,3 +114,8 @@ def test_a_case_that_no_flag_catches_says_so_and_a_good_one_that_is_flagged_too(
     assert "only the eye finds this" in section(page, "drifted")
     assert flags_of(page, "good") == ["field flat"]
     assert "fires too early" in section(page, "good")
+
+
+@pytest.mark.parametrize("browser", ["chromium"], indirect=True)
+def test_the_guide_is_accessible(guide_file, visit, violations):
+    assert violations(visit(guide_file).page) == []
