@@ -45,6 +45,16 @@ def test_ten_rows_are_in_view_of_a_small_screen(index, visit):
     assert page.locator("#table").evaluate("(it) => it.scrollWidth <= it.clientWidth")
 
 
+@pytest.mark.parametrize(("height", "folded"), [(700, True), (1100, False)])
+def test_plots_are_folded_where_they_leave_no_room_for_ten_rows(index, visit, height, folded):
+    page = visit(index, viewport={"width": 1280, "height": height}).page
+    assert page.locator("#plots").is_hidden() == folded
+    tenth = page.locator("#scans tbody tr").nth(9).bounding_box()
+    assert folded or tenth["y"] + tenth["height"] <= height
+    page.locator("#distributions > summary").click()
+    page.locator("#plots canvas").first.wait_for(state="hidden" if not folded else "visible")
+
+
 def test_the_name_stays_when_the_numbers_are_scrolled(index, visit):
     page = visit(index, viewport={"width": 390, "height": 844}).page
     cell = page.locator("#scans tbody th").first

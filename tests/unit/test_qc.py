@@ -265,6 +265,30 @@ def test_no_word_lies_over_a_picture():
             assert not grey[rows_, columns].any(), text
 
 
+@pytest.mark.parametrize("bar_mm", [False, True])
+def test_no_word_lies_over_another(bar_mm):
+    """Of a steep field too, in which many isolines lie close together."""
+    shape = (40, 50, 30)
+    planes = panels.upright_planes(np.eye(4), shape, (1, 1, 1), anatomical=not bar_mm)
+    rows = [row[panels.FIELD_SLICES] for row in panels.choose_slices(np.ones(shape, bool), planes)]
+    x, y, z = np.meshgrid(*(np.linspace(-1, 1, n) for n in shape), indexing="ij")
+    cuts = [[s.cut(1.5 * x + 0.8 * y**2 - 0.6 * z) for s in row] for row in rows]
+    outlines = [[panels.silhouette(s.cut(np.ones(shape, bool)), s.plane.size_mm) for s in row] for row in rows]
+    layer = mosaics.Layer("", "bias field", cuts, mosaics.field_scale(0.4))
+    drawn = mosaics.mosaic(
+        [layer], rows, width=mosaics.NARROW, outlines=outlines, cover="hide", isolines=cuts, bar_mm=bar_mm
+    )
+    words = []
+    for x_, y_, attributes, text in re.findall(r'<text x="([\d.-]+)" y="([\d.-]+)"([^>]*)>([^<]*)<', drawn.drawing):
+        width = 6.4 * len(text)
+        left = float(x_) - width * (0.5 if '"middle"' in attributes else 1 if '"end"' in attributes else 0)
+        words.append((text, left, left + width, float(y_) - 8, float(y_)))
+    assert len(words) > 20
+    for n, (text, left, right, top, bottom) in enumerate(words):
+        for other, left_, right_, top_, bottom_ in words[:n]:
+            assert right <= left_ or right_ <= left or bottom <= top_ or bottom_ <= top, (text, other)
+
+
 def test_a_mask_is_shown_voxel_by_voxel():
     mask = np.zeros((40, 40, 9), bool)
     mask[::2, ::2] = mask[20:] = True

@@ -31,7 +31,7 @@ WIDE, NARROW = 820, 403
 TALLEST = 800
 
 #: Around the slices: for the title, for the names of the directions, between two slices, under a row, for the bar.
-TOP, SIDE, GAP, BELOW, BAR = 24, 20, 5, 17, 44
+TOP, SIDE, GAP, BELOW, BAR = 24, 20, 5, 17, 54
 
 #: Pixels of a picture per CSS pixel: so many for a voxel where these are finer (what is between them the browser makes
 #: as well), but no more than this; fewer of a field, which is smooth.
@@ -53,8 +53,8 @@ SIMPLER = 0.5
 ISO_RATIOS = (1.005, 1.01, 1.02, 1.05, 1.1, 1.2, 1.35, 1.5, 2, 3, 5, 10, 20)
 MOST_ISOLINES = 4
 
-#: Isolines are found on about so many pixels a side, and named where so much of one is seen, so far apart.
-ISO_PIXELS, ISO_LENGTH, ISO_APART = 22, 50, 28
+#: Isolines are found on about so many pixels a side, and named where so much of one is seen; a name takes so much.
+ISO_PIXELS, ISO_LENGTH, ISO_NAME = 22, 50, (38, 14)
 
 
 class ColourScale(NamedTuple):
@@ -437,7 +437,9 @@ def _isolines(
     """Lines of equal ratio that reach beyond the outlines by a little, and their names."""
     coarse = [_coarse(*each) for each in zip(places, fields, outlines, strict=True)]
     most = max((float(np.abs(values[inside]).max()) for values, _, inside in coarse if inside.any()), default=0.0)
-    lines, names = [], []
+    lines: list[np.ndarray] = []
+    names: list[str] = []
+    taken: list[np.ndarray] = []
     for values, points, inside in coarse:
         if min(values.shape) < 2 or not inside.any():
             continue
@@ -448,7 +450,6 @@ def _isolines(
         generator: Any = contour_generator(
             x=points[..., 0], y=points[..., 1], z=np.ma.masked_array(values, ~near), corner_mask=False
         )
-        taken: list[np.ndarray] = []
         for level in iso_levels(most):
             found = generator.lines(level)
             lines += found
@@ -458,7 +459,7 @@ def _isolines(
             for share in (0.5, 0.3, 0.7):
                 spot = longest[int(share * (len(longest) - 1))]
                 nearest = np.unravel_index(np.argmin(((points - spot) ** 2).sum(axis=-1)), inside.shape)
-                if inside[nearest] and all(np.abs(spot - other).max() > ISO_APART for other in taken):
+                if inside[nearest] and all((np.abs(spot - other) > ISO_NAME).any() for other in taken):
                     taken.append(spot)
                     names.append(_text(spot[0], spot[1] + 4, ratio_text(math.exp(level)), "iso", "middle"))
                     break

@@ -17,6 +17,9 @@ from n4flow.errors import InputError
 
 HERE = Path(__file__).parent
 
+#: A smaller number that has no such digits is written with its power of ten.
+LEAST_WRITTEN_OUT = 1e-3
+
 
 def render(template: str, **values: Any) -> str:
     """A page: one of the templates with these values, which are escaped."""
@@ -39,7 +42,7 @@ def number(value: Any, digits: int = 3) -> str:
     if value is None or (isinstance(value, float) and not math.isfinite(value)):
         return "n/a"
     if value and abs(value) < 0.5 * 10**-digits:
-        return f"{value:.1e}"
+        return f"{value:.2g}" if abs(value) >= LEAST_WRITTEN_OUT else f"{value:.1e}"
     return f"{value:,.{digits}f}"
 
 

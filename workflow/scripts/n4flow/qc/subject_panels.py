@@ -160,7 +160,9 @@ def _span(log_values: np.ndarray, digits: int = 2) -> str:
 def _beyond(log_values: np.ndarray, window: float) -> str:
     share = float(np.mean(np.abs(log_values) > window))
     window_text = f"window ×{math.exp(-window):.2f} to ×{math.exp(window):.2f}"
-    return f"{window_text}; " + (f"{100 * share:.2g} % of the mask exceeds it" if share else "nothing exceeds it")
+    if not share:
+        return f"{window_text}; nothing exceeds it"
+    return f"{window_text}; {f'{100 * share:.2g}' if share >= 1e-4 else 'less than 0.01'} % of the mask exceeds it"
 
 
 class _Map(NamedTuple):

@@ -34,7 +34,8 @@ const collator = new Intl.Collator(undefined, { numeric: true });
 function shownNumber(number, places) {
   if (number === null || number === undefined) return "n/a";
   if (typeof number === "string") return number;
-  return number !== 0 && Math.abs(number) < 0.5 * 10 ** -places ? number.toExponential(1) : number.toFixed(places);
+  if (number === 0 || Math.abs(number) >= 0.5 * 10 ** -places) return number.toFixed(places);
+  return Math.abs(number) >= 1e-3 ? String(Number(number.toPrecision(2))) : number.toExponential(1); // as rendering.py
 }
 
 // ---------------------------------------------------------------- which scans, in which order
@@ -468,7 +469,14 @@ function drawPlots() {
   scatter.show({ ...across, values: valuesOf(across) }, { ...up, values: valuesOf(up) }, shown, state.group);
 }
 $("distributions").hidden = rows.length < 2 || !plotted.length;
-$("distributions").open = window.innerHeight >= 900; // ten rows of the table come first
+// Ten rows of the table come first: the plots are folded where they leave no room for these.
+function foldPlots() {
+  $("distributions").open = true;
+  drawPlots();
+  const { rows: lines } = $("scans").tBodies[0];
+  const last = lines[Math.min(10, lines.length) - 1];
+  $("distributions").open = !last || last.getBoundingClientRect().bottom <= window.innerHeight;
+}
 $("distributions").addEventListener("toggle", drawPlots);
 window.addEventListener("resize", drawPlots);
 
