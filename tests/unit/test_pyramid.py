@@ -28,7 +28,6 @@ from n4flow.images.files import write_json
 from n4flow.images.ngff import Level, read_image
 from n4flow.steps import pyramid
 from n4flow.steps.pyramid import (
-    changed_voxels,
     coarse_scan,
     describe_store,
     divide_part,
@@ -37,7 +36,9 @@ from n4flow.steps.pyramid import (
     plan_store,
 )
 from n4flow.steps.store import correct_store
+from n4flow.study.manifest import write_manifest
 from n4flow.study.provenance import PACKAGE
+from n4flow.study.voxels import verify_voxels
 from tests.pyramids import binned, sheet_volume, write_store
 
 SHAPE = (40, 72, 90)
@@ -496,21 +497,97 @@ def test_what_the_machine_fails_at_is_none_of_the_stores_fault(error, fault):
         raise error
 
 
-def test_voxels_that_have_changed_are_found(tmp_path):
-    store = write_store(tmp_path / "in.ome.zarr", LEVELS, scale_um=SCALE_UM)
-    out = divide(tmp_path, store, some_field())
-    results = tmp_path / "results"
-    parts = results / "parts/sub-01/micr/sub-01_SPIM"
-    parts.mkdir(parents=True)
-    for path in [tmp_path / "plan.json", *tmp_path.glob("level-*.json")]:
-        path.rename(parts / path.name)
-    (results / "sub-01/micr").mkdir(parents=True)
-    out.rename(results / "sub-01/micr/sub-01_desc-N4_SPIM.ome.zarr")
-    assert changed_voxels(results) == []
-    array = zarr.open_array(results / "sub-01/micr/sub-01_desc-N4_SPIM.ome.zarr/1", mode="r+")
-    array[0, 0, 0] += 1
-    (line,) = changed_voxels(results)
-    assert "sub-01_desc-N4_SPIM.ome.zarr: 1 units of level 1 have changed: 0.0.0" in line
+class TestVerify:
+    STORE = "sub-01/micr/sub-01_desc-N4_SPIM.ome.zarr"
+
+    @pytest.fixture
+    def results(self, tmp_path):
+        """A folder of results with one corrected store of two levels, the first in three parts, and its manifest."""
+        store = write_store(tmp_path / "in.ome.zarr", LEVELS, scale_um=SCALE_UM)
+        out = divide(tmp_path, store, some_field(), job_gb=VOLUME.nbytes / 3e9)
+        results = tmp_path / "results"
+        parts = results / "parts/sub-01/micr/sub-01_SPIM"
+        parts.mkdir(parents=True)
+        for path in [tmp_path / "plan.json", *tmp_path.glob("level-*.json")]:
+            path.rename(parts / path.name)
+        (results / self.STORE).parent.mkdir(parents=True)
+        out.rename(results / self.STORE)
+        (tmp_path / "out.json").rename(results / self.STORE.replace(".ome.zarr", ".json"))
+        files = [results / self.STORE.replace(".ome.zarr", ".json"), results / self.STORE / "zarr.json"]
+        write_manifest(results / "manifest.json", {"sub-01_SPIM": files}, [])
+        return results
+
+    def parts(self, results):
+        return results / "parts/sub-01/micr/sub-01_SPIM"
+
+    def change(self, results, level=1):
+        zarr.open_array(results / self.STORE / str(level), mode="r+")[0, 0, 0] += 1
+
+    def test_nothing_has_changed(self, results):
+        assert verify_voxels(results, results) == ([], [])
+
+    def test_voxels_that_have_changed(self, results):
+        self.change(results)
+        (line,), notes = verify_voxels(results, results)
+        assert line.endswith("N4_SPIM.ome.zarr: the voxels of level 1 have changed (1 units: 0.0.0)")
+        assert notes == []
+
+    def test_a_chunk_that_is_damaged_or_gone(self, results):
+        (results / self.STORE / "0/c/0/0/0").write_bytes(b"damaged")
+        (results / self.STORE / "0/c/1/1/1").unlink()
+        (line,), _ = verify_voxels(results, results)
+        assert "the voxels of level 0 have changed (2 units: 0.0.0 1.1.1)" in line
+
+    @pytest.mark.parametrize("gone", ["level-1_part-0.json", "plan.json"])
+    def test_where_no_part_tells_of_units_it_says_so_and_finds_what_has_changed(self, results, gone):
+        (self.parts(results) / gone).unlink()
+        wrong, notes = verify_voxels(results, results)
+        assert wrong == []
+        assert "sub-01_SPIM: of 4 of 4 units of level 1 no part tells; they were compared by the digest" in notes[-1]
+        self.change(results)
+        (line,), _ = verify_voxels(results, results)
+        assert line.endswith("the voxels of level 1 have changed (nothing says which units)")
+
+    def test_parts_of_other_voxels_than_the_sidecar_tells_of(self, results):
+        part = self.parts(results) / "level-0_part-2.json"
+        told = json.loads(part.read_text())
+        place = next(iter(told["Units"]))
+        told["Units"][place] = "0 0"
+        part.write_text(json.dumps(told))
+        (line,), _ = verify_voxels(results, results)
+        assert "sub-01_SPIM: the parts of level 0 tell of other voxels than sub-01_desc-N4_SPIM.json" in line
+
+    def test_voxels_and_parts_that_were_changed_together(self, results):
+        self.change(results)
+        part = self.parts(results) / "level-1_part-0.json"
+        told = json.loads(part.read_text())
+        image = read_image(results / self.STORE)
+        after = dict(arrays.unit_digests(image, image.levels[1], told["Units"]))
+        told["Units"] = {place: f"{digests.split()[0]} {after[place]}" for place, digests in told["Units"].items()}
+        part.write_text(json.dumps(told))
+        (line,), _ = verify_voxels(results, results)
+        assert line.endswith("the voxels of level 1 have changed (nothing says which units)")
+
+    def test_a_store_or_a_sidecar_that_is_gone(self, results):
+        sidecar = results / self.STORE.replace(".ome.zarr", ".json")
+        kept = sidecar.read_text()
+        sidecar.unlink()
+        (line,), _ = verify_voxels(results, results)
+        assert "sub-01_desc-N4_SPIM.json: or plan.json cannot be read" in line
+        sidecar.write_text(kept)
+        manifest = (results / "manifest.json").rename(results.parent / "other.json")
+        shutil.rmtree(results / self.STORE)
+        (line,), _ = verify_voxels(results, manifest)
+        assert "N4_SPIM.ome.zarr: is not there" in line
+
+    def test_the_command_ends_with_1_where_voxels_have_changed_and_tells_of_parts_that_are_gone(self, results, capsys):
+        (self.parts(results) / "level-1_part-0.json").unlink()
+        for status in (0, 1):
+            with pytest.raises(SystemExit) as end:
+                cli.main(["verify", "--deep", str(results), str(results)])
+            assert end.value.code == status
+            assert "of level 1 no part tells" in capsys.readouterr().err
+            self.change(results)
 
 
 class TestOneStore:

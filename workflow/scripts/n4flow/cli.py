@@ -390,11 +390,12 @@ def verify(given: argparse.Namespace) -> None:
     from n4flow.study.manifest import verify as compare
 
     verdicts = compare(given.results, given.manifest, threads=available_cores())
-    changed = []
+    wrong: list[str] = []
+    notes: list[str] = []
     if given.deep:
-        from n4flow.steps.pyramid import changed_voxels
+        from n4flow.study.voxels import verify_voxels
 
-        changed = changed_voxels(given.results)
+        wrong, notes = verify_voxels(given.results, given.manifest)
     table = csv.writer(sys.stdout, delimiter="\t", lineterminator="\n")
     table.writerow(["scan", "verdict", "reason"])
     table.writerows(verdicts)
@@ -402,9 +403,9 @@ def verify(given: argparse.Namespace) -> None:
     always = (EQUAL, CLOSE, DIFFERENT)
     said = [f"{counts[verdict]} {verdict}" for verdict in (*always, FAILED) if verdict in always or counts[verdict]]
     print(", ".join(said), file=sys.stderr)
-    for line in changed:
+    for line in [*notes, *wrong]:
         print(line, file=sys.stderr)
-    sys.exit(bool(changed) or any(verdict.verdict == DIFFERENT for verdict in verdicts))
+    sys.exit(bool(wrong) or any(verdict.verdict == DIFFERENT for verdict in verdicts))
 
 
 def run(given: argparse.Namespace) -> None:

@@ -410,6 +410,11 @@ def unit_digests(image: Image, level: Level, places: Iterable[str]) -> Iterator[
             yield place, str(error)
 
 
+def level_digest(units: Mapping[str, str]) -> str:
+    """SHA-256 of a level: of the digests of its units, by their places."""
+    return hashlib.sha256("".join(f"{place} {units[place]}\n" for place in sorted(units)).encode()).hexdigest()
+
+
 def _sha256(values: np.ndarray) -> str:
     """Of the values in C order, lowest byte first."""
     values = np.ascontiguousarray(values, dtype=values.dtype.newbyteorder("<"))

@@ -198,3 +198,11 @@ def write_json(path: str | Path, content: Mapping[str, Any]) -> None:
     with atomic_text(path) as file:
         json.dump(content, file, indent=2, allow_nan=False)
         file.write("\n")
+
+
+def read_json(path: str | Path) -> Any:
+    """Content of a JSON file of our own; None if there is none that can be read."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import math
@@ -22,17 +21,17 @@ from n4flow.images.arrays import (
     ChannelDivision,
     Tally,
     divide_units,
+    level_digest,
     read_coarse,
     read_voxels,
     unit_digests,
     unit_numbers,
 )
 from n4flow.images.fields import load_field
-from n4flow.images.files import write_json
+from n4flow.images.files import read_json, write_json
 from n4flow.images.ngff import Image, choose_coarse, file_of, is_store, read_image
 from n4flow.images.nifti import Grid, Volume, VolumeWriter
 from n4flow.study.bids import own_uri, source_uri
-from n4flow.study.outputs import STORE_NAMES
 from n4flow.study.provenance import provenance
 
 log = logging.getLogger(__name__)
@@ -309,12 +308,12 @@ def divide_part(
     target = Path(target)
     hide(target)
     image = read_image(store, pyramid_origin)
-    planned, source = _json(Path(plan))["Levels"][level], image.levels[level]
+    planned, source = read_json(plan)["Levels"][level], image.levels[level]
     if (tuple(planned["Shape"]), tuple(planned["Unit"])) != (source.shape, source.unit):
         raise InputError(store, f"is no longer the one that {plan} was made for", "remove the plan and run again")
     shape, affine = image.grid(source)
     divisions = {
-        index: ChannelDivision(load_field(path).on_grid(shape, np.array(affine), store), _json(Path(told))["Offset"])
+        index: ChannelDivision(load_field(path).on_grid(shape, np.array(affine), store), read_json(told)["Offset"])
         for index, path, told in zip(channels.values(), fields, coarse, strict=True)
     }
     units = list(unit_numbers(source, part, planned["UnitsPerPart"]))
@@ -367,7 +366,7 @@ def describe_store(
     pyramid_origin : {"auto", "declared"}
     """
     image, output = read_image(store, pyramid_origin), Path(output)
-    seen = [_json(Path(part)) for part in parts]
+    seen = [read_json(part) for part in parts]
     total = {key: sum(part[key] for part in seen) for key in ("Voxels", "Fill", "Saturated", "Clipped")}
     levels = []
     for number, level in enumerate(image.levels):
@@ -377,17 +376,14 @@ def describe_store(
             raise InputError(
                 output, f"lacks units of level {level.path}", "remove the files of its parts, and run again"
             )
-        before, after = (
-            hashlib.sha256("".join(f"{place} {units[place][which]}\n" for place in sorted(units)).encode()).hexdigest()
-            for which in (0, 1)
-        )
+        before, after = (level_digest({place: digests[which] for place, digests in units.items()}) for which in (0, 1))
         levels.append({"Path": level.path, "Units": len(units), "SHA256Before": before, "SHA256": after})
     sizes, axes = _pixel_sizes_um(image)
     rows = {
         name: {
             "Index": index,
             "Field": own_uri(Path(field)),
-            **{key: _json(Path(told))[key] for key in ("Channel", "Level", "Offset")},
+            **{key: read_json(told)[key] for key in ("Channel", "Level", "Offset")},
         }
         for (name, index), field, told in zip(channels.items(), fields, coarse, strict=True)
     }
@@ -430,7 +426,7 @@ def finish_store(store: str | Path, sidecar: str | Path, output: str | Path, *, 
         for name in names:
             if name.endswith(".partial"):
                 Path(folder, name).unlink(missing_ok=True)
-    told = _json(Path(sidecar))
+    told = read_json(sidecar)
     kept = ("Channels", "Clipped", "Saturated", "Levels")
     ours = {"n4flow": {"Version": __version__, **{key: told[key] for key in kept}}}
     multiscales = image.attributes["multiscales"][:1]
@@ -447,36 +443,3 @@ def finish_store(store: str | Path, sidecar: str | Path, output: str | Path, *, 
         write_json(output, {**image.attributes, "multiscales": multiscales, **ours})
     if os.path.isdir(Path(store) / "labels"):
         log.warning("%s: its labels are not copied; they fit the corrected store as well", store)
-
-
-def changed_voxels(results: str | Path) -> list[str]:
-    """Read all voxels of the corrected stores again, and compare them with what the parts have written down.
-
-    Parameters
-    ----------
-    results : path-like
-        Folder.
-
-    Returns
-    -------
-    list of str
-        A line for each level with units whose voxels have changed, or cannot be read.
-    """
-    found = []
-    for plan in sorted(Path(results).glob("parts/**/plan.json")):
-        entities, _, suffix = plan.parent.name.rpartition("_")
-        folder = plan.parent.parent.relative_to(Path(results) / "parts")
-        store = Path(results, STORE_NAMES["store"].format(folder=folder, entities=entities, suffix=suffix))
-        try:
-            image = read_image(store)
-        except InputError as error:
-            found.append(str(error))
-            continue
-        for number, level in enumerate(image.levels):
-            wrong = []
-            for part in sorted(plan.parent.glob(f"level-{number}_part-*.json")):
-                wanted = {place: digests.split()[1] for place, digests in _json(part)["Units"].items()}
-                wrong += [place for place, digest in unit_digests(image, level, wanted) if digest != wanted[place]]
-            if wrong:
-                found.append(f"{store}: {len(wrong)} units of level {level.path} have changed: {' '.join(wrong[:3])}")
-    return found

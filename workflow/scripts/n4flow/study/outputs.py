@@ -89,6 +89,18 @@ def store_output(store: Store, role: str, **numbers: int) -> str:
     )
 
 
+def store_of_root(path: str) -> dict[str, str]:
+    """Paths of what is made of an OME-Zarr image, by role, if this is the root metadata of one; else nothing.
+
+    Parameters
+    ----------
+    path : str
+        In the folder of the results.
+    """
+    found = _ROOT.fullmatch(path)
+    return {role: STORE_NAMES[role].format(**found.groupdict()) for role in _OF_ROOT} if found else {}
+
+
 def beside(path: str | Path, role: str) -> str:
     """Path of another file that is made of the same scan, in the same folder.
 
@@ -139,12 +151,15 @@ def _parts_of(path: str | Path) -> tuple[re.Match[str] | None, str]:
 
 
 def _pattern(name: str) -> re.Pattern[str]:
-    parts = re.split(r"({\w+})", name.rpartition("/")[2])
-    groups = {f"{{{word}}}": f"(?P<{word}>{pattern})" for word, pattern in WILDCARDS.items()}
+    parts = re.split(r"({\w+})", name)
+    wildcards = WILDCARDS | {"root": r"zarr\.json|\.zattrs"}
+    groups = {f"{{{word}}}": f"(?P<{word}>{pattern})" for word, pattern in wildcards.items()}
     return re.compile("".join(groups.get(part) or re.escape(part) for part in parts))
 
 
-_PATTERNS = {role: _pattern(name) for role, name in NAMES.items()}
+_PATTERNS = {role: _pattern(name.rpartition("/")[2]) for role, name in NAMES.items()}
+_ROOT = _pattern(STORE_NAMES["root"])
+_OF_ROOT = ("store", "store_sidecar", "plan")
 
 
 def entities_pattern(scans: Iterable[Scan | Store]) -> str:
