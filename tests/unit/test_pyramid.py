@@ -405,7 +405,7 @@ class TestMask:
         return tmp_path / "c.nii.gz"
 
     def placed(self, tmp_path, coarse, mask):
-        place_mask(coarse, mask, tmp_path / "m.nii.gz")
+        place_mask(coarse, mask, tmp_path / "m.nii.gz", pyramid_origin="auto")
         found = nib.load(tmp_path / "m.nii.gz")
         assert np.array_equal(found.affine, nib.load(coarse).affine)
         return np.asarray(found.dataobj)
@@ -427,13 +427,50 @@ class TestMask:
         assert np.mean((found != 0) != on_grid) < (1e-9 if kind == "on its grid" else 0.1)
         assert 0.1 < found.mean() < 0.9
 
+    @pytest.mark.parametrize("axes", ["zyx", "xyz", "czyx"])
+    @pytest.mark.parametrize("scale_um", [(5.0, 3.0, 4.0), (9.0, 9.0, 9.0)], ids=["finer", "coarser"])
+    def test_a_label_of_any_axes_is_read_by_blocks(self, tmp_path, coarse, axes, scale_um, monkeypatch):
+        """Each voxel of the volume gets the value of the label at its place in the world."""
+        monkeypatch.setattr(arrays, "BLOCK_VOXELS", 500)
+        extent = dict(zip("zyx", (320, 288, 360), strict=True))  # of the image, in µm
+        order = axes[-3:]
+        scale = dict(zip("zyx", scale_um, strict=True))
+        # shorter along x than the image
+        shape = {name: int(extent[name] / scale[name]) - (4 if name == "x" else 0) for name in order}
+        values = np.random.default_rng(0).integers(0, 2, [shape[name] for name in order]).astype(np.uint8)
+        options = {"axes": axes, "scale_um": [scale[name] for name in order], "chunks": (7, 9, 8)}
+        stored = values[None] if axes[0] == "c" else values
+        found = self.placed(tmp_path, coarse, write_store(tmp_path / "brain.ome.zarr", [stored], **options))
+        by_xyz = values.transpose([order.index(name) for name in "xyz"])
+        affine = nib.load(coarse).affine
+        places = [
+            np.rint((affine[k, k] * np.arange(n) + affine[k, 3]) * 1e3 / scale[name]).astype(int)
+            for k, (n, name) in enumerate(zip(found.shape, "xyz", strict=True))
+        ]
+        inside = np.ix_(*[(p >= 0) & (p < shape[name]) for p, name in zip(places, "xyz", strict=True)])
+        expected = np.zeros(found.shape)
+        expected[inside] = by_xyz[np.ix_(*[p[p < shape[name]] for p, name in zip(places, "xyz", strict=True)])]
+        assert_array_equal(found, expected)
+
+    def test_a_level_of_a_label_lies_where_the_config_says(self, tmp_path, coarse):
+        levels = [np.zeros((40, 72, 360), np.uint8), np.ones((40, 72, 120), np.uint8)]
+        levels[1][:, :, 0] = 0
+        options = {"scale_um": (8.0, 4.0, 1.0), "factors": (1, 1, 3), "translations": False}
+        label = write_store(tmp_path / "brain.ome.zarr", levels, **options)
+        first = {}
+        for origin in ("auto", "declared"):
+            place_mask(coarse, label, tmp_path / "m.nii.gz", pyramid_origin=origin)
+            first[origin] = int(np.asarray(nib.load(tmp_path / "m.nii.gz").dataobj)[:, 0, 0].argmax())
+        # the volume begins at 2 µm; the label, of 3 µm, at 1 µm if averaged, and at 0 as declared
+        assert first == {"auto": 1, "declared": 0}
+
     def test_outside_of_the_image(self, tmp_path, coarse):
         nib.save(
             nib.Nifti1Image(np.ones((5, 5, 5), np.uint8), np.diag([1, 1, 1, 1.0]) + np.eye(4, k=3) * 99),
             tmp_path / "m.nii",
         )
         with pytest.raises(InputError, match=r"m\.nii: has no voxel in c\.nii\.gz; give a mask in the same space"):
-            place_mask(coarse, tmp_path / "m.nii", tmp_path / "m.nii.gz")
+            place_mask(coarse, tmp_path / "m.nii", tmp_path / "m.nii.gz", pyramid_origin="auto")
         assert not (tmp_path / "m.nii.gz").exists()
 
 

@@ -48,6 +48,7 @@ rule given_mask:
         mem_mb=memory_mb(baseline=400, per_voxel=12),
     params:
         mask=lambda wildcards: scan_of(wildcards).mask,
+        pyramid_origin=config["zarr"]["pyramid_origin"],
         package=package_digest("steps.pyramid"),
     script:
         "../scripts/given_mask.py"

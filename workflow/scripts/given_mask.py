@@ -10,6 +10,7 @@ def main(snakemake):
         image=snakemake.input.image,
         mask=snakemake.params.mask,
         output=snakemake.output.mask,
+        pyramid_origin=snakemake.params.pyramid_origin,
     )
 
 

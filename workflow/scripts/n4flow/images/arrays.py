@@ -137,16 +137,50 @@ def read_coarse(
     return volume.T, float(offset), {"Fill": fill / voxels, "Saturated": saturated / voxels}
 
 
-def read_voxels(image: Image, level: Level) -> np.ndarray:
-    """All voxels of a level along the axes of space, of the first channel and time.
+def read_nearest(image: Image, level: Level, to_level: np.ndarray, shape: Sequence[int]) -> np.ndarray:
+    """Voxels of a level that lie nearest to those of another grid, of the first channel and time; read by blocks.
+
+    Parameters
+    ----------
+    image : Image
+    level : Level
+    to_level : (4, 4) array
+        From indices of the other grid to those of the level's array transposed; its axes run along those of the level.
+    shape : three ints
+        Of the other grid.
+
+    Returns
+    -------
+    (n0, n1, n2) array
+        0 outside of the level.
 
     Raises
     ------
     InputError
         It cannot be read.
     """
-    whole = [slice(0, level.shape[axis]) for axis in image.space]
-    return _read(image, open_level(image, level), whole, 0, 0)
+    array = open_level(image, level)
+    axes = np.abs(to_level[:3, :3]).argmax(axis=1)  # for each of the level's, which of the other grid runs along it
+    found = np.zeros([shape[axis] for axis in axes], dtype=array.dtype)
+    nearest = [
+        np.rint(to_level[row, axis] * np.arange(shape[axis]) + to_level[row, 3]).astype(np.int64)
+        for row, axis in enumerate(axes)
+    ]
+    space = image.space[::-1]
+    blocks = [
+        [slice(start, min(start + step, level.shape[axis])) for start in range(0, level.shape[axis], step)]
+        for axis, step in zip(space, _steps(level, image)[::-1], strict=True)
+    ]
+    if len(blocks) == 2:
+        blocks.append([slice(0, 1)])
+    for block in product(*blocks):
+        wanted = [np.flatnonzero((n >= part.start) & (n < part.stop)) for n, part in zip(nearest, block, strict=True)]
+        if all(map(len, wanted)):
+            part = block[: len(space)][::-1]
+            values = _read(image, array, part, 0, 0).T.reshape([each.stop - each.start for each in block])
+            places = [n[which] - each.start for n, which, each in zip(nearest, wanted, block, strict=True)]
+            found[np.ix_(*wanted)] = values[np.ix_(*places)]
+    return found.transpose(np.argsort(axes))
 
 
 def _steps(level: Level, image: Image) -> list[int]:

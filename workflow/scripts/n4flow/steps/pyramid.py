@@ -23,8 +23,7 @@ from n4flow.images.arrays import (
     divide_units,
     level_digest,
     read_coarse,
-    read_voxels,
-    unit_digests,
+    read_nearest,
     unit_numbers,
 )
 from n4flow.images.fields import load_field
@@ -124,7 +123,7 @@ def _inputs(store: Path) -> dict[str, str]:
     return {} if os.path.samefile(root, store) else {"image": root}
 
 
-def place_mask(image: str | Path, mask: str | Path, output: str | Path) -> None:
+def place_mask(image: str | Path, mask: str | Path, output: str | Path, *, pyramid_origin: str) -> None:
     """Bring a mask onto the grid of a coarse volume, by world coordinates: to each voxel its nearest neighbour's value.
 
     Parameters
@@ -134,6 +133,8 @@ def place_mask(image: str | Path, mask: str | Path, output: str | Path) -> None:
     mask : path-like
         NIfTI, or an OME-Zarr label in the same space, of any resolution; what is not 0 counts.
     output : path-like
+    pyramid_origin : {"auto", "declared"}
+        Of the label.
 
     Raises
     ------
@@ -142,32 +143,34 @@ def place_mask(image: str | Path, mask: str | Path, output: str | Path) -> None:
     """
     volume = Volume(image)
     if is_store(mask):
-        labels = read_image(mask)
+        labels = read_image(mask, pyramid_origin)
         # the coarsest of no fewer voxels than the volume: of label images, averages mean nothing
         enough = [level for level in labels.levels if labels.voxels(level) >= math.prod(volume.shape)]
         level = (enough or labels.levels[:1])[-1]
-        shape, affine = labels.grid(level)
-        inside = read_voxels(labels, level).reshape(shape[::-1]).T != 0
+        to_label = np.linalg.solve(np.array(labels.grid(level)[1]), volume.affine_mm)
+        inside = read_nearest(labels, level, to_label, volume.shape) != 0
     else:
-        given = Volume(mask)
-        inside, affine = inside_mask(given.mean()), given.affine_mm.tolist()
-    to_mask = np.linalg.solve(np.array(affine), volume.affine_mm)
-    i, j = (np.arange(n, dtype=np.float64) for n in volume.shape[:2])
-    found = 0
+        inside = _nearest_of_nifti(Volume(mask), volume)
+    if not inside.any():
+        raise InputError(mask, f"has no voxel in {Path(image).name}", "give a mask in the same space, in mm")
     with VolumeWriter(output, volume, np.uint8, frames=1) as writer:
         for k in range(volume.shape[2]):
-            nearest = [
-                np.rint(row[0] * i[:, None] + row[1] * j + row[2] * k + row[3]).astype(np.int64) for row in to_mask[:3]
-            ]
-            there = np.logical_and.reduce(
-                [(n >= 0) & (n < size) for n, size in zip(nearest, inside.shape, strict=True)]
-            )
-            plane = np.zeros(volume.shape[:2], dtype=np.uint8)
-            plane[there] = inside[tuple(n[there] for n in nearest)]
-            found += int(np.count_nonzero(plane))
-            writer.write(plane[:, :, None])
-        if not found:
-            raise InputError(mask, f"has no voxel in {Path(image).name}", "give a mask in the same space, in mm")
+            writer.write(inside[:, :, k : k + 1].astype(np.uint8))
+
+
+def _nearest_of_nifti(mask: Volume, volume: Volume) -> np.ndarray:
+    """Whether the voxel of a mask counts that lies nearest to each one of a volume."""
+    inside = inside_mask(mask.mean())
+    to_mask = np.linalg.solve(mask.affine_mm, volume.affine_mm)
+    i, j = (np.arange(n, dtype=np.float64) for n in volume.shape[:2])
+    found = np.zeros(volume.shape, dtype=bool, order="F")
+    for k in range(volume.shape[2]):
+        nearest = [
+            np.rint(row[0] * i[:, None] + row[1] * j + row[2] * k + row[3]).astype(np.int64) for row in to_mask[:3]
+        ]
+        there = np.logical_and.reduce([(n >= 0) & (n < size) for n, size in zip(nearest, inside.shape, strict=True)])
+        found[:, :, k][there] = inside[tuple(n[there] for n in nearest)]
+    return found
 
 
 def plan_store(
