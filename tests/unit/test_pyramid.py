@@ -26,6 +26,7 @@ from n4flow.images import arrays
 from n4flow.images.fields import load_field, save_field
 from n4flow.images.files import write_json
 from n4flow.images.ngff import Level, read_image
+from n4flow.parameters import N4Parameters
 from n4flow.steps import pyramid
 from n4flow.steps.pyramid import (
     coarse_scan,
@@ -642,10 +643,32 @@ class TestOneStore:
             assert (after != np.rint(before / ratio)).mean() < 1e-4
         names = {path.name for path in tmp_path.iterdir()}
         assert names == {"in.ome.zarr", "out.ome.zarr", "out.json", "out_channel-0_biasfield.json"}
+        told = json.loads((tmp_path / "out.json").read_text())
+        facts = told["N4"]["channel 0"]
+        assert N4Parameters.from_mapping(facts["Parameters"]) == N4Parameters()
+        assert {line["Stage"] for line in facts["History"]} == set(range(1, 7))
+        assert facts["Mask"] == {"method": "otsu", "percentile": 50.0}
+        assert told["Sources"] == ["bids::in.ome.zarr"]
+        assert json.loads((tmp_path / "out_channel-0_biasfield.json").read_text())["Sources"] == ["bids::in.ome.zarr"]
+
+    def test_what_is_there_is_not_replaced(self, tmp_path):
+        store = write_store(tmp_path / "in.ome.zarr", LEVELS, scale_um=SCALE_UM)
+        there = write_store(tmp_path / "there.ome.zarr", LEVELS)
+        with pytest.raises(InputError, match=r"there\.ome\.zarr: is there already; remove it, or give another name"):
+            correct_store(store, there)
+        assert_array_equal(voxels(there)[0], VOLUME)
+
+    def test_half_a_store_does_not_stay(self, tmp_path, monkeypatch):
+        store = write_store(tmp_path / "in.ome.zarr", LEVELS, scale_um=SCALE_UM)
+        monkeypatch.setattr("n4flow.steps.store.describe_store", lambda *_, **__: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            correct_store(store, tmp_path / "out.ome.zarr", level=1)
+        assert not (tmp_path / "out.ome.zarr").exists()
 
     def test_the_command_does_the_same(self, tmp_path, capsys):
         store = write_store(tmp_path / "in.ome.zarr", LEVELS, scale_um=SCALE_UM)
-        config = {"zarr": {"level": 1, "offset": 2}, "n4": {"preset": "fixed"}, "mask": {"method": "percentile"}}
+        config = {"zarr": {"level": 1, "offset": 2, "job_gb": 1e-4, "other_channels": "copy"}}
+        config |= {"n4": {"preset": "fixed"}, "mask": {"method": "percentile"}}
         (tmp_path / "c.yaml").write_text(json.dumps(config | {"samples": "a.tsv"}))
         correct_store(
             store, tmp_path / "a.ome.zarr", level=1, offset=2, parameters=config["n4"], mask_method="percentile"
@@ -653,9 +676,35 @@ class TestOneStore:
         cli.main(["correct", str(store), str(tmp_path / "b.ome.zarr"), "--config", str(tmp_path / "c.yaml")])
         for one, other in zip(voxels(tmp_path / "a.ome.zarr"), voxels(tmp_path / "b.ome.zarr"), strict=True):
             assert_array_equal(one, other)
+        assert "zarr.other_channels: copy counts for sheets alone" in capsys.readouterr().err
         for option in ("--weights", "--bias-field", "--report"):
             with pytest.raises(SystemExit, match=f"OME-Zarr image, for which there is no {option}; leave it out"):
                 cli.main(["correct", str(store), str(tmp_path / "c.ome.zarr"), option, str(tmp_path / "x.nii.gz")])
+
+    @pytest.mark.parametrize(
+        ("output", "config", "message"),
+        [
+            ("in.ome.zarr", None, r"in\.ome\.zarr: would be overwritten, and goes in; give another name"),
+            ("in.ome.zarr/out.ome.zarr", None, r"is the input, or lies in it; give another place"),
+            ("no/out.ome.zarr", None, r"cannot be written \(its folder is not there\); make it: mkdir -p "),
+            ("m.ome.zarr", "m.json", r"m\.json: would be overwritten, and goes in"),
+        ],
+    )
+    def test_the_command_sees_first_what_would_be_overwritten(self, tmp_path, output, config, message):
+        store = write_store(tmp_path / "in.ome.zarr", LEVELS, scale_um=SCALE_UM)
+        before = {path: path.read_bytes() for path in store.rglob("*") if path.is_file()}
+        if config:
+            (tmp_path / config).write_text("{}")
+        with pytest.raises(SystemExit, match=message):
+            cli.main(
+                [
+                    "correct",
+                    str(store),
+                    str(tmp_path / output),
+                    *(["--config", str(tmp_path / config)] if config else []),
+                ]
+            )
+        assert {path: path.read_bytes() for path in store.rglob("*") if path.is_file()} == before
 
     def test_a_pedestal_of_a_channel_that_is_not_there(self, tmp_path):
         store = write_store(tmp_path / "in.ome.zarr", LEVELS, scale_um=SCALE_UM)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import csv
+import logging
 import os
 import re
 import signal
@@ -234,10 +235,19 @@ def _correct_store(given: argparse.Namespace) -> None:
                 f"is an OME-Zarr image, for which there is no --{option.replace('_', '-')}",
                 "leave it out, or correct the image with the workflow (docs/microscopy.md)",
             )
-    config = _config(given)
-    from n4flow.steps.store import correct_store
+    from n4flow.images.ngff import read_image
+    from n4flow.steps.store import correct_store, files_beside
 
-    named = ("level", "level_voxels", "offset", "dtype", "saturated", "pyramid_origin")
+    config = _config(given)
+    settings = dict(config["zarr"])
+    image = read_image(given.image, settings["pyramid_origin"])
+    sidecar, fields = files_beside(given.output, range(image.channels))
+    made = [given.output, sidecar, *fields.values()]
+    _check_places(made, given.image, [path for path in (given.mask, given.config) if path])
+    if settings.pop("other_channels") == "copy":
+        logging.getLogger(__name__).warning(
+            "%s: zarr.other_channels: copy counts for sheets alone: every channel is corrected here", given.config
+        )
     correct_store(
         given.image,
         given.output,
@@ -246,15 +256,14 @@ def _correct_store(given: argparse.Namespace) -> None:
         percentile=config["mask"]["percentile"],
         parameters=config["n4"],
         device=config["device"],
-        **{key: config["zarr"][key] for key in named},
+        **settings,
     )
-    _tell(start, [given.output])
+    _tell(start, made)
 
 
 def _report(given: argparse.Namespace, made: dict[str, Path], settings: dict[str, Any], folder: Path) -> None:
     """The page of a scan, in one file; its flags are told here as well."""
     import json
-    import logging
 
     from n4flow.qc.pages import make_subject
     from n4flow.study.config import page_settings

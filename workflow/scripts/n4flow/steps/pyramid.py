@@ -353,6 +353,7 @@ def describe_store(
     fields: Sequence[str | Path],
     coarse: Sequence[str | Path],
     pyramid_origin: str,
+    notes: Mapping[str, Any] | None = None,
 ) -> None:
     """Write the sidecar of a corrected store: what the parts have seen, and the digest of each level.
 
@@ -367,6 +368,8 @@ def describe_store(
     channels, fields, coarse
         As of `divide_part`.
     pyramid_origin : {"auto", "declared"}
+    notes : mapping, optional
+        Further keys of the sidecar.
     """
     image, output = read_image(store, pyramid_origin), Path(output)
     seen = [read_json(part) for part in parts]
@@ -404,6 +407,7 @@ def describe_store(
             "Fill": total["Fill"] / total["Voxels"],
             "SelfCheck": max(part["SelfCheck"] for part in seen),
             "Levels": levels,
+            **(notes or {}),
             "Sources": [source_uri(Path(store), output)],
             "Provenance": provenance(_inputs(Path(store)), PACKAGES),
         },
