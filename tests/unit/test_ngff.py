@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from n4flow.errors import InputError
-from n4flow.images.ngff import choose_coarse, file_of, is_store, read_image
+from n4flow.images.ngff import choose_coarse, file_of, files_of, is_store, read_image
 from tests.pyramids import binned, sheet_volume, write_store
 
 VOLUME = np.rint(sheet_volume((16, 24, 32))[0]).astype(np.uint16)
@@ -220,6 +220,19 @@ def test_a_zip_file_is_read_with_or_without_a_folder_in_it(tmp_path, version, in
             file.write(part, f"{inner}{part.relative_to(path)}")
     assert read_image(packed).levels == read_image(path).levels
     assert file_of(packed) == str(packed)
+    assert files_of(packed) == [str(packed)]
+
+
+@both
+def test_metadata_of_root_and_levels_tell_that_a_store_has_changed(tmp_path, version):
+    path = write_store(tmp_path / "a.ome.zarr", PYRAMID, version=version)
+    names = [".zattrs", "0/.zarray", "1/.zarray"] if version == "0.4" else ["zarr.json", "0/zarr.json", "1/zarr.json"]
+    assert files_of(path) == files_of(f"{path}/") == [str(path / name) for name in names]
+    (path / names[-1]).unlink()
+    assert files_of(path) == [str(path / names[0])]
+    shutil.rmtree(path)
+    assert files_of(path) == [str(path / "zarr.json")]
+    assert files_of("a.nii.gz") == ["a.nii.gz"]
 
 
 @pytest.mark.parametrize(

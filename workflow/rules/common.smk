@@ -1,5 +1,6 @@
 # What the rules share: the package, the checked config and sample sheet, and input functions.
 import sys
+from functools import cache
 from pathlib import Path
 
 from snakemake.exceptions import WorkflowError

@@ -1,5 +1,6 @@
-# Input functions of single steps: of OME-Zarr images (zarr.smk), and of what compares settings (tune.smk).
-from n4flow.images.ngff import file_of
+# Which rows are channels of one OME-Zarr image, and input functions of single steps: of what divides these (zarr.smk), and of
+# what compares settings (tune.smk). No rules.
+from n4flow.images.ngff import file_of, files_of
 from n4flow.study.outputs import STORE_NAMES, store_output
 from n4flow.study.stores import check_offset, stores_of
 
@@ -21,6 +22,10 @@ STORE_FILES = {
 
 STORE_OUTPUT = {role: f"<results>/{name}" for role, name in STORE_NAMES.items()}
 STORE_OF = {(store.folder, store.name): store for store in STORES}
+
+
+# asked for by every part of a store
+files_of = cache(files_of)
 
 
 def store_of(wildcards):

@@ -10,7 +10,7 @@ ruleorder: describe > apply > n4
 rule coarse:
     """Read the level of a channel that its field is estimated on."""
     input:
-        lambda wildcards: file_of(scan_of(wildcards).image),
+        lambda wildcards: files_of(scan_of(wildcards).image),
     output:
         image=OUTPUT["coarse"],
         sidecar=OUTPUT["coarse_sidecar"],
@@ -35,7 +35,7 @@ rule given_mask:
     """Bring the mask of the sheet onto the grid of the coarse volume, by world coordinates."""
     input:
         image=OUTPUT["coarse"],
-        mask=lambda wildcards: file_of(scan_of(wildcards).mask),
+        mask=lambda wildcards: files_of(scan_of(wildcards).mask),
     output:
         mask=OUTPUT["given_mask"],
     log:
@@ -57,7 +57,7 @@ rule given_mask:
 rule plan:
     """Make the arrays of the corrected store, empty, and say what each job divides."""
     input:
-        lambda wildcards: file_of(store_of(wildcards).image.path),
+        lambda wildcards: files_of(store_of(wildcards).image.path),
     output:
         plan=STORE_OUTPUT["plan"],
     log:
@@ -81,7 +81,7 @@ rule divide:
     """Divide a part of a level, whole shards or chunks that nobody else writes."""
     input:
         unpack(fields_of),
-        store=lambda wildcards: file_of(store_of(wildcards).image.path),
+        store=lambda wildcards: files_of(store_of(wildcards).image.path),
         plan=rules.plan.output.plan,
     output:
         marker=STORE_OUTPUT["part"],

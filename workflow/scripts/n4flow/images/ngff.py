@@ -25,6 +25,9 @@ STORE = re.compile(r"\.zarr(/.*)?$|\.ozx$|\.zarr\.zip$", re.IGNORECASE)
 #: Root metadata by the version of NGFF. It is written last: without it, readers refuse the store.
 ROOTS = {"0.5": "zarr.json", "0.4": ".zattrs"}
 
+#: Metadata of an array.
+ARRAYS = {"0.5": "zarr.json", "0.4": ".zarray"}
+
 MM_PER_UNIT = {
     **dict.fromkeys(("micrometer", "micrometre", "micron", "um", "µm", "μm"), 1e-3),
     **dict.fromkeys(("millimeter", "millimetre", "mm"), 1.0),
@@ -153,6 +156,11 @@ class Image:
     def root(self) -> str:
         """Name of the root metadata."""
         return ROOTS[self.version]
+
+    @property
+    def array_metadata(self) -> str:
+        """Name of the metadata of an array."""
+        return ARRAYS[self.version]
 
     def grid(self, level: Level) -> tuple[tuple[int, ...], list[list[float]]]:
         """Shape (three axes) and affine, in mm, of the space axes of a level's array transposed (``.T``)."""
@@ -322,6 +330,21 @@ def file_of(path: str | Path) -> str:
     return next(filter(os.path.isfile, names), names[0])
 
 
+def files_of(path: str | Path) -> list[str]:
+    """The files by whose times it is seen that an image has changed: of a store, the metadata of root and levels.
+
+    Chunks are not among them: there may be a hundred thousand.
+    """
+    found = [file_of(path)]
+    if found[0] == str(path).rstrip("/"):
+        return found
+    try:
+        image = read_image(path)
+    except InputError:  # whoever reads it says so
+        return found
+    return found + [os.path.join(image.path, level.path, image.array_metadata) for level in image.levels]
+
+
 def read_image(path: str | Path, pyramid_origin: str = "auto") -> Image:
     """Read the metadata of an OME-Zarr image.
 
@@ -385,7 +408,7 @@ def _read_image(path: str, pyramid_origin: str) -> Image:
         transforms = [*dataset["coordinateTransformations"], *multiscale.get("coordinateTransformations", [])]
         scale, translation = _composed(path, transforms, len(axes))
         declared.append(any(step["type"] == "translation" for step in dataset["coordinateTransformations"]))
-        metadata = files.json(dataset["path"], "zarr.json" if version == "0.5" else ".zarray")
+        metadata = files.json(dataset["path"], ARRAYS[version])
         if metadata is None:
             raise InputError(path, f"lacks the metadata of its level {dataset['path']}", "copy it again")
         shape, chunks, unit, dtype = (_array_v3 if version == "0.5" else _array_v2)(path, metadata)

@@ -208,10 +208,9 @@ def plan_store(
     hide(target)
     wanted = {}
     for level in image.levels:
-        name = "zarr.json" if image.version == "0.5" else ".zarray"
         metadata = dict(level.metadata) if dtype == "same" else _as_float32(image, dict(level.metadata))
-        wanted[f"{level.path}/{name}"] = metadata
-    if target.exists() and any(_json(target / file) != metadata for file, metadata in wanted.items()):
+        wanted[f"{level.path}/{image.array_metadata}"] = metadata
+    if target.exists() and any(read_json(target / file) != metadata for file, metadata in wanted.items()):
         shutil.rmtree(target)
     for file, metadata in wanted.items():
         (target / file).parent.mkdir(parents=True, exist_ok=True)
@@ -239,13 +238,6 @@ def hide(target: Path) -> None:
     """Remove the root metadata of a store, so that no reader takes it for complete."""
     for name in ROOT_NAMES:
         (target / name).unlink(missing_ok=True)
-
-
-def _json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
 
 
 def _as_float32(image: Image, metadata: dict[str, Any]) -> dict[str, Any]:
