@@ -16,7 +16,7 @@ class Clock:
 def run():
     """Jobs 1 and 2 of a scan, 3 and 4 of another; what is said; a clock."""
     said, clock = [], Clock()
-    return Progress({1: "a", 2: "a", 3: "b", 4: "b"}, lambda *line: said.append(line), clock), said, clock
+    return Progress({1: ["a"], 2: ["a"], 3: ["b"], 4: ["b"]}, lambda *line: said.append(line), clock), said, clock
 
 
 def test_a_scan_is_done_with_the_last_of_its_jobs(run):
@@ -59,6 +59,23 @@ def test_a_scan_that_fails_has_one_line_at_once(run):
     progress.fail(1, "mask failed: x")
     assert len(said) == 1
     assert progress.over == {"a"}
+
+
+def test_a_job_of_several_scans_counts_for_each():
+    said = []
+    progress = Progress({1: ["a"], 2: ["b"], 3: ["a", "b"], 4: ["b"]}, lambda *line: said.append(line), Clock())
+    for job in (1, 2, 4):
+        progress.end(job)
+    assert said == []
+    progress.end(3)
+    assert said == [("[1/2] a: done in 0.0 s", False), ("[2/2] b: done in 0.0 s", False)]
+
+
+def test_a_job_of_several_scans_that_fails_fails_them_all():
+    said = []
+    progress = Progress({1: ["a", "b"], 2: ["c"]}, lambda *line: said.append(line), Clock())
+    progress.fail(1, "divide failed: x")
+    assert said == [("[1/3] a: divide failed: x", True), ("[2/3] b: divide failed: x", True)]
 
 
 def test_jobs_of_no_scan_are_passed_over(run):

@@ -33,6 +33,7 @@ def run(tmp_path, pytestconfig):
     logger = SimpleNamespace(log=lambda level, line, extra: said.append(line), handlers=[])
     workflow = SimpleNamespace(dag=SimpleNamespace(needrun_jobs=lambda: jobs), is_main_process=True)
     names = {"Path": Path, "workflow": workflow, "logger": logger, "FAILED": {}, "SCAN_OF": {SCAN: None, OTHER: None}}
+    names["STORE_OF"] = {("sub-3/micr", "sub-3_SPIM"): SimpleNamespace(scans=[SimpleNamespace(name=n) for n in "ab"])}
     path = pytestconfig.rootpath / "workflow" / "rules" / "run.smk"
     exec(compile(path.read_text(encoding="utf-8"), path, "exec"), names)
     lines = names["ScanLines"]()
@@ -62,6 +63,13 @@ def test_scan_is_said_to_be_done_with_its_last_job(run):
         run.lines.emit(record(LogEvent.JOB_FINISHED, job_id=number))
     (line,) = run.said
     assert line.startswith(f"[1/2] {SCAN}: done in ")
+
+
+def test_jobs_of_a_store_are_those_of_its_channels(run):
+    of_store = SimpleNamespace(wildcards={"folder": "sub-3/micr", "entities": "sub-3", "suffix": "SPIM", "level": "0"})
+    assert run.scans_of_job(of_store) == ["a", "b"]
+    of_store.wildcards["folder"] = "sub-3/anat"
+    assert run.scans_of_job(of_store) == []
 
 
 def test_line_of_a_job_that_failed_is_that_of_its_log(run):

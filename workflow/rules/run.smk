@@ -56,8 +56,7 @@ class ScanLines(logging.Handler):
     def __init__(self):
         super().__init__()
         self.jobs = {job.jobid: job for job in workflow.dag.needrun_jobs()}
-        scans = {number: scan_of_job(job) for number, job in self.jobs.items()}
-        self.progress = Progress({number: scan for number, scan in scans.items() if scan}, self.say)
+        self.progress = Progress({number: scans_of_job(job) for number, job in self.jobs.items()}, self.say)
 
     def emit(self, record):
         try:
@@ -91,7 +90,7 @@ class ScanLines(logging.Handler):
             self.tell(job, problem)
 
     def tell(self, job, problem):
-        if scan_of_job(job):
+        if scans_of_job(job):
             self.progress.fail(job.jobid, f"{job.rule.name} failed: {problem}")
         else:
             self.say(f"{job.rule.name} failed: {problem}", True)
@@ -100,10 +99,11 @@ class ScanLines(logging.Handler):
         logger.log(logging.ERROR if failed else logging.INFO, line, extra={"event": SHOWN})
 
 
-def scan_of_job(job):
-    """Name of the scan that a job works on, if it is one's."""
+def scans_of_job(job):
+    """Names of the scans that a job works on: one, those of an OME-Zarr image, or none."""
     name = f"{job.wildcards.get('entities')}_{job.wildcards.get('suffix')}"
-    return name if name in SCAN_OF else None
+    store = STORE_OF.get((job.wildcards.get("folder"), name))
+    return [scan.name for scan in store.scans] if store else [name] if name in SCAN_OF else []
 
 
 def is_shown(record):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 
 class Progress:
@@ -13,8 +13,9 @@ class Progress:
 
     Parameters
     ----------
-    jobs : mapping of int to str
-        The scan of each job that this run is to do, by a number of the job.
+    jobs : mapping of int to sequence of str
+        The scans of each job that this run is to do, by a number of the job: those of one of an OME-Zarr image are all
+        of its channels.
     say : callable
         Gets each line, and whether it is of a failure.
     clock : callable
@@ -23,14 +24,14 @@ class Progress:
 
     def __init__(
         self,
-        jobs: Mapping[int, str],
+        jobs: Mapping[int, Sequence[str]],
         say: Callable[[str, bool], None],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._jobs = jobs
         self._say = say
         self._clock = clock
-        self._left = Counter(jobs.values())
+        self._left = Counter(scan for scans in jobs.values() for scan in scans)
         self._total = len(self._left)
         #: Scans that have had their line.
         self.over: set[str] = set()
@@ -42,7 +43,7 @@ class Progress:
     def begin(self, job: int) -> None:
         """A job begins."""
         with self._lock:
-            if scan := self._jobs.get(job):
+            for scan in self._jobs.get(job, ()):
                 if not self._running[scan]:
                     self._since[scan] = self._clock()
                 self._running[scan].add(job)
@@ -50,16 +51,16 @@ class Progress:
     def end(self, job: int) -> None:
         """A job is done."""
         with self._lock:
-            if scan := self._jobs.get(job):
+            for scan in self._jobs.get(job, ()):
                 self._stop(scan, job)
                 self._left[scan] -= 1
                 if not self._left[scan]:
                     self._tell(scan, f"done in {_duration(self._seconds[scan])}", failed=False)
 
     def fail(self, job: int, problem: str) -> None:
-        """A job has failed: its scan will not be done."""
+        """A job has failed: its scans will not be done."""
         with self._lock:
-            if scan := self._jobs.get(job):
+            for scan in self._jobs.get(job, ()):
                 self._stop(scan, job)
                 self._tell(scan, problem, failed=True)
 
