@@ -6,6 +6,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 
@@ -14,9 +15,10 @@ from n4flow.errors import InputError
 from n4flow.study import failures
 from n4flow.study.bids import Scan
 from n4flow.study.config import load_schema, with_defaults
-from n4flow.study.failures import NO_FIELD, STEPS, failed_scans, log_of, read_failed, write_failed
+from n4flow.study.failures import NO_FIELD, NO_STORE, STEPS, failed_scans, log_of, read_failed, write_failed
 from n4flow.study.outputs import output_of
 from n4flow.study.provenance import package_digest
+from tests.pyramids import write_store
 
 ROOT = Path(__file__).parents[2]
 CONFIG = yaml.safe_load((ROOT / "config/config.yaml").read_text())
@@ -196,9 +198,79 @@ def test_the_image_that_the_field_comes_from_counts(study):
     assert left_out(study) == {}
 
 
-def test_channels_of_a_store_are_never_left_out(study):
-    scan = replace(study["sub-2_T1w"], image="2.ome.zarr", modality="SPIM")
-    Path(scan.image).mkdir()
-    log(scan, "coarse", f"{PREFIX}broken")
-    note({scan.name: scan})
-    assert left_out({scan.name: scan}) == {}
+@pytest.fixture
+def channels(study):
+    """Three channels of an image, the last of which takes the field of the first."""
+    levels = [np.zeros((3, 8, 8, 8), np.uint16)]
+    write_store(Path("2.ome.zarr"), levels, axes="czyx", labels=("a", "b", "c"), scale_um=(20, 20, 20))
+    scans = {}
+    for channel, source in (("a", ""), ("b", ""), ("c", "stain-a_SPIM")):
+        scan = Scan("2", "", f"stain-{channel}_SPIM", "2.ome.zarr", field_from=source, channel=channel)
+        scans[scan.name] = scan
+    return scans
+
+
+A, B, C = (f"sub-2_stain-{channel}_res-coarse_SPIM" for channel in "abc")
+
+
+def log_of_part(step, name, *lines):
+    path = Path("logs", step, "sub-2/micr", f"{name}.log")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(f"{line}\n" for line in lines))
+
+
+@pytest.mark.parametrize("step", ["coarse", "mask", "n4"])
+def test_channels_of_an_image_are_set_aside_with_one_that_has_no_field(channels, step):
+    log(channels[B], step, f"{PREFIX}broken")
+    log(channels[A], "reference", f"{PREFIX}broken, too")
+    note(channels)
+    assert left_out(channels) == {A: NO_STORE, B: step, C: NO_STORE}
+    assert read_failed(Path("failed.tsv"), channels, CONFIG, "logs")[A].error.endswith(f"not written, as {B} failed")
+    # the row of the one that failed alone decides
+    rows = Path("failed.tsv").read_text().splitlines(keepends=True)
+    Path("failed.tsv").write_text("".join(row for row in rows if not row.startswith(B)))
+    assert left_out(channels) == {}
+
+
+def test_a_channel_takes_those_along_that_have_its_field_and_these_the_image(channels):
+    log(channels[A], "mask", f"{PREFIX}broken")
+    note(channels)
+    assert left_out(channels) == {A: "mask", B: NO_STORE, C: NO_FIELD}
+
+
+@pytest.mark.parametrize("step", ["reference", "qc"])
+def test_an_image_is_written_without_a_page_or_a_reference(channels, step):
+    log(channels[A], step, f"{PREFIX}broken")
+    note(channels)
+    assert left_out(channels) == {A: step}
+
+
+@pytest.mark.parametrize(
+    ("step", "name"),
+    [
+        ("plan", "sub-2_SPIM"),
+        ("divide", "sub-2_SPIM/level-0_part-3"),
+        ("describe", "sub-2_SPIM"),
+        ("finish", "sub-2_SPIM_zarr.json"),
+    ],
+)
+def test_an_image_that_cannot_be_written_is_set_aside_as_a_whole(channels, step, name):
+    log_of_part("divide", "sub-2_SPIM/level-0_part-0", "done")
+    log_of_part(step, name, f"{PREFIX}2.ome.zarr: cannot be read")
+    note(channels)
+    assert left_out(channels) == dict.fromkeys((A, B, C), step)
+    failure = read_failed(Path("failed.tsv"), channels, CONFIG, "logs")[B]
+    assert (failure.error, failure.log) == ("2.ome.zarr: cannot be read", f"logs/{step}/sub-2/micr/{name}.log")
+    changed = copy.deepcopy(CONFIG)
+    changed["zarr"]["saturated"] = "divide"
+    assert left_out(channels, changed) == {}
+    assert left_out(channels | {C: replace(channels[C], field_from="")}) == {}
+    os.utime("2.ome.zarr/0/zarr.json", (1, 1))
+    assert left_out(channels) == {}
+
+
+def test_a_part_that_the_machine_failed_at_is_tried_again(channels):
+    log_of_part("divide", "sub-2_SPIM/level-0_part-0", PASSING, f"{PREFIX}disk full")
+    assert {failure.step for failure in found(channels).values()} == {"divide"}
+    note(channels)
+    assert not Path("failed.tsv").exists()

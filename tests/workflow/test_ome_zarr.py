@@ -2,16 +2,19 @@
 
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 
 import nibabel as nib
 import numpy as np
 import pytest
 import zarr
-from study import ROOT, snakemake, write_config
+from study import ROOT, head, save, snakemake, write_config
 
 from n4flow.errors import InputError
 from n4flow.images.fields import load_field
@@ -165,6 +168,45 @@ def test_a_part_whose_marker_is_gone_is_divided_again_alone(folder):
     assert len(again) < len(before) / 2
 
 
+def rules_to_run(folder, *arguments):
+    done = snakemake(folder, "-n", *arguments)
+    assert done.returncode == 0, done.stdout
+    return Counter(re.findall(r"^(?:local)?rule (\w+):", done.stdout, re.M)), done.stdout
+
+
+@pytest.mark.parametrize("level", [0, 1])
+def test_changed_metadata_of_a_level_are_noticed(folder, tmp_path, level):
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy, symlinks=True)
+    file = copy / f"raw/two.ome.zarr/{level}/zarr.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "attributes": {"new": 1}}))
+    rules, _ = rules_to_run(copy)
+    assert (rules["coarse"], rules["plan"], rules["finish"]) == (2, 1, 1)
+
+
+def test_an_image_with_a_damaged_chunk_is_set_aside_with_its_channels(tmp_path):
+    write_store(tmp_path / "raw/bad.ome.zarr", pyramid(np.stack([AUTO, SPARSE])), axes="czyx", labels=("auto", "cFos"))
+    save(tmp_path / "raw/02.nii.gz", head())
+    chunk = tmp_path / "raw/bad.ome.zarr/0/c/1/0/1/1"
+    chunk.write_bytes(chunk.read_bytes()[:20])
+    write_config(tmp_path, {"zarr": {"level_voxels": AUTO.size // 2}, "reference": {"scans": 0}})
+    rows = [["subject", "image", "channel", "modality", "field_from"]]
+    rows += [["01", "raw/bad.ome.zarr", "auto", "stain-auto_SPIM", ""]]
+    rows += [["01", "raw/bad.ome.zarr", "cFos", "stain-cFos_SPIM", "stain-auto_SPIM"]]
+    rows += [["02", "raw/02.nii.gz", "", "T1w", ""]]
+    (tmp_path / "config/samples.tsv").write_text("\n".join("\t".join(row) for row in rows) + "\n")
+    done = snakemake(tmp_path, "--cores", 2, f"{TWO}.ome.zarr/zarr.json")
+    assert done.returncode != 0
+    problem = "divide failed: raw/bad.ome.zarr: cannot be read ("
+    assert f"sub-01_stain-auto_res-coarse_SPIM: {problem}" in done.stdout
+    assert f"sub-01_stain-cFos_res-coarse_SPIM: {problem}" in done.stdout
+    assert not (tmp_path / f"{TWO}.ome.zarr/zarr.json").exists()
+    rules, said = rules_to_run(tmp_path)
+    assert "2 left out that failed before: sub-01_stain-auto_res-coarse_SPIM, sub-01_stain-cFos_res-coarse_SPIM" in said
+    assert not rules.keys() & {"coarse", "plan", "divide", "describe", "finish"}
+    assert (rules["n4"], rules["manifest"]) == (1, 1)
+
+
 BAD = {
     "several channels, none named": (
         "01\traw/two.ome.zarr\t\tSPIM\t\t",
@@ -182,6 +224,10 @@ BAD = {
         "01\traw/one.ome.zarr\t\tsample-1_SPIM\t\t\n01\traw/../raw/two.ome.zarr\tauto\tsample-1_stain-a_SPIM\t\t\n"
         "01\traw/two.ome.zarr\tcFos\tsample-1_stain-b_SPIM\t\t",
         "would be written to the same store as raw/one.ome.zarr; tell them apart",
+    ),
+    "names of an image that is none": (
+        "01\traw/one.ome.zarr\t\tSPIM\t\t\n01\traw/mask.nii.gz\t\tSPIM\t\t",
+        "one.ome.zarr: would be written under the names of raw/mask.nii.gz; tell them apart",
     ),
     "rows of two subjects": (
         "01\traw/two.ome.zarr\tauto\tSPIM\t\t\n02\traw/two.ome.zarr\tcFos\tSPIM\t\t",

@@ -10,7 +10,7 @@ from snakemake_interface_logger_plugins.common import LogEvent
 
 from n4flow.console import TOLD, last_error
 from n4flow.images.files import remove_abandoned, why_not_writable
-from n4flow.study.failures import failed_scans, made_since, write_failed
+from n4flow.study.failures import NO_STORE, STORE_STEPS, failed_scans, made_since, write_failed
 from n4flow.study.progress import Progress
 from n4flow.worker import begin_run
 
@@ -190,8 +190,11 @@ def end_run(success):
 
 def is_done_now(failure):
     """Whether this run made what failed before."""
-    role = "reference" if failure.step == "reference" else "metrics"
-    return made_since(place_of(made_of(SCAN_OF[failure.scan], role)), RUN_START)
+    if failure.step in (*STORE_STEPS, NO_STORE):
+        made = STORE_FILES[failure.scan]["store"]
+    else:
+        made = made_of(SCAN_OF[failure.scan], "reference" if failure.step == "reference" else "metrics")
+    return made_since(place_of(made), RUN_START)
 
 
 def report_success(rule_names):

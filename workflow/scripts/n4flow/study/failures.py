@@ -15,10 +15,12 @@ from typing import Any, NamedTuple
 from n4flow.console import end_of
 from n4flow.errors import InputError
 from n4flow.images.files import atomic_text
+from n4flow.images.ngff import files_of
 from n4flow.study.bids import Scan, counted_beside, sidecars_of
 from n4flow.study.config import page_settings
 from n4flow.study.outputs import output_of
 from n4flow.study.provenance import package_digest
+from n4flow.study.stores import entities_of_store, rows_of_stores
 
 #: The steps of a scan, in their order, with the modules that they stand on.
 STEPS = {
@@ -31,8 +33,14 @@ STEPS = {
     "qc": "qc.pages",
 }
 
+#: The steps of an OME-Zarr image as a whole, in their order, for which the fields of its channels are there.
+STORE_STEPS = ("plan", "divide", "describe", "finish")
+
 #: In place of a step, of a scan whose field is that of another one, which failed.
 NO_FIELD = "field"
+
+#: In place of a step, of a channel of an OME-Zarr image that is not written, since another channel has no field.
+NO_STORE = "store"
 
 COLUMNS = ["scan", "step", "error", "fingerprint"]
 
@@ -41,7 +49,7 @@ class Failure(NamedTuple):
     """A scan that failed."""
 
     scan: str
-    step: str  # the first one that failed, or NO_FIELD
+    step: str  # the first one that failed, NO_FIELD or NO_STORE
     error: str  # the line
     log: str  # path of the log that ends with it, if there is one
     again: bool  # whether the same input, settings and code would fail again
@@ -50,6 +58,14 @@ class Failure(NamedTuple):
 def log_of(scan: Scan, step: str, logs: str | Path) -> Path:
     """Path of the log of a scan's step, in the folder of logs."""
     return Path(logs) / step / ("" if step == "qc" else scan.folder) / f"{scan.name}.log"
+
+
+def _logs_of_store(scans: Sequence[Scan], step: str, logs: str | Path) -> list[Path]:
+    """Logs of a step of `STORE_STEPS`, of the image whose rows these are: one, or that of each part."""
+    stem = Path(logs) / step / scans[0].folder / f"{entities_of_store(scans)}_{scans[0].suffix}"
+    if step == "divide":
+        return sorted(stem.glob("*.log"))
+    return sorted(stem.parent.glob(f"{stem.name}{'_*' if step == 'finish' else ''}.log"))
 
 
 def failed_scans(scans: Iterable[Scan], logs: Path, results: Path, since: float) -> dict[str, Failure]:
@@ -66,7 +82,8 @@ def failed_scans(scans: Iterable[Scan], logs: Path, results: Path, since: float)
     Returns
     -------
     dict of str to Failure
-        The first step that failed; of a scan whose field is that of another one, which scan failed.
+        The first step that failed; of a scan whose field is that of another one, which scan failed; of a channel of an
+        OME-Zarr image that could not be written, the step of the image that failed, or the channel.
     """
     scans = list(scans)
     failed: dict[str, Failure] = {}
@@ -80,7 +97,22 @@ def failed_scans(scans: Iterable[Scan], logs: Path, results: Path, since: float)
     for scan in scans:
         if not made_since(results / output_of(scan, "corrected"), since):
             failed |= without_field([scan], failed)
-    return failed
+    for rows in rows_of_stores(scans):
+        ends = ((step, log) for step in STORE_STEPS for log in _logs_of_store(rows, step, logs))
+        found = ((step, log, *end_of(log)) for step, log in ends if made_since(log, since))
+        if first := next((end for end in found if end[2]), None):
+            step, log, error, again = first
+            failed |= {
+                scan.name: Failure(scan.name, step, error, str(log), again)
+                for scan in rows
+                if _is_complete(scan, failed)
+            }
+    return failed | without_store(scans, failed)
+
+
+def _is_complete(scan: Scan, failed: Mapping[str, Failure]) -> bool:
+    """Whether everything of a scan is there but for SimpleITK's reference."""
+    return scan.name not in failed or failed[scan.name].step == "reference"
 
 
 def made_since(path: Path, since: float) -> bool:
@@ -99,48 +131,65 @@ def without_field(scans: Iterable[Scan], failed: Mapping[str, Failure]) -> dict[
     return found
 
 
+def without_store(scans: Iterable[Scan], failed: Mapping[str, Failure]) -> dict[str, Failure]:
+    """Channels, not among those that failed themselves, of images another channel of which has no field, by name."""
+    found = {}
+    for rows in rows_of_stores(scans):
+        sources = (failed[scan.name] for scan in rows if scan.name in failed)
+        before = (*list(STEPS)[: list(STEPS).index("apply") + 1], NO_FIELD)
+        if source := next((each for each in sources if each.step in before), None):
+            error = f"its image is not written, as {source.scan} failed"
+            for scan in rows:
+                if _is_complete(scan, failed):
+                    found[scan.name] = source._replace(scan=scan.name, step=NO_STORE, error=error)
+    return found
+
+
 def fingerprint(scan: Scan, step: str, config: Mapping[str, Any], scans: Mapping[str, Scan]) -> str:
     """What a failed step depends on: while it is the same, the step fails again.
 
-    The row counts as it stands, and that of the scan whose field it takes; their files and what tells of them (headers,
-    sidecars, b values) by path, size and time; the settings, and the code with that of the steps before.
+    The row counts as it stands, and that of the scan whose field it takes; of an OME-Zarr image that could not be
+    written, all of its rows. Their files and what tells of them (headers, sidecars, b values; the metadata of OME-Zarr
+    images) count by path, size and time; further the settings, and the code with that of the steps before.
 
     Parameters
     ----------
     scan : Scan
     step : str
-        One of `STEPS`.
+        One of `STEPS` or `STORE_STEPS`.
     config : mapping
         The workflow's, with its defaults.
     scans : mapping of str to Scan
         Those of the sheet, by name.
     """
     rows = [scan]
-    if scan.field_from and (source := scans.get(scan.field_source)):
-        rows.append(source)
+    if step in STORE_STEPS:
+        rows = next(list(rows) for rows in rows_of_stores(scans.values()) if scan in rows)
+    rows += [
+        source for row in rows if row.field_from and (source := scans.get(row.field_source)) and source not in rows
+    ]
     cells = [asdict(replace(row, groups=())) for row in rows]
     files = [[path, *_size_and_time(path)] for row in rows for path in _inputs(row)]
     settings = {key: config[key] for key in ("mask", "n4", "output", "device")}
+    if scan.is_store:
+        settings["zarr"] = config["zarr"]
     if step == "qc":
         settings["qc"] = page_settings(config["qc"])
     content = json.dumps([cells, files, step, settings, _code_of(step)], sort_keys=True)
     return hashlib.sha256(content.encode()).hexdigest()[:16]
 
 
-def _may_be_left_out(scan: Scan) -> bool:
-    """Not a channel of an OME-Zarr image, which is written as a whole, and of whose voxels no fingerprint tells."""
-    return not scan.is_store
-
-
 @cache
 def _code_of(step: str) -> str:
     """Digest of what a step and those before it stand on; of thousands of scans it is the same."""
-    return package_digest(*list(STEPS.values())[: list(STEPS).index(step) + 1])
+    last = "apply" if step in STORE_STEPS else step
+    return package_digest(*list(STEPS.values())[: list(STEPS).index(last) + 1])
 
 
 def _inputs(scan: Scan) -> list[str]:
     """The files that a row names, with headers apart from their voxels, and what tells of the image."""
-    return [*scan.paths, *counted_beside(scan), *map(str, sidecars_of(Path(scan.image)))]
+    named = [file for path in scan.paths for file in files_of(path)]
+    return [*named, *counted_beside(scan), *map(str, sidecars_of(Path(scan.image)))]
 
 
 def _size_and_time(path: str) -> list[int]:
@@ -180,17 +229,30 @@ def read_failed(
             rows = list(csv.DictReader(file, delimiter="\t"))
     except (OSError, ValueError, csv.Error) as error:
         raise InputError(path, f"cannot be read ({error})", "remove it: its scans are tried again") from None
+    steps = (*STEPS, *STORE_STEPS, NO_FIELD, NO_STORE)
     failed = {}
     for row in rows:
-        if any(row.get(column) is None for column in COLUMNS) or row["step"] not in (*STEPS, NO_FIELD):
+        if any(row.get(column) is None for column in COLUMNS) or row["step"] not in steps:
             raise InputError(path, "is no table of failed scans", "remove it: its scans are tried again")
         scan, step = scans.get(row["scan"]), row["step"]
-        if not scan or step == NO_FIELD or not _may_be_left_out(scan):
+        if not scan or step in (NO_FIELD, NO_STORE):
             continue
         if row["fingerprint"] == fingerprint(scan, step, config, scans):
-            failed[scan.name] = Failure(scan.name, step, row["error"], str(log_of(scan, step, logs)), True)
+            failed[scan.name] = Failure(
+                scan.name, step, row["error"], _log_with(row["error"], scan, step, scans, logs), True
+            )
     # these follow from the others, so that they are tried again with them
-    return failed | without_field(scans.values(), failed)
+    failed |= without_field(scans.values(), failed)
+    return failed | without_store(scans.values(), failed)
+
+
+def _log_with(error: str, scan: Scan, step: str, scans: Mapping[str, Scan], logs: str | Path) -> str:
+    """Path of the log of a step that failed; of a step of an OME-Zarr image, that of the part with this line."""
+    if step not in STORE_STEPS:
+        return str(log_of(scan, step, logs))
+    of_store = (rows for rows in rows_of_stores(scans.values()) if scan in rows)
+    found = (log for rows in of_store for log in _logs_of_store(rows, step, logs) if end_of(log)[0] == error)
+    return str(next(found, ""))
 
 
 def write_failed(
@@ -217,8 +279,8 @@ def write_failed(
     for failure in sorted(failed):
         scan = scans[failure.scan]
         changed = [time for name in _inputs(scan) for time in _size_and_time(name)[2:]]
-        if failure.again and _may_be_left_out(scan) and max(changed, default=0) < since * 1e9:
-            print_of = "" if failure.step == NO_FIELD else fingerprint(scan, failure.step, config, scans)
+        if failure.again and max(changed, default=0) < since * 1e9:
+            print_of = "" if failure.step in (NO_FIELD, NO_STORE) else fingerprint(scan, failure.step, config, scans)
             rows.append([failure.scan, failure.step, failure.error, print_of])
     if not rows:
         path.unlink(missing_ok=True)

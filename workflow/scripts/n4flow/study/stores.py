@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -63,15 +63,18 @@ def stores_of(scans: Sequence[Scan], pyramid_origin: str, other_channels: str) -
     InputError
         A store cannot be used, or its rows do not go together: a line for each.
     """
-    rows: dict[str, list[Scan]] = {}
-    for scan in scans:
-        if scan.is_store:
-            rows.setdefault(os.path.realpath(scan.image), []).append(scan)
     stores: dict[str, Store] = {}
+    others = {scan.name: scan for scan in scans if not scan.is_store}
     problems = []
-    for own in rows.values():
+    for own in rows_of_stores(scans):
         try:
             store = _store_of(own, pyramid_origin, other_channels)
+            if store.name in others:
+                raise InputError(
+                    own[0].image,
+                    f"would be written under the names of {others[store.name].image}",
+                    "tell them apart by session or modality (sample-1_SPIM, sample-2_SPIM)",
+                )
             if store.name in stores:
                 raise InputError(
                     own[0].image,
@@ -84,6 +87,23 @@ def stores_of(scans: Sequence[Scan], pyramid_origin: str, other_channels: str) -
     if problems:
         raise InputError.of_lines(problems)
     return list(stores.values())
+
+
+def rows_of_stores(scans: Iterable[Scan]) -> list[tuple[Scan, ...]]:
+    """Of the rows of a sheet those of each OME-Zarr image."""
+    rows: dict[str, list[Scan]] = {}
+    for scan in scans:
+        if scan.is_store:
+            rows.setdefault(os.path.realpath(scan.image), []).append(scan)
+    return list(map(tuple, rows.values()))
+
+
+def entities_of_store(scans: Sequence[Scan]) -> str:
+    """The entities of an OME-Zarr image: those that its rows have in common."""
+    first = scans[0]
+    shared = set.intersection(*(set(scan.modality.split("_")[:-1]) for scan in scans))
+    parts = [f"sub-{first.subject}", *([f"ses-{first.session}"] if first.session else [])]
+    return "_".join([*parts, *(part for part in first.modality.split("_")[:-1] if part in shared)])
 
 
 def _store_of(scans: Sequence[Scan], pyramid_origin: str, other_channels: str) -> Store:
@@ -104,10 +124,7 @@ def _store_of(scans: Sequence[Scan], pyramid_origin: str, other_channels: str) -
             f"has no row for its channels {' '.join(map(str, left))}",
             "add one each, or set zarr.other_channels to copy",
         )
-    shared = set.intersection(*(set(scan.modality.split("_")[:-1]) for scan in scans))
-    parts = [f"sub-{first.subject}", *([f"ses-{first.session}"] if first.session else [])]
-    parts += [part for part in first.modality.split("_")[:-1] if part in shared]
-    return Store(image, tuple(scans), "_".join(parts), first.folder, first.suffix)
+    return Store(image, tuple(scans), entities_of_store(scans), first.folder, first.suffix)
 
 
 def check_offset(offset: object, images: Sequence[Image]) -> None:
