@@ -14,7 +14,7 @@ from n4flow.steps.correct import correct_scan
 from n4flow.steps.derivatives import CorrectionFiles
 from n4flow.steps.mask import mask_scan
 from n4flow.steps.reference import reference_scan
-from n4flow.study.bids import beside_image
+from n4flow.study.bids import Scan, beside_image, counted_beside
 from n4flow.study.series import open_scan
 
 AFFINE = np.diag([8.0, 8, 8, 1])
@@ -147,6 +147,15 @@ def test_a_lost_frame_is_told_by_its_number_in_the_series(tmp_path, caplog):
     (tmp_path / "a_dwi.bval").write_text("0 1000 0 0")
     assert open_scan(tmp_path / "a_dwi.nii").mean().max() == 1
     assert "1 of 3 frames hold values that are not finite, which are left out of the mean: 4" in caplog.text
+
+
+@pytest.mark.parametrize("suffix", ["dwi", "bold"])
+def test_the_b_values_that_a_step_goes_by_count_in_the_rules(tmp_path, suffix):
+    image = tmp_path / f"sub-01_{suffix}.nii"
+    nib.save(nib.Nifti1Image(np.ones((4, 5, 6, 2), np.float32), AFFINE), image)
+    image.with_suffix(".bval").write_text("0 1000")
+    assert open_scan(image).averaged == (0,)
+    assert counted_beside(Scan("01", "", suffix, str(image))) == [str(image.with_suffix(".bval"))]
 
 
 def test_what_lies_beside_a_series_is_found_by_inheritance(tmp_path):

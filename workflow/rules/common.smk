@@ -129,6 +129,10 @@ def mask_image_of(wildcards):
     return scan_of(wildcards).mask_image or []
 
 
+# asked for by each job of a scan
+counted_beside = cache(counted_beside)
+
+
 def beside_of(wildcards):
     return counted_beside(scan_of(wildcards))
 

@@ -413,9 +413,12 @@ def beside_image(image: str | Path, what: str) -> Path | None:
 
 
 def counted_beside(scan: Scan) -> list[str]:
-    """Files whose change counts as one of what a row names: headers apart from their voxels, b values."""
+    """Files whose change counts as one of what a row names: headers apart from their voxels, b values.
+
+    The b values of a series count whatever it is called, as `series.low_b_frames` goes by them.
+    """
     headers = [str(header_file(path)) for path in scan.paths if path.endswith(".img")]
-    b_values = beside_image(scan.image, "bval") if "bval" in CARRIED_WITH.get(scan.suffix, ()) else None
+    b_values = beside_image(scan.image, "bval")
     return [*headers, *([str(b_values)] if b_values else [])]
 
 
