@@ -3,11 +3,15 @@
 import json
 import re
 import shutil
+import time
+from pathlib import Path
 
 import pytest
 from study import ROOT, snakemake, write_config
 
-from n4flow.study.sheet import with_least_hash
+from n4flow.study.config import load_config, load_schema, with_defaults
+from n4flow.study.failures import Failure, write_failed
+from n4flow.study.sheet import read_sheet, with_least_hash
 
 GRID = {"spline_distance_mm": [40, 80], "convergence_threshold": [0.0015, 0.01]}
 
@@ -67,6 +71,24 @@ def test_a_further_value_adds_its_own_corrections_and_the_page(folder, tmp_path)
     shutil.copytree(folder, tmp_path / "copy", symlinks=True)
     tune_config(tmp_path / "copy", {**GRID, "spline_distance_mm": [40, 60, 80]})
     assert sorted(rules_to_run(tmp_path / "copy", "tune")) == ["tune", "tune_n4", "tune_n4"]
+
+
+def test_a_reference_that_failed_before_is_not_tried_again(folder, tmp_path, monkeypatch):
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy, symlinks=True)
+    monkeypatch.chdir(copy)
+    for path in copy.glob("results/sub-02/anat/*N4sitk*"):
+        path.unlink()
+    assert "reference" in rules_to_run(copy, "tune")
+    schemas = {name: load_schema(ROOT / f"workflow/schemas/{name}.schema.yaml") for name in ("config", "samples")}
+    config = with_defaults(load_config("config/config.yaml"), schemas["config"])
+    rows = [line for line in Path(config["samples"]).read_text().splitlines() if line.startswith(("subject", "02"))]
+    Path("02.tsv").write_text("\n".join(rows) + "\n")
+    (scan,) = read_sheet("02.tsv", schemas["samples"])
+    failure = Failure(scan.name, "reference", "broken", "", True)
+    (copy / "results/qc").mkdir(exist_ok=True)
+    write_failed(copy / "results/qc/failed.tsv", [failure], {scan.name: scan}, config, time.time() + 1)
+    assert rules_to_run(copy, "tune") == ["tune"]
 
 
 def test_the_reference_hangs_on_no_setting_of_ours(folder, tmp_path):

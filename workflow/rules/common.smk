@@ -73,6 +73,8 @@ WITH_REFERENCE = with_least_hash([s.name for s in SHEET if not s.field_from], co
 WITH_REFERENCE -= WITHOUT_REFERENCE
 
 TUNED = [scan for scan in SCANS if scan.subject in config["tune"]["subjects"] and not scan.field_from]
+# Those that SimpleITK corrects too: all that it can, as whom a dataset's own choice hits says nothing here.
+TUNED_BESIDE = [s.name for s in TUNED if config["reference"]["scans"] and s.name not in WITHOUT_REFERENCE]
 COMBINATIONS = grid_combinations(config["tune"]["grid"])
 # What reviewers said, if they have.
 RATINGS_FILE = config["qc"]["ratings"] or []

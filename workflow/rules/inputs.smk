@@ -90,8 +90,7 @@ def tune_inputs(wildcards):
     return {
         "images": [volume_of(scan) for scan in TUNED],
         "masks": [made_of(scan, "mask") for scan in TUNED],
-        # of all of them: whom a dataset's own choice hits says nothing here
-        "references": [made_of(scan, "reference_field") for scan in TUNED if config["reference"]["scans"]],
+        "references": [made_of(SCAN_OF[name], "reference_field") for name in TUNED_BESIDE],
         "corrected": of_all("corrected.nii.gz"),
         "sidecars": of_all("corrected.json"),
         "fields": of_all("biasfield.json"),

@@ -52,6 +52,7 @@ rule tune:
         mem_mb=memory_mb(baseline=600, per_voxel=16),
     params:
         scans=[scan.name for scan in TUNED],
+        referenced=TUNED_BESIDE,
         combinations=list(COMBINATIONS.values()),
         settings=config["n4"],
         field_window_log=config["qc"]["field_window_log"],

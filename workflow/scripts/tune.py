@@ -9,10 +9,10 @@ from n4flow.steps.derivatives import CorrectionFiles
 
 def main(snakemake):
     inputs, params = snakemake.input, snakemake.params
-    references = map(Path, inputs.get("references", []))
+    references = dict(zip(params.referenced, map(Path, inputs.get("references", [])), strict=True))
     written = map(CorrectionFiles, *(map(Path, inputs[role]) for role in ("corrected", "sidecars", "fields")))
     scans = [
-        TunedScan(name, Path(image), Path(mask), next(references, None), [next(written) for _ in params.combinations])
+        TunedScan(name, Path(image), Path(mask), references.get(name), [next(written) for _ in params.combinations])
         for name, image, mask in zip(params.scans, inputs.images, inputs.masks, strict=True)
     ]
     make_comparison(
