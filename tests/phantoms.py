@@ -165,6 +165,24 @@ def light_sheet(contrast, field_sd, seed, *, levels=None, noise_percent=3):
     return Scan(image, image > otsu_threshold(image.ravel()), inside, nothing, nothing, log_bias, (0.04,) * 3)
 
 
+def sparse_stain(scan, ground, seed):
+    """A stain of cells in a tenth of a light-sheet object, on the faint ground of the rest; the same field and noise.
+
+    Parameters
+    ----------
+    scan : Scan
+        As `light_sheet` made it.
+    ground : float
+        Intensity of what is no cell, of a cell's 1.
+    seed : int
+    """
+    rng = np.random.default_rng(seed)
+    centres = rng.random(scan.image.shape) < 0.003
+    cells = _blurred(centres * rng.uniform(0.5, 1, centres.shape).astype(np.float32), 1.5) * 53
+    image = 1000 * scan.brain * (ground + np.minimum(cells, 1)) * np.exp(scan.log_bias)
+    return _with_noise(image.astype(np.float32), 30, rng)
+
+
 def with_added_field(scan, field, inu_percent, seed):
     """A real scan times a known field, float32, and the log of that field, of mean 0 in the mask.
 
