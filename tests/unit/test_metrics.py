@@ -446,6 +446,7 @@ def test_a_fine_correction_raises_no_flag():
         ({"agreement_rms_log": 2e-4}, "agreement_rms"),
         ({"saturated_fraction": 0.03}, "saturation"),
         ({"seam_ratio_after": 1.5}, "seam_worse"),
+        ({"seam_ratio_before": 2.5, "seam_ratio_after": 2.5}, "seams"),
         ({"self_check_max": 0.1}, "self_check"),
         ({"outside_fraction": 0.51}, "field_outside"),
         ({"voxel_size_mm": [0.001, 0.001, 0.001]}, "size"),  # metres without a unit
@@ -472,7 +473,7 @@ def test_a_limit_that_is_moved_away_silences_its_flag_and_no_other(flag):
     bad = FINE | {
         "field_min": 0.1, "inu_range": 0.001, "field_steepness": 5.0, "cjv_after": 0.7, "log_entropy_after_bits": 4.2,
         "mean_ratio": 0.9, "mask_dark_fraction": 0.3, "dropped_fraction": 0.1, "reference_rms_log": 0.2,
-        "agreement_rms_log": 1e-3, "saturated_fraction": 0.03, "seam_ratio_after": 1.5, "self_check_max": 0.1,
+        "agreement_rms_log": 1e-3, "saturated_fraction": 0.03, "seam_ratio_after": 2.5, "self_check_max": 0.1,
         "outside_fraction": 0.9, "repeatability_log": 0.03, "bright_outside_fraction": 2.0,
         "mask_speckle_fraction": 0.5, "wrapped_fraction": 0.9,
     }  # fmt: skip

@@ -289,6 +289,18 @@ FLAGS = {
         limit=0.01,
         limit_text=_percent,
     ),
+    "seams": Flag(
+        ("seam_ratio_after",),
+        _above,
+        lambda m: (
+            f"the worst step between planes{f' ({place})' if (place := m.get('seam_place_after')) else ''} is "
+            f"{m['seam_ratio_after']:.2f} times the typical one, and no smooth field mends it"
+        ),
+        meaning="tile-seam ratio of the corrected image above the limit (microscopy)",
+        look="for the edges of tiles, which are to be corrected before they are fused, and where the object ends",
+        limit=2.0,
+        limit_text="{:g}-fold".format,
+    ),
     "seam_worse": Flag(
         ("seam_ratio_before", "seam_ratio_after"),
         _times_above,
