@@ -147,6 +147,7 @@ def test_a_mask_of_the_sheet_is_brought_onto_the_coarse_grid(folder):
 def test_nothing_is_left_to_do_and_the_manifest_agrees(folder):
     done = snakemake(folder, "--cores", 1, "--dry-run")
     assert "Nothing to be done" in done.stdout, done.stdout
+    assert "no such scan" not in done.stdout
     manifest = json.loads((folder / "results/manifest.json").read_text())
     files = manifest["Scans"]["sub-01_stain-cFos_res-coarse_SPIM"]["Files"]
     assert {f"{TWO[8:]}.json", f"{TWO[8:]}.ome.zarr/zarr.json"} <= set(files)

@@ -15,6 +15,9 @@ rule n4:
         "<logs>/n4/{folder}/{entities}_{suffix}.log",
     benchmark:
         "<benchmarks>/n4/{folder}/{entities}_{suffix}.tsv"
+    wildcard_constraints:
+        # of its names, one is also that of the sidecar of an OME-Zarr image
+        entities=f"(?!{entities_pattern(STORES)}){WILDCARDS['entities']}",
     conda:
         "../../envs/n4.yaml"
     resources:

@@ -3,10 +3,6 @@
 # fields found there. Its root metadata is written last: until then, readers take it for none.
 
 
-# of n4's names, one is also that of the sidecar of a store
-ruleorder: describe > apply > n4
-
-
 rule coarse:
     """Read the level of a channel that its field is estimated on."""
     input:
