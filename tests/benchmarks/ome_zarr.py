@@ -10,6 +10,10 @@ largest resident set of the process, less that of one which has imported the sam
     python tests/benchmarks/ome_zarr.py --plan 1000
 
 Times how long Snakemake takes to plan a store of so many GB, of which there is the metadata alone.
+
+    python tests/benchmarks/ome_zarr.py --picture workflow/report/crops.webp
+
+Corrects a simulated light-sheet image, and draws the picture of README.md.
 """
 
 import argparse
@@ -34,7 +38,12 @@ sys.path[:0] = [str(REPOSITORY / "workflow" / "scripts"), str(REPOSITORY)]
 from n4flow.core.field import BiasField, Mesh  # noqa: E402
 from n4flow.images.arrays import ChannelDivision, divide_units, open_level, read_coarse  # noqa: E402
 from n4flow.images.ngff import choose_coarse, read_image  # noqa: E402
-from n4flow.steps.pyramid import plan_store  # noqa: E402
+from n4flow.qc.crops import draw_crops  # noqa: E402
+from n4flow.steps.correct import correct_scan  # noqa: E402
+from n4flow.steps.derivatives import CorrectionFiles  # noqa: E402
+from n4flow.steps.mask import mask_scan  # noqa: E402
+from n4flow.steps.pyramid import coarse_scan, describe_store, divide_part, finish_store, plan_store  # noqa: E402
+from tests.phantoms import light_sheet  # noqa: E402
 from tests.pyramids import binned, write_store  # noqa: E402
 
 LAYOUTS = {
@@ -221,15 +230,48 @@ def plan(gb, folder):
     print(f"{edge**3 * 2 / 1e12:.2g} TB: {jobs} jobs divide it, planned in {wall:.1f} s (CPU {cpu:.1f} s)")
 
 
+def picture(output, folder):
+    """Crops of a simulated image before and after, as on the page of a scan."""
+    scan = light_sheet(1, 0.24, 1)
+    levels = [np.rint(values.T).astype(np.uint16) for values in (scan.image, binned(scan.image))]
+    store, target = (
+        write_store(folder / "a.ome.zarr", levels, scale_um=(40, 40, 40), chunks=(64, 64, 64)),
+        folder / "out",
+    )
+    names = {
+        name: folder / name for name in ("c.nii.gz", "c.json", "m.nii.gz", "m.json", "n.nii.gz", "n.json", "f.json")
+    }
+    coarse, told, mask, mask_told, corrected, sidecar, field = names.values()
+    settings = {"level": 1, "level_voxels": 16_000_000, "offset": 0, "pyramid_origin": "auto"}
+    coarse_scan(store, coarse, told, channel="", **settings)
+    mask_scan(coarse, None, mask, mask_told, method="otsu", percentile=50)
+    correct_scan(coarse, mask, CorrectionFiles(corrected, sidecar, field), parameters={}, device="cpu")
+    job_gb = levels[0].nbytes / 4e9
+    plan_store(store, target, folder / "plan.json", job_gb=job_gb, dtype="same", pyramid_origin="auto")
+    common = {"channels": {"a": 0}, "fields": [field], "coarse": [told], "pyramid_origin": "auto"}
+    image, parts = read_image(store), []
+    for number, level in enumerate(image.levels):
+        for part in range(level.parts(job_gb)):
+            parts.append(folder / f"level-{number}_part-{part}.json")
+            places = {"level": number, "part": part, "keep_saturated": True}
+            divide_part(store, target, folder / "plan.json", parts[-1], **places, **common)
+    describe_store(store, parts, folder / "out.json", **common)
+    finish_store(store, folder / "out.json", target / image.root, pyramid_origin="auto")
+    draw_crops(store, target, folder / "plan.json", mask, told, output, channel="", pyramid_origin="auto")
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--gb", type=float, nargs="+", default=[1.0])
     parser.add_argument("--plan", type=float, metavar="GB")
+    parser.add_argument("--picture", type=Path, metavar="FILE")
     parser.add_argument("--folder", type=Path, default=None, help="where the stores lie; a temporary one by default")
     given = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = "1"
     with tempfile.TemporaryDirectory(dir=given.folder) as folder:
-        if given.plan:
+        if given.picture:
+            picture(given.picture, Path(folder))
+        elif given.plan:
             plan(given.plan, Path(folder))
         else:
             table(given.gb, Path(folder))

@@ -133,8 +133,13 @@ def test_the_sidecar_says_what_was_seen(folder, store):
 
 def test_parts_are_those_of_the_config(folder):
     assert len(list(folder.glob("results/parts/sub-01/micr/sub-01_SPIM/level-0_part-*.json"))) >= PARTS
-    page = (folder / "results/qc/sub-02_res-coarse_SPIM.html").read_text()
-    assert "sub-02_res-coarse_SPIM" in page
+
+
+def test_the_page_shows_crops_of_the_finest_level(folder):
+    crops = "data/sub-02_res-coarse_SPIM_crops.webp"
+    for place in ("results/qc", "results/qc/bundle"):
+        assert f'src="{crops}"' in (folder / place / "sub-02_res-coarse_SPIM.html").read_text()
+        assert (folder / place / crops).stat().st_size > 1000
 
 
 def test_a_mask_of_the_sheet_is_brought_onto_the_coarse_grid(folder):
@@ -182,7 +187,7 @@ def test_changed_metadata_of_a_level_are_noticed(folder, tmp_path, level):
     file = copy / f"raw/two.ome.zarr/{level}/zarr.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "attributes": {"new": 1}}))
     rules, _ = rules_to_run(copy)
-    assert (rules["coarse"], rules["plan"], rules["finish"]) == (2, 1, 1)
+    assert (rules["coarse"], rules["plan"], rules["finish"], rules["crops"]) == (2, 1, 1, 2)
 
 
 def test_an_image_with_a_damaged_chunk_is_set_aside_with_its_channels(tmp_path):

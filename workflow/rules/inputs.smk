@@ -10,11 +10,13 @@ try:
 except InputError as error:
     raise WorkflowError(str(error)) from None
 
-# What is written for the OME-Zarr image of a scan: the sidecar, and the root metadata, by which it is complete.
+# What is written for the OME-Zarr image of a scan: the sidecar, the root metadata, by which it is complete, and crops for the
+# scan's page.
 STORE_FILES = {
     scan.name: {
         "store_sidecar": f"<results>/{store_output(store, 'store_sidecar')}",
         "store": f"<results>/{store_output(store, 'root')}",
+        "crops": f"<results>/{output_of(scan, 'crops')}",
     }
     for store in STORES
     for scan in store.scans
@@ -57,6 +59,24 @@ def fields_of(wildcards):
         "fields": [made_of(SCAN_OF[scan.field_source], "field") for scan in scans],
         "coarse": [made_of(scan, "coarse_sidecar") for scan in scans],
     }
+
+
+def crops_inputs(wildcards):
+    """The image and its coarse volume, which tells where the mask lies."""
+    scan = scan_of(wildcards)
+    store = next(store for store in STORES if scan in store.scans)
+    return {
+        "store": STORE_FILES[scan.name]["store"],
+        "plan": f"<results>/{store_output(store, 'plan')}",
+        "mask": made_of(scan, "mask"),
+        "sidecar": made_of(scan, "coarse_sidecar"),
+    }
+
+
+def crops_of(wildcards):
+    """Where the crops for the page of a scan will be, if it is a channel of an OME-Zarr image."""
+    scan = scan_of(wildcards)
+    return workflow.pathvars.apply(made_of(scan, "crops")) if scan.is_store else None
 
 
 def divide_mb(wildcards, attempt, threads):

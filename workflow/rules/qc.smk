@@ -18,6 +18,7 @@ rule qc:
         mem_mb=memory_mb(baseline=600, per_voxel=16),
     params:
         settings=page_settings(config["qc"]),
+        crops=crops_of,
         package=package_digest("qc.pages"),
     script:
         "../scripts/qc.py"
@@ -31,6 +32,7 @@ rule index:
         # by its path: see manifest.smk
         guide="<results>/qc/guide.html",
         pictures=[made_of(scan, "pictures") for scan in SCANS],
+        crops=[made_of(scan, "crops") for scan in SCANS if scan.is_store],
         ratings=RATINGS_FILE,
     output:
         page="<results>/qc/index.html",

@@ -153,3 +153,26 @@ rule finish:
         package=package_digest("steps.pyramid"),
     script:
         "../scripts/finish.py"
+
+
+rule crops:
+    """Draw the finest level before and after, where two parts meet, for the page of a channel."""
+    input:
+        unpack(crops_inputs),
+    output:
+        crops=OUTPUT["crops"],
+    log:
+        "<logs>/crops/{entities}_{suffix}.log",
+    benchmark:
+        "<benchmarks>/crops/{entities}_{suffix}.tsv"
+    conda:
+        "../../envs/qc.yaml"
+    resources:
+        mem_mb=SNAKEMAKE_MB + 1500,
+    params:
+        image=lambda wildcards: scan_of(wildcards).image,
+        channel=lambda wildcards: scan_of(wildcards).channel,
+        pyramid_origin=config["zarr"]["pyramid_origin"],
+        package=package_digest("qc.crops"),
+    script:
+        "../scripts/crops.py"

@@ -30,7 +30,7 @@ def main(snakemake):
     out, pages = snakemake.output, snakemake.input.pages
     for file in map(Path, [page, table, out.outliers, out.methods, snakemake.input.guide, *pages]):
         link(file, bundle / file.name)
-    for file in map(Path, [*snakemake.input.pictures, *snakemake.output.logs]):
+    for file in map(Path, [*snakemake.input.pictures, *snakemake.input.get("crops", []), *snakemake.output.logs]):
         link(file, bundle / "data" / file.name)
     bundle.replace(complete)
 

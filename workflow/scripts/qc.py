@@ -11,6 +11,7 @@ def main(snakemake):
         "n4flow.qc.pages:make_subject",
         snakemake.log[0],
         name=Path(snakemake.output.metrics).stem,
+        crops=snakemake.params.crops,
         **read,
         **dict(snakemake.output.items()),
         **snakemake.params.settings,

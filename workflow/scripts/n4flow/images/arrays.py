@@ -137,6 +137,17 @@ def read_coarse(
     return volume.T, float(offset), {"Fill": fill / voxels, "Saturated": saturated / voxels}
 
 
+def read_part(image: Image, level: Level, part: Sequence[slice], channel: int) -> np.ndarray:
+    """A part of a level along the axes of space, of a channel at the first time.
+
+    Raises
+    ------
+    InputError
+        It cannot be read.
+    """
+    return _read(image, open_level(image, level), part, channel, 0)
+
+
 def read_nearest(image: Image, level: Level, to_level: np.ndarray, shape: Sequence[int]) -> np.ndarray:
     """Voxels of a level that lie nearest to those of another grid, of the first channel and time; read by blocks.
 

@@ -46,6 +46,7 @@ def make_subject(
     viewer: str | Path | None = None,
     viewer_mb: float = 0,
     alone: bool = False,
+    crops: str | Path | None = None,
     **scan: Any,
 ) -> None:
     """Write the page and the metrics of one subject.
@@ -61,6 +62,8 @@ def make_subject(
         The most that the viewer's data may take, in MB.
     alone : bool
         The page belongs to no report: it leads nowhere, and nobody rates it.
+    crops : path-like, optional
+        Picture of crops at full resolution, which is there when the OME-Zarr image is (`crops.draw_crops`).
     **scan
         As `measuring.measure_subject` takes it.
 
@@ -100,6 +103,7 @@ def make_subject(
             oblique=oblique if oblique > 1 else None,
             has_reference=subject.log_reference is not None,
             index_href=None if alone else f"index.html#{quote(values['name'])}",
+            crops_href=quote(os.path.relpath(crops, Path(page).parent)) if crops else None,
             viewer_href=quote(os.path.relpath(viewer, Path(page).parent)) if viewer else None,
         )
 

@@ -31,6 +31,7 @@ STEPS = {
     "apply": "steps.apply",
     "reference": "steps.reference",
     "qc": "qc.pages",
+    "crops": "qc.crops",
 }
 
 #: The steps of an OME-Zarr image as a whole, in their order, for which the fields of its channels are there.
@@ -57,7 +58,7 @@ class Failure(NamedTuple):
 
 def log_of(scan: Scan, step: str, logs: str | Path) -> Path:
     """Path of the log of a scan's step, in the folder of logs."""
-    return Path(logs) / step / ("" if step == "qc" else scan.folder) / f"{scan.name}.log"
+    return Path(logs) / step / ("" if step in ("qc", "crops") else scan.folder) / f"{scan.name}.log"
 
 
 def _logs_of_store(scans: Sequence[Scan], step: str, logs: str | Path) -> list[Path]:

@@ -41,6 +41,7 @@ NAMES = {
     "metrics": "qc/data/{entities}_{suffix}.json",
     "pictures": "qc/data/{entities}_{suffix}.webp",
     "viewer": "qc/data/{entities}_{suffix}.js",
+    "crops": "qc/data/{entities}_{suffix}_crops.webp",
 }
 
 #: Of an OME-Zarr image, whose rows in the sheet are its channels; level and part are numbers, root is its metadata.
