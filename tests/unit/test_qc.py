@@ -217,6 +217,16 @@ def test_a_field_beyond_its_window_has_colours_of_its_own():
     assert np.abs(row[middle - 20 : middle + 20] - over).max(axis=1).min() > 60
 
 
+@pytest.mark.filterwarnings("error")
+def test_infinite_voxels_have_the_colour_of_the_brightest():
+    scale = mosaics.intensity_scale(1.0)
+    values = np.array([[np.finfo(np.float32).max, 2, 1], [-np.finfo(np.float32).max, -5, 0]], np.float32)
+    colours = scale.colours(values)
+    assert (colours[0] == colours[0, 2]).all()
+    assert (colours[1] == colours[1, 2]).all()
+    assert (scale.colours(np.float32([[np.nan]])) == colours[1, 2]).all()
+
+
 def test_isolines_lie_where_the_field_has_their_ratio():
     values = np.broadcast_to(np.linspace(-0.1, 0.3, 40)[:, None, None], (40, 40, 9))
     drawn = draw(values, cover="hide")

@@ -70,7 +70,9 @@ class ColourScale(NamedTuple):
     def colours(self, values: np.ndarray) -> np.ndarray:
         """The colours (n, m, 3) of values (n, m), uint8."""
         table = _colour_table(self.cmap, self.beyond)
-        place = np.rint((values - self.low) * (255 / (self.high - self.low)))
+        span = self.high - self.low
+        # far beyond, no colour changes: infinite voxels would overflow
+        place = np.rint((values.clip(self.low - span, self.high + span) - self.low) * (255 / span))
         found: np.ndarray = table[np.clip(np.nan_to_num(place) + 1, 0, 257).astype(np.int16)]
         return found
 
