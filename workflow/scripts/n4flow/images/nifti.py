@@ -157,6 +157,8 @@ class Volume:
         plain, packed = (".mgh", ".mgz") if self.path.suffix in (".mgh", ".mgz") else (".nii", ".nii.gz")
         if opener is igzip.open and start in STARTS:
             raise InputError(self.path, "is not compressed, though its name says so", f"rename it to {plain}")
+        if opener is igzip.open and start[:2] != GZIP_MAGIC:
+            raise InputError(self.path, "is no gzip file, though its name says so", f"give a {packed} file")
         if header_path == self.path and opener is open and start[:2] == GZIP_MAGIC:
             raise InputError(self.path, "is compressed, which its name does not say", f"rename it to {packed}")
         with self._errors(), io.BytesIO(self._kept) if self._kept else opener(self.path, "rb") as stream:
