@@ -336,14 +336,14 @@ def test_filters_choose_scans(study, suffixes, filters, count):
 @pytest.mark.parametrize(
     ("filters", "line"),
     [
-        ({"participants": ["01", "9", "10"]}, "holds no participant 10 9; check the labels"),
+        ({"participants": ["01", "9", "10"]}, "holds no participant 10 9; there are "),
         ({"sessions": ["x"]}, "holds no scan with the suffix T1w and x; check the folder and the filters"),
         ({"entities": ["acq-x", "run-7"]}, "holds no scan with the suffix T1w and acq-x and run-7; check the folder"),
         (
             {"entities": ["mprage"]},
             "mprage: is no entity of a BIDS name; write it as names have it, such as acq-mprage",
         ),
-        ({"participants": ["../.."]}, "holds no participant ../..; check the labels"),
+        ({"participants": ["../.."]}, "holds no participant ../..; there are "),
     ],
 )
 def test_filter_that_leaves_nothing_is_an_error_of_one_line(study, filters, line):

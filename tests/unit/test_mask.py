@@ -440,7 +440,7 @@ def test_the_mask_of_a_uniform_image_is_found_on_the_second_inversion(head, tmp_
     assert_array_equal(load(tmp_path / "mask.nii"), load(tmp_path / "expected.nii"))
     content = json.loads(sidecar.read_text())
     assert content["Mask"] == expected
-    assert content["Sources"] == ["bids::uni.nii", "bids::inv2.nii"]
+    assert content["Sources"] == ["uni.nii", "inv2.nii"]
     assert set(content["Provenance"]["InputSHA256"]) == {"image", "mask_image"}
     other = save(tmp_path / "inv2.nii", head.image[1:])
     with pytest.raises(InputError, match=r"inv2\.nii: the mask image has shape"):

@@ -30,7 +30,7 @@ from n4flow.images.fields import load_field
 from n4flow.images.files import read_json, write_json
 from n4flow.images.ngff import Image, choose_coarse, file_of, is_store, read_image
 from n4flow.images.nifti import Grid, Volume, VolumeWriter
-from n4flow.study.bids import own_uri, source_uri
+from n4flow.study.bids import source_uri
 from n4flow.study.provenance import provenance
 
 log = logging.getLogger(__name__)
@@ -380,7 +380,7 @@ def describe_store(
     rows = {
         name: {
             "Index": index,
-            "Field": own_uri(Path(field)),
+            "Field": source_uri(Path(field), Path(output)),
             **{key: read_json(told)[key] for key in ("Channel", "Level", "Offset")},
         }
         for (name, index), field, told in zip(channels.items(), fields, coarse, strict=True)

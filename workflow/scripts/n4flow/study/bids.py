@@ -268,7 +268,8 @@ def index_dataset(
                             scans += _channels(scan) if scan.is_store else [scan]
     there = {subject.name[4:] for subject in subjects}
     if absent := sorted({label.removeprefix("sub-") for label in participants} - there):
-        raise InputError(folder, f"holds no participant {' '.join(absent)}", "check the labels")
+        labels = [path.name[4:] for path in _folders(root, "sub-")]
+        raise InputError(folder, f"holds no participant {' '.join(absent)}", f"there are {_a_few(labels) or 'none'}")
     if not scans:
         chosen = " and ".join(filter(None, [" or ".join(suffixes), *map(" or ".join, [*wanted.values(), sessions])]))
         remedy = "convert those in other formats" if unread else "check the folder and the filters"
@@ -276,9 +277,14 @@ def index_dataset(
     for suffix in suffixes:
         named = {subject for subject, of_other in unread if of_other == suffix}
         if without := sorted(there - named - {scan.subject for scan in scans if scan.suffix == suffix}):
-            names = " ".join(without[:NAMED]) + (" …" if len(without) > NAMED else "")
-            log.warning("%s: %d of %d subjects have no %s: %s", folder, len(without), len(there), suffix, names)
+            of = (len(without), len(there), suffix)
+            log.warning("%s: %d of %d subjects have no %s: %s", folder, *of, _a_few(without))
     return scans
+
+
+def _a_few(labels: Sequence[str]) -> str:
+    """The first of some labels in a line."""
+    return " ".join(sorted(labels)[:NAMED]) + (" …" if len(labels) > NAMED else "")
 
 
 def _channels(scan: Scan) -> list[Scan]:
@@ -505,24 +511,25 @@ def check_magnitude(image: Path) -> None:
 
 
 def source_uri(path: Path, output: Path) -> str:
-    """BIDS URI of a file, raw or of the outputs, as a sidecar there names it; its mere name outside of a dataset."""
-    if _output_root(output) in Path(os.path.abspath(path)).parents:
-        return own_uri(path)
-    root = dataset_root(path)
-    if not root:
-        return path.name
-    return f"bids:{_link_name(root, _output_root(output))}:{Path(os.path.abspath(path)).relative_to(root).as_posix()}"
+    """How a sidecar of an output names a file, raw or of the outputs: by its BIDS URI, without a dataset by its name.
+
+    Where the output lies in no dataset, no URI would lead anywhere: it is the path from the sidecar.
+    """
+    root = _output_root(output)
+    if root is None:
+        return Path(os.path.relpath(path, output.parent)).as_posix()
+    place = Path(os.path.abspath(path))
+    if root in place.parents:
+        return f"bids::{place.relative_to(root).as_posix()}"
+    source = dataset_root(path)
+    return f"bids:{_link_name(source, root)}:{place.relative_to(source).as_posix()}" if source else path.name
 
 
-def own_uri(path: Path) -> str:
-    """BIDS URI of a file of the outputs."""
-    return f"bids::{Path(os.path.abspath(path)).relative_to(_output_root(path)).as_posix()}"
-
-
-def _output_root(path: Path) -> Path:
-    """The folder of derivatives that an output lies in: the parent of its ``sub-`` folder, or its own."""
+def _output_root(path: Path) -> Path | None:
+    """The folder of derivatives that an output lies in: the parent of its ``sub-`` folder, or its own if described."""
     folders = Path(os.path.abspath(path)).parents
-    return next((folder.parent for folder in folders if folder.name.startswith("sub-")), folders[0])
+    described = folders[0] if (folders[0] / "dataset_description.json").is_file() else None
+    return next((folder.parent for folder in folders if folder.name.startswith("sub-")), described)
 
 
 def _link_name(root: Path, output_root: Path) -> str:
