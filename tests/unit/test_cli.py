@@ -8,7 +8,10 @@ import os
 import re
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
+from threading import Barrier
 
 import nibabel as nib
 import numpy as np
@@ -16,7 +19,8 @@ import pytest
 import yaml
 
 from n4flow import cli, load_field
-from n4flow.console import Terminal, commanding
+from n4flow.console import PARTICIPANTS, TYPED, Terminal, commanding
+from n4flow.errors import InputError
 from n4flow.parameters import N4Parameters
 from n4flow.steps.apply import apply_scan
 from n4flow.steps.correct import correct_scan
@@ -24,7 +28,7 @@ from n4flow.steps.mask import mask_scan
 from n4flow.study.bids import Scan
 from n4flow.study.config import config_problems, load_schema
 from n4flow.study.manifest import content_sha256
-from n4flow.study.sheet import add_to_sheet, read_sheet
+from n4flow.study.sheet import add_to_sheet, found_file, read_sheet
 
 COMMANDS = ["correct", "apply", "sheet", "verify", "run"]
 SETTINGS = {"method": "otsu", "percentile": 50}
@@ -219,7 +223,38 @@ def test_what_is_wrong_is_one_line_and_nothing_is_written(image, tmp_path, argum
 def test_config_that_the_workflow_would_refuse_is_refused(image, tmp_path):
     (tmp_path / "c.yaml").write_text("n4: {iteration: [3]}\n")
     line = failure("correct", image, tmp_path / "x.nii.gz", "--config", tmp_path / "c.yaml")
-    assert line == "config: n4.iteration: there is no such key; did you mean iterations?"
+    assert line == f"{tmp_path}/c.yaml: n4.iteration: there is no such key; did you mean iterations?"
+
+
+@pytest.mark.parametrize("name", ["p.pdf", "p", "p.html.gz"])
+def test_a_page_is_html_and_nothing_else(image, tmp_path, name):
+    line = failure("correct", image, tmp_path / "x.nii.gz", "--report", tmp_path / name)
+    assert line == f"{tmp_path}/{name}: is no name for a page; let it end in .html"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_page_would_flag_is_told_without_one(image, tmp_path, capsys):
+    limits = {"repeatability": 1e-9, "dropped_voxels": 1e-9}
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump({"n4": {"iterations": [2] * 6}, "qc": {"flags": limits}}))
+    values = np.asarray(nib.load(image).dataobj).copy()
+    values[20, 20, 15] = -1  # in the mask that is given, and without a logarithm
+    nib.save(nib.Nifti1Image(values, nib.load(image).affine), tmp_path / "raw.nii")
+    inputs = [tmp_path / "raw.nii", tmp_path / "x.nii", "--mask", image.with_name("brain.nii.gz")]
+    options = ["--config", tmp_path / "c.yaml", "--device", "cpu"]
+    n4flow("correct", *inputs, *options)
+    told = [line for line in capsys.readouterr().err.splitlines() if "flagged" in line]
+    n4flow("correct", *inputs, *options, "--report", tmp_path / "p.html")
+    of_page = [line for line in capsys.readouterr().err.splitlines() if "flagged" in line]
+    begin = f"n4flow: {tmp_path}/raw.nii: flagged: "
+    of_run = [f"{begin}{name}: " for name in ("repeatability", "dropped_voxels", "iterations_exhausted")]
+    assert [line for line, start in zip(told, of_run, strict=True) if not line.startswith(start)] == []
+    assert [line for line in of_page if line.startswith(tuple(of_run))] == told
+
+
+def test_a_good_correction_has_no_line_but_the_last(image, tmp_path, capsys):
+    n4flow("correct", image, tmp_path / "x.nii", "--device", "cpu")
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("n4flow: done in ")
 
 
 def test_what_a_report_needs_is_named_before_any_work(image, tmp_path, monkeypatch):
@@ -238,6 +273,21 @@ def test_apply_divides_as_the_step_does(image, by_steps, tmp_path):
     assert (tmp_path / "x.nii.gz").read_bytes() == (tmp_path / "y.nii.gz").read_bytes()
     assert content_sha256(tmp_path / "x.json") == content_sha256(tmp_path / "y.json")
     assert content_sha256(tmp_path / "x_biasfield.json") == content_sha256(tmp_path / "y_field.json")
+
+
+def test_apply_takes_the_settings_of_a_study_and_tells_what_lies_outside(image, by_steps, tmp_path, capsys):
+    settings, aside = tmp_path / "c.yaml", tmp_path / "aside.nii.gz"
+    settings.write_text(yaml.safe_dump({"output": {"keep_dtype": True}}))
+    own = nib.load(image)
+    affine = own.affine.copy()
+    affine[0, 3] += 0.7 * 4 * own.shape[0]
+    nib.save(nib.Nifti1Image(np.asarray(own.dataobj), affine), aside)
+    n4flow("apply", by_steps["field"], aside, tmp_path / "x.nii.gz", "--config", settings)
+    files = {"corrected": tmp_path / "y.nii.gz", "sidecar": tmp_path / "y.json", "field": tmp_path / "y_field.json"}
+    apply_scan(aside, by_steps["field"], files, keep_dtype=True)
+    assert (tmp_path / "x.nii.gz").read_bytes() == (tmp_path / "y.nii.gz").read_bytes()
+    assert nib.load(tmp_path / "x.nii.gz").get_data_dtype() == own.get_data_dtype()
+    assert "flagged: field_outside: 70 % of the image lies outside" in capsys.readouterr().err
 
 
 def test_apply_given_the_field_as_an_image_names_its_control_points(image, by_steps, tmp_path):
@@ -288,17 +338,22 @@ def schema(pytestconfig):
     return yaml.safe_load((pytestconfig.rootpath / "workflow/schemas/samples.schema.yaml").read_text())
 
 
+def counts(addition):
+    """How many rows a sheet has, how many are new, and how many found scans are left out."""
+    return len(addition.rows), len(addition.added), len(addition.removed)
+
+
 def test_a_sheet_keeps_its_rows_and_gets_those_that_are_new(tmp_path, schema):
     for name in ("a.nii", "b.nii", "brain.nii"):
         (tmp_path / name).touch()
     scans = [Scan("1", "", "T1w", str(tmp_path / "a.nii")), Scan("1", "x", "T1w", str(tmp_path / "b.nii"))]
     sheet = tmp_path / "sheet.tsv"
-    assert add_to_sheet(sheet, scans[:1], schema) == (1, 1)
+    assert counts(add_to_sheet(sheet, scans[:1], schema)) == (1, 1, 0)
     edited = sheet.read_text().replace("\t\tT1w", f"\t{tmp_path / 'brain.nii'}\tT1w")
     sheet.write_text(edited)
-    assert add_to_sheet(sheet, scans[:1], schema) == (1, 0)
+    assert counts(add_to_sheet(sheet, scans[:1], schema)) == (1, 0, 0)
     assert sheet.read_text() == edited
-    assert add_to_sheet(sheet, scans, schema) == (2, 1)
+    assert counts(add_to_sheet(sheet, scans, schema)) == (2, 1, 0)
     assert [(scan.name, scan.mask) for scan in read_sheet(sheet, schema)] == [
         ("sub-1_T1w", str(tmp_path / "brain.nii")),
         ("sub-1_ses-x_T1w", ""),
@@ -315,10 +370,152 @@ def test_a_sheet_keeps_columns_that_only_some_have(tmp_path, schema):
     sheet = tmp_path / "sheet.tsv"
     add_to_sheet(sheet, echoes, schema)
     other = Scan("2", "", "T1w", str(tmp_path / "c.nii"), groups=(("site", "A"),))
-    assert add_to_sheet(sheet, [other], schema) == (3, 1)
+    assert counts(add_to_sheet(sheet, [other], schema)) == (3, 1, 0)
     with open(sheet, newline="") as file:
         assert [row["field_from"] for row in csv.DictReader(file, delimiter="\t")] == ["", "echo-1_MEGRE", ""]
     assert read_sheet(sheet, schema) == [*echoes, other]
+
+
+@pytest.fixture
+def three(tmp_path):
+    """Scans of three subjects, in a folder."""
+    scans = [Scan(label, "", "T1w", str(tmp_path / f"{label}.nii")) for label in "123"]
+    for scan in scans:
+        Path(scan.image).touch()
+    return scans
+
+
+def test_a_row_that_was_removed_stays_out_and_one_renamed_as_it_is(tmp_path, schema, three):
+    sheet = tmp_path / "sheet.tsv"
+    add_to_sheet(sheet, three[:2], schema)
+    rows = sheet.read_text().splitlines(keepends=True)
+    edited = rows[0] + rows[1].replace("T1w", "run-1_T1w")
+    sheet.write_text(edited)
+    again = add_to_sheet(sheet, three[:2], schema)
+    assert counts(again) == (1, 0, 1)
+    assert again.removed == three[1:2]
+    assert sheet.read_text() == edited
+    assert counts(add_to_sheet(sheet, three, schema)) == (2, 1, 1), "what is new in BIDS still comes in"
+    names = ["sub-1_run-1_T1w", "sub-3_T1w"]
+    assert [scan.name for scan in read_sheet(sheet, schema)] == names
+    listed = found_file(sheet).read_text().splitlines(keepends=True)
+    found_file(sheet).write_text("".join(line for line in listed if not line.startswith("2")))
+    assert [scan.name for scan in add_to_sheet(sheet, three, schema).added] == ["sub-2_T1w"]
+
+
+def test_a_dataset_by_another_path_is_the_same(tmp_path, schema, three):
+    sheet = tmp_path / "sheet.tsv"
+    add_to_sheet(sheet, three, schema)
+    rows = sheet.read_text().splitlines(keepends=True)
+    sheet.write_text("".join(rows[:2]).replace("T1w", "run-1_T1w"))
+    (tmp_path / "link").symlink_to(tmp_path)
+    moved = [replace(scan, image=scan.image.replace(str(tmp_path), f"{tmp_path}/link")) for scan in three]
+    assert counts(add_to_sheet(sheet, moved, schema)) == (1, 0, 2)
+
+
+def test_a_list_of_found_scans_that_is_none_is_a_line(tmp_path, schema, three):
+    sheet = tmp_path / "sheet.tsv"
+    add_to_sheet(sheet, three, schema)
+    found_file(sheet).write_text("image\na.nii\n")
+    with pytest.raises(InputError, match="is no list of found scans; remove it: rows that were removed then come back"):
+        add_to_sheet(sheet, three, schema)
+
+
+def test_of_several_at_once_none_loses_rows(tmp_path, schema):
+    scans = [Scan(str(n), "", "T1w", str(tmp_path / f"{n}.nii")) for n in range(8)]
+    for scan in scans:
+        Path(scan.image).touch()
+    together = Barrier(len(scans))
+
+    def add(scan):
+        together.wait()
+        return add_to_sheet(tmp_path / "sheet.tsv", [scan], schema)
+
+    with ThreadPoolExecutor(len(scans)) as threads:
+        list(threads.map(add, scans))
+    for path in (tmp_path / "sheet.tsv", found_file(tmp_path / "sheet.tsv")):
+        assert {scan.name for scan in read_sheet(path, schema)} == {scan.name for scan in scans}
+
+
+class Became(Exception):
+    """In place of a process that becomes Snakemake."""
+
+
+@pytest.fixture
+def study(tmp_path, monkeypatch):
+    """Runs n4flow run on a BIDS folder of three subjects; what Snakemake would be asked for, and how."""
+    pytest.importorskip("snakemake")
+    for label in ("01", "02", "03"):
+        for suffix in ("T1w", "FLAIR"):
+            image = tmp_path / f"bids/sub-{label}/anat/sub-{label}_{suffix}.nii.gz"
+            image.parent.mkdir(parents=True, exist_ok=True)
+            image.touch()
+
+    def become(program, words):
+        raise Became(words)
+
+    monkeypatch.setattr(os, "execv", become)
+    for name in (PARTICIPANTS, TYPED):  # and back again after the test
+        monkeypatch.setenv(name, "of another run")
+
+    def run(*options):
+        with pytest.raises(Became) as became:
+            n4flow("run", tmp_path / "bids", tmp_path / "out", "participant", *options)
+        return became.value.args[0], os.environ[PARTICIPANTS], os.environ[TYPED]
+
+    return run
+
+
+def names_in(sheet):
+    with open(sheet, newline="") as file:
+        return [f"{row['subject']} {row['modality']}" for row in csv.DictReader(file, delimiter="\t")]
+
+
+def test_labels_are_all_that_a_run_works_on(study, tmp_path, capsys):
+    sheet = tmp_path / "out/code/config/samples.tsv"
+    _, participants, typed = study("--participant-label", "01", "--suffix", "T1w", "FLAIR", "--cores", "1")
+    assert participants == "", "the sheet holds no others, so that the report is made"
+    assert names_in(sheet) == ["01 FLAIR", "01 T1w"]
+    assert typed == f"n4flow run {tmp_path}/bids {tmp_path}/out participant --suffix T1w FLAIR"
+    _, participants, typed = study("--participant-label", "sub-03", "02")
+    assert participants == "02 03"
+    assert typed == f"n4flow run {tmp_path}/bids {tmp_path}/out participant"
+    assert f"{sheet}: 4 scans, 2 of them new; this run is for 02 03 alone\n" in capsys.readouterr().err
+    assert study("--participant-label", "01")[1] == "01", "with all of its suffixes"
+    assert study("--participant-label", "01", "02", "03")[1] == ""
+    assert study()[1] == ""
+
+
+def test_a_participant_that_the_sheet_calls_otherwise_is_meant(study, tmp_path):
+    study()
+    sheet = tmp_path / "out/code/config/samples.tsv"
+    sheet.write_text(sheet.read_text().replace("\n01\t", "\nA\t"))
+    assert study("--participant-label", "01")[1] == "A"
+
+
+def test_a_participant_without_a_row_is_a_line(study, tmp_path, capsys):
+    study()
+    sheet = tmp_path / "out/code/config/samples.tsv"
+    sheet.write_text("".join(line for line in sheet.read_text().splitlines(keepends=True) if line[:2] != "02"))
+    line = failure("run", tmp_path / "bids", tmp_path / "out", "participant", "--participant-label", "02")
+    assert line == f"{sheet}: holds no row of 02; add one, or give other labels"
+    left_out = (
+        f"1 left out whose rows were removed from the sheet; to have one back, remove it from {found_file(sheet)}, too"
+    )
+    assert f"n4flow: {left_out}\n" in capsys.readouterr().err
+
+
+def test_an_unknown_participant_is_a_line_that_lists_those_there_are(tmp_path, study):
+    line = failure("run", tmp_path / "bids", tmp_path / "out", "participant", "--participant-label", "1")
+    assert line == f"{tmp_path}/bids: holds no participant 1; there are 01 02 03"
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("cores", ["0", "-1", "two", "1.5", ""])
+def test_a_number_of_cores_that_is_none_is_a_line(tmp_path, study, cores):
+    line = failure("run", tmp_path / "bids", tmp_path / "out", "participant", f"--cores={cores}")
+    assert line == f"--cores: {cores!r} is no number of cores; give one from 1 on, or all"
+    assert study("--cores", "all")[0][-2:] == ["--cores", "all"]
 
 
 def test_run_without_snakemake_says_what_is_missing(tmp_path, monkeypatch):

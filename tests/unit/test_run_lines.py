@@ -1,13 +1,18 @@
 """What the terminal shows of Snakemake's messages: workflow/rules/run.smk, which is plain Python."""
 
+import errno
 import logging
+import os
 import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from snakemake.settings.enums import Quietness
 from snakemake_interface_logger_plugins.common import LogEvent
+
+from n4flow.images.files import REMEDIES
 
 SCAN, OTHER = "sub-1_T1w", "sub-2_T1w"
 
@@ -31,8 +36,15 @@ def run(tmp_path, pytestconfig):
     ]
     said = []
     logger = SimpleNamespace(log=lambda level, line, extra: said.append(line), handlers=[])
-    workflow = SimpleNamespace(dag=SimpleNamespace(needrun_jobs=lambda: jobs), is_main_process=True)
-    names = {"Path": Path, "workflow": workflow, "logger": logger, "FAILED": {}, "SCAN_OF": {SCAN: None, OTHER: None}}
+    workflow = SimpleNamespace(
+        dag=SimpleNamespace(needrun_jobs=lambda: jobs),
+        is_main_process=True,
+        output_settings=SimpleNamespace(verbose=False, quiet={Quietness.HOST}, dryrun=False),
+    )
+    scans = {SCAN: None, OTHER: None}
+    names = {"Path": Path, "workflow": workflow, "logger": logger, "FAILED": {}, "SCAN_OF": scans, "CHOSEN": scans}
+    names["chosen"] = lambda scan: True
+    names["shown"] = Path
     names["STORE_OF"] = {("sub-3/micr", "sub-3_SPIM"): SimpleNamespace(scans=[SimpleNamespace(name=n) for n in "ab"])}
     path = pytestconfig.rootpath / "workflow" / "rules" / "run.smk"
     exec(compile(path.read_text(encoding="utf-8"), path, "exec"), names)
@@ -143,6 +155,63 @@ SCRIPT_ENDED = "RuleException:\nCalledProcessError in file mask.smk, line 26:\nC
 )
 def test_what_goes_wrong_beside_jobs_is_shown(run, message, shown):
     assert run.is_shown(message) is shown
+
+
+def error(name, message):
+    return record(LogEvent.ERROR, logging.ERROR, message, exception=name)
+
+
+WHERE = (
+    '  File "/clone/workflow/Snakefile", line 60, in <module>\n  File "/clone/workflow/rules/run.smk", line 9, in check'
+)
+
+TRACE = f"Traceback (most recent call last):\n{WHERE}"
+
+
+@pytest.mark.parametrize(
+    ("message", "line"),
+    [
+        (
+            error("WorkflowError", f'WorkflowError in file "/clone/Snakefile", line 6:\na: bad; mend it\n{WHERE}'),
+            "a: bad; mend it",
+        ),
+        (
+            error("PermissionError", f"{TRACE}\nPermissionError: [Errno 13] Permission denied: '/out/.snakemake/x'"),
+            f"/out/.snakemake/x: cannot be written (Permission denied); {REMEDIES[errno.EACCES]}",
+        ),
+        (error("ZeroDivisionError", f"{TRACE}\nZeroDivisionError: defect"), None),
+        (record(None, logging.WARNING, f"a warning\n{WHERE}"), None),
+    ],
+)
+def test_what_ends_a_run_is_said_in_words_without_places_in_the_code(run, message, line):
+    """Of a defect, all that is known of it."""
+    said = run.InWords(logging.Formatter("%(message)s")).format(message)
+    assert said == (line or message.getMessage())
+
+
+def test_a_lock_of_another_run_is_a_line_with_the_command_that_removes_it(run, monkeypatch):
+    message = error("LockException", f"LockException:\nError: Directory cannot be locked.\n{WHERE}")
+    words = run.InWords(logging.Formatter("%(message)s"))
+    assert words.format(message).endswith("remove its lock: snakemake --unlock")
+    monkeypatch.setitem(words.format.__func__.__globals__, "COMMAND", "n4flow run BIDS OUT participant --")
+    said = words.format(message)
+    assert said.startswith(f"{os.getcwd()}: another run is at work there on the same files; wait for it. ")
+    assert said.endswith("remove its lock: n4flow run BIDS OUT participant -- --unlock")
+    assert "\n" not in said
+
+
+def test_a_dry_run_is_a_table_of_jobs(run):
+    table = record(LogEvent.RUN_INFO, message="Job stats:")
+    assert run.is_shown_of_dry_run(table)
+    assert not run.is_shown_of_dry_run(record(LogEvent.JOB_INFO))
+    assert not run.is_shown_of_dry_run(record(None, message="Building DAG of jobs..."))
+    assert run.is_shown_of_dry_run(
+        record(None, message="Nothing to be done (all requested files are present and up to date).")
+    )
+    words = run.InWords(logging.Formatter("%(message)s"))
+    assert words.format(table) == "Job stats:"
+    run.workflow.output_settings.dryrun = True
+    assert words.format(table) == "2 of 2 scans would be done, with these jobs:\nJob stats:"
 
 
 def test_warning_at_the_start_names_a_few_of_many(run):

@@ -33,17 +33,21 @@ def test_sheet_with_errors_stops_the_run_with_a_line_each(tmp_path):
 
 
 def test_config_with_errors_stops_the_run_with_a_line_each(tmp_path):
-    write_config(tmp_path, {"n4": {"fwmh": 0.2, "shrink_factor": 0}, "reference": {"fraction": 0.1, "scans": "half"}})
+    write_config(tmp_path, {"n4": {"fwmh": 0.2, "shrink_factor": 0}, "reference": {"fraction": 0.1}})
+    settings, mine = tmp_path / "config/config.yaml", tmp_path / "config/mine.yaml"
+    mine.write_text("reference: {scans: half}\n")
     write_sheet(tmp_path / "config/samples.tsv", [])
     assert_stopped_with(
-        snakemake(tmp_path, "--cores", 1),
+        snakemake(tmp_path, "--cores", 1, "--configfile", mine, "--config", "device=tpu"),
         tmp_path,
         [
-            "config: n4.fwmh: there is no such key; did you mean fwhm?",
-            "config: n4.shrink_factor: 0 is less than the minimum of 1; estimate on every n-th voxel along each axis, "
-            "a whole number from 1",
-            "config: reference.fraction: there is no such key; give reference.scans, a number of scans, or all",
-            "config: reference.scans: 'half' does not fit; how many scans SimpleITK corrects too, a whole number from "
+            "config: device: 'tpu' is not one of ['auto', 'gpu', 'cpu']; where N4 computes: auto (a GPU if there is "
+            "one), gpu or cpu",
+            f"{settings}: n4.fwmh: there is no such key; did you mean fwhm?",
+            f"{settings}: n4.shrink_factor: 0 is less than the minimum of 1; estimate on every n-th voxel along each "
+            "axis, a whole number from 1",
+            f"{settings}: reference.fraction: there is no such key; give reference.scans, a number of scans, or all",
+            f"{mine}: reference.scans: 'half' does not fit; how many scans SimpleITK corrects too, a whole number from "
             "0 (off), or all",
         ],
     )

@@ -122,8 +122,8 @@ def test_a_wrong_grid_stops_the_run_with_a_line_each(tmp_path):
     done = snakemake(tmp_path, "--cores", 1)
     assert done.returncode == 1
     said = [line.strip() for line in done.stdout.splitlines()]
-    assert "config: tune.grid.fwmh: there is no such key; did you mean fwhm?" in said
-    assert [line for line in said if line.startswith("config: tune.grid.shrink_factor: 0 is less than")]
+    assert f"{tmp_path}/config/config.yaml: tune.grid.fwmh: there is no such key; did you mean fwhm?" in said
+    assert [line for line in said if "config.yaml: tune.grid.shrink_factor: 0 is less than" in line]
     tune_config(tmp_path, {"shrink_factor": [2]}, subjects=["07"])
     done = snakemake(tmp_path, "--cores", 1)
     assert (

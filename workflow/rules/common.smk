@@ -1,4 +1,5 @@
 # What the rules share: the package, the checked config and sample sheet, and input functions.
+import os
 import sys
 from functools import cache
 from pathlib import Path
@@ -10,10 +11,11 @@ PACKAGE_FILES = Path(workflow.source_path("../scripts/n4flow/files.txt")).read_t
 PACKAGE = [Path(workflow.source_path(f"../scripts/n4flow/{name}")) for name in PACKAGE_FILES]
 sys.path.insert(0, str(PACKAGE[0].parent.parent))
 
+from n4flow.console import PARTICIPANTS
 from n4flow.errors import InputError
 from n4flow.images.files import voxels_of_frame
 from n4flow.study.bids import CARRIED, CARRIED_WITH, beside_image, counted_beside
-from n4flow.study.config import config_problems, grid_combinations, load_schema, page_settings
+from n4flow.study.config import grid_combinations, load_schema, page_settings, problems_by_file
 from n4flow.study.config import tune_problems, with_defaults
 from n4flow.study.sheet import place_problem, read_sheet, results_problem, with_least_hash
 from n4flow.parameters import MOST_SAMPLES, N4Parameters
@@ -39,7 +41,13 @@ DEMO_TRUTH = expand(
 )
 DEMO_MASK = f"{DEMO_ROOT}/sub-03/anat/sub-03_desc-brain_mask.nii.gz"
 
-if problems := config_problems(config, CONFIG_SCHEMA):
+
+def shown(path):
+    """A path as the user can open it: in full where the working directory is not the one that the command was given in."""
+    return Path(os.path.abspath(path)) if workflow.overwrite_workdir else Path(path)
+
+
+if problems := problems_by_file(config, CONFIG_SCHEMA, [*map(shown, workflow.configfiles)]):
     raise WorkflowError("\n".join(problems))
 config.update(with_defaults(config, CONFIG_SCHEMA))
 
@@ -67,6 +75,17 @@ except InputError as error:
     raise WorkflowError(str(error)) from None
 WITHOUT_REFERENCE = {name for name, failure in FAILED.items() if failure.step == "reference"}
 SCANS = [scan for scan in SHEET if scan.name not in FAILED.keys() - WITHOUT_REFERENCE]
+
+# The subjects that n4flow run --participant-label is for, if any: then nothing is made that is over all scans.
+SUBJECTS = os.environ.get(PARTICIPANTS, "").split()
+
+
+def chosen(scan):
+    """Whether a run is for a scan."""
+    return not SUBJECTS or scan.subject in SUBJECTS
+
+
+CHOSEN = [scan for scan in SHEET if chosen(scan)]
 
 # Names of the scans that SimpleITK corrects too.
 WITH_REFERENCE = with_least_hash([s.name for s in SHEET if not s.field_from], config["reference"]["scans"])

@@ -1,15 +1,19 @@
 # What happens at the start and at the end of a run, and what the terminal shows meanwhile. No rules.
+import csv
+import json
 import logging
 import os
+import re
 import shutil
 import subprocess
 import time
 
+from snakemake.common import NOTHING_TO_BE_DONE_MSG
 from snakemake.settings.enums import Quietness
 from snakemake_interface_logger_plugins.common import LogEvent
 
-from n4flow.console import TOLD, last_error
-from n4flow.images.files import remove_abandoned, why_not_writable
+from n4flow.console import TOLD, TYPED, last_error
+from n4flow.images.files import not_writable, remove_abandoned, why_not_writable
 from n4flow.study.failures import NO_STORE, STORE_STEPS, failed_scans, made_since, write_failed
 from n4flow.study.progress import Progress
 from n4flow.worker import begin_run
@@ -25,15 +29,13 @@ NAMED = 5
 # An event of our own among those of Snakemake's log: a line that the terminal shows.
 SHOWN = "n4flow"
 
+# How this run was asked for, before what concerns Snakemake alone.
+COMMAND = f"{os.environ[TYPED]} --" if TYPED in os.environ else "snakemake"
+
 
 def place_of(path):
     """Where a path with pathvars leads."""
     return Path(workflow.pathvars.apply(path))
-
-
-def shown(path):
-    """A path as the terminal shows it: in full where it leads out of the working directory, which may not be the user's."""
-    return path.resolve() if ".." in path.parts else path
 
 
 def names_of(names):
@@ -42,11 +44,12 @@ def names_of(names):
     return ", ".join(names[:NAMED]) + (f" and {len(names) - NAMED} more" if len(names) > NAMED else "")
 
 
-if FAILED and workflow.is_main_process:
+FAILED_NOW = {name: failure for name, failure in FAILED.items() if chosen(SCAN_OF[name])}
+if FAILED_NOW and workflow.is_main_process:
     # a warning, so that those see it, too, who want few words
     logger.warning(
-        f"{len(FAILED)} left out that failed before: {names_of(FAILED)}. To try one again, mend it or remove its row "
-        f"from {shown(FAILED_FILE)}"
+        f"{len(FAILED_NOW)} left out that failed before: {names_of(FAILED_NOW)}. To try one again, mend it or remove its "
+        f"row from {shown(FAILED_FILE)}"
     )
 
 
@@ -80,10 +83,10 @@ class ScanLines(logging.Handler):
         jobs = [self.jobs[error["jobid"]] for error in errors]
         if any(job.attempt <= job.restart_times for job in jobs):
             return  # it is tried again
-        logs_now = [[path for path in job.log if made_since(Path(path), RUN_START)] for job in jobs]
+        logs_now = [[shown(path) for path in job.log if made_since(Path(path), RUN_START)] for job in jobs]
         said = [(job, line) for job, paths in zip(jobs, logs_now) for line in map(last_error, paths) if line]
         if not said:  # the node was lost, or the log could not be written
-            where = ", ".join(map(str, logs)) or "Snakemake's log"
+            where = ", ".join(str(shown(path)) for path in logs) or "Snakemake's log"
             problem = " ".join((message or "ended without a message").split()).rstrip(".") + f"; see {where}"
             said = [(job, problem) for job in jobs]
         for job, problem in said:
@@ -115,12 +118,65 @@ def is_shown(record):
     return event == SHOWN or record.levelno > logging.INFO and not of_job
 
 
-def calm_down():
-    """From here on the terminal shows a line for each scan, if quiet says host, as in profiles/default."""
+def is_shown_of_dry_run(record):
+    """Whether the terminal shows one of the messages of a dry run: how many jobs of each rule there would be, if any."""
+    is_summary = getattr(record, "event", None) == LogEvent.RUN_INFO and any(workflow.dag.needrun_jobs())
+    return is_summary or record.levelno > logging.INFO or record.getMessage() == NOTHING_TO_BE_DONE_MSG
+
+
+class InWords(logging.Formatter):
+    """What ends a run, in a line: what is wrong and what to do. Where in the code it was found, Snakemake's log has."""
+
+    def __init__(self, usual):
+        super().__init__()
+        self.usual = usual
+
+    def format(self, record):
+        event, name = (getattr(record, key, None) for key in ("event", "exception"))
+        if event == LogEvent.RUN_INFO and workflow.output_settings.dryrun:
+            return f"{scans_to_do()}\n{self.usual.format(record)}"
+        if event != LogEvent.ERROR:
+            return self.usual.format(record)
+        message = record.getMessage()
+        if name == "LockException":
+            return (
+                f"{os.getcwd()}: another run is at work there on the same files; wait for it. If none is alive, such as "
+                f"after a loss of power, remove its lock: {COMMAND} --unlock"
+            )
+        refused = re.search(r"^(?:PermissionError|OSError): \[Errno (\d+)\] [^:]*: '(.*)'$", message, re.MULTILINE)
+        if refused and (problem := not_writable(refused[2], int(refused[1]))):
+            return str(problem)
+        if message.startswith("Traceback"):
+            return message
+        place = re.compile(r"^  File \".*\", line \d+, in .*$|^WorkflowError in file \".*\", line \d+:$")
+        return "\n".join(line for line in message.splitlines() if not place.match(line))
+
+
+def scans_to_do():
+    """Of how many scans there are jobs to do."""
+    to_do = {scan for job in workflow.dag.needrun_jobs() for scan in scans_of_job(job)}
+    return f"{len(to_do)} of {len(CHOSEN)} scans would be done, with these jobs:"
+
+
+def screen_of_lines():
+    """What writes to the terminal, if quiet says host, as in profiles/default: then a line for each scan is enough."""
     settings = workflow.output_settings
     # there is none where a logger plugin writes to the terminal
     screen = next((handler for handler in logger.handlers if handler.name == "DefaultStreamHandler"), None)
-    if screen and not settings.verbose and Quietness.HOST in (settings.quiet or ()):
+    return screen if not settings.verbose and Quietness.HOST in (settings.quiet or ()) else None
+
+
+def speak_in_words():
+    """From here on the terminal shows in words what ends a run, and of a dry run that n4flow run makes a summary."""
+    if screen := screen_of_lines():
+        screen.setFormatter(InWords(screen.formatter))
+        if workflow.output_settings.dryrun and TYPED in os.environ:
+            screen.addFilter(is_shown_of_dry_run)
+
+
+def calm_down():
+    """From here on the terminal shows a line for each scan."""
+    if screen := screen_of_lines():
         os.environ[TOLD] = "1"
         logger.addHandler(ScanLines())
         screen.addFilter(is_shown)
@@ -156,7 +212,9 @@ def check_places():
         if problem := why_not_writable(place):
             unwritable.setdefault(problem, place)
     where = {place: " (pathvars in the config)" for place in places}
-    problems = [f"{problem}: {place} is to be there{where.get(place, '')}" for problem, place in unwritable.items()]
+    problems = [
+        f"{problem}: {shown(place)} is to be there{where.get(place, '')}" for problem, place in unwritable.items()
+    ]
     # a cluster's login node has no GPU, nor has Snakemake's own environment CuPy where the rules have theirs
     may_ask = workflow.local_exec and not workflow.deployment_settings.deployment_method
     if config["device"] == "gpu" and workflow.global_resources["gpu"] != 0 and may_ask and jobs_on_gpu():
@@ -174,7 +232,7 @@ def end_run(success):
     lines = next((handler for handler in logger.handlers if isinstance(handler, ScanLines)), None)
     for handler in logger.handlers:
         handler.removeFilter(is_shown)
-    new = {} if success else failed_scans(SHEET, place_of("<logs>"), place_of("<results>"), RUN_START)
+    new = {} if success else failed_scans(CHOSEN, place_of("<logs>"), place_of("<results>"), RUN_START)
     failed = {name: failure for name, failure in FAILED.items() if not is_done_now(failure)} | new
     try:
         if new or FAILED_FILE.is_file():
@@ -199,34 +257,73 @@ def is_done_now(failure):
 
 def report_success(rule_names):
     """Where the reports of a run are that asked for these rules."""
-    if "index" in rule_names:
-        left_out = f", {len(FAILED)} failed before (see {shown(FAILED_FILE)})" if FAILED else ""
+    if SUBJECTS and rule_names & {"all", "default"}:
+        done = [scan for scan in SCANS if chosen(scan)]
+        logger.info(f"{outcome(done, FAILED_NOW)}. The report over all scans: the same without --participant-label")
+    elif "index" in rule_names:
         page = place_of("<results>/qc/index.html")
-        logger.info(f"{len(SCANS)} of {len(SHEET)} scans are done{left_out}. The report: {shown(page)}")
-        logger.info("Next: look through it in a browser; snakemake --report report.zip packs it for a colleague")
+        logger.info(f"{outcome(SCANS, FAILED_NOW)}. The report: {shown(page)}")
+        logger.info(
+            f"Next: look through it in a browser; {COMMAND} --report {shown('report.zip')} packs it for a colleague"
+        )
     if "tune" in rule_names:
         logger.info(f"The settings side by side: {shown(place_of('<results>/tune/index.html'))}")
+
+
+def outcome(done, failed):
+    """How many scans of this run are done, failed (before), and flagged."""
+    before = f" before (see {shown(FAILED_FILE)})" if failed and failed.keys() <= FAILED.keys() else ""
+    words = [f"{len(done)} of {len(CHOSEN)} scans are done"]
+    words += [f"{len(failed)} failed{before}"] if failed else []
+    return ", ".join([*words, f"{flagged({scan.name: scan for scan in done}) or 'none'} flagged"])
+
+
+def flagged(scans):
+    """How many scans, by name, have a flag: by the table over all, which knows the outliers too, or each by its own."""
+    if SUBJECTS:
+        metrics = [place_of(made_of(scan, "metrics")).read_text(encoding="utf-8") for scan in scans.values()]
+        return sum(bool(json.loads(text)["flags"]) for text in metrics)
+    with open(place_of("<results>/qc/metrics.tsv"), newline="", encoding="utf-8") as file:
+        rows = csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
+        return sum(row["name"] in scans and row["flags"] != "n/a" for row in rows)
 
 
 def report_failures(failed, new, told):
     """After a run that failed: the index over the scans that are done, with the failed ones named."""
     not_done = new.keys() | {name for name, failure in failed.items() if failure.step != "reference"}
     done = [
-        place_of(made_of(scan, "metrics"))
-        for scan in SHEET
+        scan
+        for scan in CHOSEN
         if scan.name not in not_done
         and all(place_of(made_of(scan, role)).is_file() for role in ("metrics", "corrected"))
     ]
-    qc = place_of("<results>/qc")
-    count = f"{len(done)} of {len(SHEET)} scans are done, {len(failed)} failed"
+    failed = {name: failure for name, failure in failed.items() if chosen(SCAN_OF[name])}
+    page = place_of("<results>/qc/index.html")
+    if SUBJECTS or write_index(done, failed.values(), page):
+        logger.error(outcome(done, failed) + ("" if SUBJECTS else f": see {shown(page)}"))
+    else:
+        logger.error(f"{len(done)} of {len(CHOSEN)} scans are done, {len(failed)} failed")
+    for name, failure in new.items():
+        if name not in told:
+            logger.error(f"{name}: {failure.error}")
+    again = sum(failure.again for failure in failed.values())
+    if again:
+        goal = "does the others" if SUBJECTS else "completes the report"
+        logger.error(f"Next: mend them, or run the same command again: it leaves out {again} and {goal}")
+    if again < len(failed):
+        logger.error(f"{len(failed) - again} failed by no fault of the scan: the same command tries again")
+
+
+def write_index(done, failed, page):
+    """Write the index over the scans that are done; False, and why, if that does not go."""
     try:
         from n4flow.qc.dataset import make_index
 
         make_index(
-            done,
-            qc / "index.html",
-            qc / "metrics.tsv",
-            failed=list(failed.values()),
+            [place_of(made_of(scan, "metrics")) for scan in done],
+            page,
+            page.with_name("metrics.tsv"),
+            failed=list(failed),
             ratings=RATINGS_FILE or None,
             outlier_z=config["qc"]["flags"]["outlier_z"],
             limits=page_settings(config["qc"])["flags"],
@@ -235,16 +332,12 @@ def report_failures(failed, new, told):
     # the workflow's own environment need not hold the QC's packages; a disk may be full
     except (ImportError, InputError) as error:
         logger.error(f"No index over the scans that are done: {error}")
-        logger.error(count)
-    else:
-        logger.error(f"{count}: see {shown(qc / 'index.html')}")
-    # without it the rule index is not done, and makes the index anew when all scans are
-    shutil.rmtree(place_of(BUNDLE), ignore_errors=True)
-    for name, failure in new.items():
-        if name not in told:
-            logger.error(f"{name}: {failure.error}")
-    again = sum(failure.again for failure in failed.values())
-    if again:
-        logger.error(f"Next: mend them, or run the same command again: it leaves out {again} and completes the report")
-    if again < len(failed):
-        logger.error(f"{len(failed) - again} failed by no fault of the scan: the same command tries again")
+        return False
+    finally:
+        # without it the rule index is not done, and makes the index anew when all scans are
+        shutil.rmtree(place_of(BUNDLE), ignore_errors=True)
+    return True
+
+
+if workflow.is_main_process:
+    speak_in_words()

@@ -8,25 +8,35 @@ from __future__ import annotations
 import argparse
 import contextlib
 import csv
+import json
 import logging
 import os
 import re
+import shlex
 import signal
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from threading import Thread, Timer
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from n4flow import __version__
-from n4flow.console import PREFIX, STOPPED, commanding
+from n4flow.console import PARTICIPANTS, PREFIX, STOPPED, TYPED, commanding
 from n4flow.errors import InputError
+
+if TYPE_CHECKING:
+    from n4flow.study.sheet import Addition
+
+log = logging.getLogger("n4flow.cli")
 
 #: Where the sheet, the config, the logs and Snakemake's records lie in the folder of a dataset: BIDS passes it over.
 WORKING_FOLDER = "code"
+
+#: The scans that are sought unless others are named.
+SUFFIXES = ["T1w"]
 
 ONE_FIELD = (
     "One field for several contrasts or echoes: add a column field_from, and name there the modality of the scan whose "
@@ -96,7 +106,7 @@ def _parser() -> argparse.ArgumentParser:
     added.add_argument("--report", metavar="PAGE", type=Path, help="write a page (.html) to look at, in one file")
     added.add_argument("--preset", help="default, itk (SimpleITK's defaults), fixed or linumpy")
     added.add_argument("--device", help="auto (a GPU if there is one), gpu or cpu")
-    added.add_argument("--config", metavar="FILE", type=Path, help="further settings: a config file of the workflow")
+    _add_config(added)
 
     added = command(
         "apply",
@@ -109,6 +119,7 @@ def _parser() -> argparse.ArgumentParser:
     added.add_argument(
         "output", metavar="OUT", type=Path, help="the divided image; its sidecar and field lie beside it"
     )
+    _add_config(added)
 
     added = command("sheet", sheet, "Turn a BIDS folder into a sample sheet", ONE_FIELD)
     added.add_argument("folder", metavar="BIDS", type=Path, help="the dataset: the folder that holds sub-*")
@@ -155,7 +166,7 @@ def _parser() -> argparse.ArgumentParser:
         nargs="+",
         default=[],
         metavar="LABEL",
-        help="add these alone to the sheet, such as 01 02",
+        help="find and correct these alone, such as 01 02",
     )
     added.add_argument("--cores", metavar="N", help="how many to use, a number or all; a cluster's profile needs none")
     return parser
@@ -168,9 +179,17 @@ class _Formatter(argparse.HelpFormatter):
         super().__init__(prog, max_help_position=34)
 
 
+def _add_config(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--config", metavar="FILE", type=Path, help="further settings: a config file of the workflow")
+
+
 def _add_suffixes(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--suffix", nargs="+", default=["T1w"], metavar="SUFFIX", help="which scans: T1w (default), T2w, FLAIR, bold, …"
+        "--suffix",
+        nargs="+",
+        default=SUFFIXES,
+        metavar="SUFFIX",
+        help="which scans: T1w (default), T2w, FLAIR, bold, …",
     )
 
 
@@ -196,6 +215,8 @@ def correct(given: argparse.Namespace) -> None:
     _check_places([*files.values(), *([given.report] if given.report else [])], given.image, inputs)
     config = _config(given)
     if given.report:
+        if given.report.suffix.lower() not in (".html", ".htm"):
+            raise InputError(given.report, "is no name for a page", "let it end in .html")
         _need("matplotlib", "jinja2", "PIL", extra="qc", what="--report")
 
     from n4flow.device import available_cores
@@ -207,8 +228,8 @@ def correct(given: argparse.Namespace) -> None:
     if voxels_of_frame(given.image) >= COMPILED_VOXELS:  # compiled code is loaded while the mask is found
         Thread(target=preload).start()
     with tempfile.TemporaryDirectory(prefix="n4flow-") as folder:
-        mask = Path(folder, "mask.nii.gz")
-        mask_scan(given.image, given.mask, mask, Path(folder, "mask.json"), **config["mask"])
+        mask, mask_sidecar = Path(folder, "mask.nii.gz"), Path(folder, "mask.json")
+        mask_scan(given.image, given.mask, mask, mask_sidecar, **config["mask"])
         correct_scan(
             given.image,
             mask,
@@ -221,7 +242,10 @@ def correct(given: argparse.Namespace) -> None:
             sources=[path for path in (given.mask, given.weights) if path],
         )
         if given.report:
-            _report(given, {"mask": mask, **files}, config["qc"], Path(folder))
+            flags = _report(given, {"mask": mask, **files}, config["qc"], Path(folder))
+        else:
+            flags = _flags_of_run(files["sidecar"], config, mask_sidecar)
+        _tell_flags(given.image, flags)
     _tell(start, [*files.values(), *([given.report] if given.report else [])])
 
 
@@ -245,7 +269,7 @@ def _correct_store(given: argparse.Namespace) -> None:
     made = [given.output, sidecar, *fields.values()]
     _check_places(made, given.image, [path for path in (given.mask, given.config) if path])
     if settings.pop("other_channels") == "copy":
-        logging.getLogger(__name__).warning(
+        log.warning(
             "%s: zarr.other_channels: copy counts for sheets alone: every channel is corrected here", given.config
         )
     correct_store(
@@ -261,10 +285,8 @@ def _correct_store(given: argparse.Namespace) -> None:
     _tell(start, made)
 
 
-def _report(given: argparse.Namespace, made: dict[str, Path], settings: dict[str, Any], folder: Path) -> None:
-    """The page of a scan, in one file; its flags are told here as well."""
-    import json
-
+def _report(given: argparse.Namespace, made: dict[str, Path], settings: dict[str, Any], folder: Path) -> list[str]:
+    """Write the page of a scan, in one file; its flags."""
     from n4flow.qc.pages import make_subject
     from n4flow.study.config import page_settings
 
@@ -282,8 +304,22 @@ def _report(given: argparse.Namespace, made: dict[str, Path], settings: dict[str
         alone=True,
         **page_settings(settings),
     )
-    for flag in json.loads(metrics.read_text(encoding="utf-8"))["flags"]:
-        logging.getLogger(__name__).warning("%s: flagged: %s", given.image, flag)
+    return json.loads(metrics.read_text(encoding="utf-8"))["flags"]
+
+
+def _flags_of_run(sidecar: Path, config: Mapping[str, Any], mask_sidecar: Path | None = None) -> list[str]:
+    """The flags that are raised by what the sidecars say, without a look at the images: a page has more."""
+    from n4flow.qc.flags import find_flags
+    from n4flow.qc.metrics import run_metrics
+
+    facts, of_mask = (json.loads(path.read_text(encoding="utf-8")) if path else {} for path in (sidecar, mask_sidecar))
+    voxels = of_mask.get("Mask", {}).get("Voxels")
+    return find_flags(run_metrics(facts, {}, voxels), config["qc"]["flags"])
+
+
+def _tell_flags(image: Path, flags: Iterable[str]) -> None:
+    for flag in flags:
+        log.warning("%s: flagged: %s", image, flag)
 
 
 def apply(given: argparse.Namespace) -> None:
@@ -295,11 +331,13 @@ def apply(given: argparse.Namespace) -> None:
         "sidecar": given.output.with_name(f"{stem}.json"),
         "field": given.output.with_name(f"{stem}_biasfield.json"),
     }
-    _check_places(files.values(), given.image, [given.field])
+    _check_places(files.values(), given.image, [given.field, *([given.config] if given.config else [])])
+    config = _config(given)
 
     from n4flow.steps.apply import apply_scan
 
-    apply_scan(given.image, given.field, files)
+    apply_scan(given.image, given.field, files, keep_dtype=config["output"]["keep_dtype"])
+    _tell_flags(given.image, _flags_of_run(files["sidecar"], config))
     _tell(start, files.values())
 
 
@@ -309,16 +347,16 @@ def _tell(start: float, made: Iterable[Path]) -> None:
 
 def _config(given: argparse.Namespace) -> dict[str, Any]:
     """The workflow's own defaults, what a config file says otherwise, and what the command line does."""
-    from n4flow.study.config import config_problems, load_config, load_schema, with_defaults
+    from n4flow.study.config import load_config, load_schema, problems_by_file, with_defaults
 
     schema = load_schema(workflow_folder() / "workflow/schemas/config.schema.yaml")
     config: Any = load_config(given.config) if given.config else {}
-    if given.config and (problems := config_problems(config, schema)):
+    if given.config and (problems := problems_by_file(config, schema, [given.config])):
         raise InputError.of_lines(problems)
     config = with_defaults(config, schema)
-    if given.device:
+    if getattr(given, "device", None):
         config["device"] = given.device
-    if given.preset:
+    if getattr(given, "preset", None):
         config["n4"] = {**config["n4"], "preset": given.preset}
     return config
 
@@ -423,12 +461,14 @@ def run(given: argparse.Namespace) -> None:
 
     from n4flow.images.files import atomic_text
     from n4flow.study.config import load_schema
-    from n4flow.study.sheet import add_to_sheet
+    from n4flow.study.sheet import add_to_sheet, found_file
 
     if os.path.realpath(given.output) == os.path.realpath(given.bids):
         raise InputError(
             given.output, "is the dataset itself", f"give a folder of its own: {given.bids}/derivatives/n4flow"
         )
+    if given.cores not in (None, "all") and not (given.cores.isdecimal() and int(given.cores)):
+        raise InputError("--cores", f"{given.cores!r} is no number of cores", "give one from 1 on, or all")
     root = workflow_folder()
     scans = _index(Path(os.path.abspath(given.bids)), given.suffix, participants=given.participant_label)
     folder = Path(os.path.abspath(given.output), WORKING_FOLDER)
@@ -438,17 +478,38 @@ def run(given: argparse.Namespace) -> None:
     except OSError as error:
         raise InputError(path.parent, f"cannot be made ({error.strerror})", "give another folder") from None
     with contextlib.chdir(folder):  # where relative paths of the sheet begin
-        rows, added = add_to_sheet(path, scans, load_schema(root / "workflow/schemas/samples.schema.yaml"))
+        sheet = add_to_sheet(path, scans, load_schema(root / "workflow/schemas/samples.schema.yaml"))
     if not settings.exists():
         with atomic_text(settings) as file:
             file.write((root / "config/config.yaml").read_text(encoding="utf-8") + RESULTS_ABOVE)
-    if added:
+    if sheet.added:
         _tell_of_echoes(scans)
-    print(f"{PREFIX}{path}: {rows} scans, {added} of them new", file=sys.stderr, flush=True)
+    if sheet.removed:
+        back = f"to have one back, remove it from {found_file(path)}, too"
+        log.warning("%d left out whose rows were removed from the sheet; %s", len(sheet.removed), back)
+    subjects = _subjects(sheet, given.participant_label, path)
+    to_do = f"; this run is for {' '.join(subjects)} alone" if subjects else ""
+    counts = f"{len(sheet.rows)} scans, {len(sheet.added)} of them new"
+    print(f"{PREFIX}{path}: {counts}{to_do}", file=sys.stderr, flush=True)
+    # what the workflow says of this command
+    typed = ["n4flow", "run", str(given.bids), str(given.output), given.level]
+    typed += ["--suffix", *given.suffix] if given.suffix != SUFFIXES else []
+    os.environ |= {TYPED: shlex.join(typed), PARTICIPANTS: " ".join(subjects)}
     cores = ["--cores", given.cores] if given.cores else []
     command = ["-m", "snakemake", "--snakefile", str(root / "Snakefile"), "--directory", str(folder)]
     # -P: the folder that somebody is in holds no modules
     os.execv(sys.executable, [sys.executable, "-P", *command, *cores, *given.for_snakemake])
+
+
+def _subjects(sheet: Addition, labels: Sequence[str], path: Path) -> list[str]:
+    """The subjects of a sheet, as it calls them, that a run with these labels is for; none if it is for all of them."""
+    if not labels:
+        return []
+    named = {label.removeprefix("sub-") for label in labels} | {row.subject for row in sheet.of_found}
+    there = {row.subject for row in sheet.rows}
+    if not named & there:
+        raise InputError(path, f"holds no row of {' '.join(labels)}", "add one, or give other labels")
+    return [] if there <= named else sorted(named & there)
 
 
 def workflow_folder() -> Path:

@@ -34,6 +34,10 @@ OF_MACHINE = (MachineError, OSError, MemoryError, ImportError)
 #: Environment variable that is set where somebody else tells the terminal what a job's log says.
 TOLD = "N4FLOW_TOLD"
 
+#: Environment variables by which n4flow run tells its workflow what was typed, and for which subjects of the sheet it
+#: is, separated by spaces; for all if there are none.
+TYPED, PARTICIPANTS = "N4FLOW_TYPED", "N4FLOW_PARTICIPANTS"
+
 
 class Terminal(logging.Handler):
     """The log of a command: warnings are lines; where there is a terminal, the rest is one line that changes."""

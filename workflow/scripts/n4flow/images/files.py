@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from n4flow.errors import InputError, MachineError
+from n4flow.errors import MachineError
 from n4flow.images.ngff import is_store
 
 #: What to do where the operating system refuses to write.
@@ -124,12 +124,12 @@ def shortened(text: str, most: int = 200) -> str:
 
 
 def atomic_text(path: str | Path) -> contextlib.AbstractContextManager[Any]:
-    """A text file that appears under its name when it is complete; `InputError` if it cannot be written."""
+    """A text file that appears under its name when it is complete; `MachineError` if it cannot be written."""
     return _atomic(path, "w", "utf-8")
 
 
 def atomic_bytes(path: str | Path) -> contextlib.AbstractContextManager[Any]:
-    """A file of bytes that appears under its name when it is complete; `InputError` if it cannot be written."""
+    """A file of bytes that appears under its name when it is complete; `MachineError` if it cannot be written."""
     return _atomic(path, "wb", None)
 
 
@@ -146,9 +146,7 @@ def _atomic(path: str | Path, mode: str, encoding: str | None) -> Iterator[Any]:
             os.replace(partial, path)
     except OSError as error:
         _remove(partial)
-        if error.errno not in REMEDIES:
-            raise
-        raise MachineError(path, f"cannot be written ({error.strerror})", REMEDIES[error.errno]) from None
+        raise not_writable(path, error.errno) or error from None
     except BaseException:
         _remove(partial)
         raise
@@ -161,6 +159,31 @@ def _lock(file: Any) -> bool:
     except OSError:
         return False
     return True
+
+
+@contextlib.contextmanager
+def locked(path: str | Path) -> Iterator[None]:
+    """Have a file to oneself among the processes that lock it, one after the other; it need not be there.
+
+    Where the file system knows no locks, nothing is locked.
+
+    Raises
+    ------
+    InputError
+        Nothing can be written to its folder.
+    """
+    path = Path(path)
+    lock = path.with_name(f".{path.name}.lock")  # one that stays: the file itself is replaced by a new one
+    try:
+        number = os.open(lock, os.O_CREAT | os.O_WRONLY, 0o666)
+    except OSError as error:
+        raise not_writable(lock, error.errno) or error from None
+    try:
+        with contextlib.suppress(OSError):
+            fcntl.flock(number, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(number)
 
 
 def _remove(path: Path) -> None:
@@ -189,8 +212,14 @@ def why_not_writable(folder: str | Path) -> str:
     if os.access(there, os.W_OK | os.X_OK):
         return ""
     read_only = os.statvfs(there).f_flag & os.ST_RDONLY
-    number = errno.EROFS if read_only else errno.EACCES
-    return str(InputError(there, f"cannot be written ({os.strerror(number)})", REMEDIES[number]))
+    return str(not_writable(there, errno.EROFS if read_only else errno.EACCES))
+
+
+def not_writable(path: str | Path, number: int | None) -> MachineError | None:
+    """The error of a path that the operating system refuses to write to, by its number; None for other numbers."""
+    if number not in REMEDIES:
+        return None
+    return MachineError(path, f"cannot be written ({os.strerror(number)})", REMEDIES[number])
 
 
 def write_json(path: str | Path, content: Mapping[str, Any]) -> None:

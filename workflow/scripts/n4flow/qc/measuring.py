@@ -23,6 +23,7 @@ from n4flow.qc.metrics import (
     correction_metrics,
     mask_volume_ml,
     microscopy_metrics,
+    run_metrics,
     saturated_fraction,
     speckle_fraction,
     steepness,
@@ -30,7 +31,6 @@ from n4flow.qc.metrics import (
 )
 from n4flow.qc.rendering import plain, read_json
 from n4flow.study.bids import DATATYPE_OF
-from n4flow.study.outputs import scan_and_role
 from n4flow.study.series import open_scan
 
 #: Slices as pictures: per plane, per slice, rows from bottom to top.
@@ -264,7 +264,7 @@ def measure_subject(
         "display_max": _display_max(result.values),
         "field_window_log": field_window_log,
         "field_beyond_window_fraction": float(np.mean(np.abs(log_field) > field_window_log)),
-        **_run_metrics(facts, reference_facts, view.voxels),
+        **run_metrics(facts, reference_facts, view.voxels),
         "mask_method": (read_json(mask_sidecar).get("Mask") or {}).get("Method") if mask_sidecar else None,
         "versions": _versions(reference_facts) | _versions(facts),
     }
@@ -289,52 +289,7 @@ def _report_hash(mask: np.ndarray, before: np.ndarray, after: np.ndarray) -> str
     return digest.hexdigest()[:12]
 
 
-def _run_metrics(facts: Mapping[str, Any], reference: Mapping[str, Any], mask_voxels: int) -> dict[str, Any]:
-    """What the run reports about itself; absent keys give None."""
-    run = facts.get("N4") or {}
-    reference_run = reference.get("N4") or {}
-    agreement = reference_run.get("Agreement") or {}
-    parameters = run.get("Parameters") or {}
-    history = run.get("History") or []
-    # of two halves of the samples, what the slower one took
-    halves = [[line["CV"] for line in history if line.get("Half") == n] for n in {line.get("Half") for line in history}]
-    most = parameters.get("iterations")
-    converged = run.get("Converged")
-    dropped = run.get("Dropped")
-    lost = sum(dropped.values()) if dropped is not None else None
-    return {
-        "iterations_used": max(map(len, halves), default=None),
-        "iterations_max": sum(most) if most else None,
-        # with a threshold of 0, a stage is to take all its iterations
-        "converged": all(converged) if converged is not None and parameters.get("convergence_threshold") != 0 else None,
-        "convergence_cv": max((cvs[-1] for cvs in halves), default=None),
-        "dropped_voxels": lost,
-        "dropped_fraction": lost / mask_voxels if lost is not None else None,
-        "samples": run.get("Samples"),
-        "repeatability_log": run.get("Repeatability"),
-        "self_check_max": run.get("SelfCheck"),
-        "wall_time_s": run.get("WallTimeSeconds"),
-        "reference_wall_time_s": reference_run.get("WallTimeSeconds"),
-        "agreement_r": agreement.get("r"),
-        "agreement_rms_log": agreement.get("rms"),
-        "agreement_max_log": agreement.get("max"),
-        "device": run.get("Device"),
-        "skull_stripped": facts.get("SkullStripped"),
-        "field_from": _scan_of_field(run["FieldFrom"]) if run.get("FieldFrom") else None,
-        "weights": run["Weights"].rpartition("/")[2] if run.get("Weights") else None,
-        "outside_fraction": run.get("ShareOutside"),
-        "halves": any("Half" in line for line in history),
-        "parameters": parameters or None,
-    }
-
-
 def _versions(facts: Mapping[str, Any]) -> dict[str, str]:
     """Of what a result was made with, by name."""
     made_by = facts.get("Provenance") or {}
     return {"n4flow": made_by.get("n4flow"), **{name.lower(): v for name, v in (made_by.get("Versions") or {}).items()}}
-
-
-def _scan_of_field(uri: str) -> str:
-    """Name of the scan that a field was estimated on; of a file that is called otherwise, its name."""
-    found = scan_and_role(uri)
-    return found[0] if found else uri.rpartition("/")[2]

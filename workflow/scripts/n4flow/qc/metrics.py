@@ -9,12 +9,13 @@ saturation are looked at instead.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from n4flow.core.sharpening import linear_histogram
+from n4flow.study.outputs import scan_and_role
 
 #: An entropy needs no more voxels than about this.
 ENTROPY_VOXELS = 2**20
@@ -671,3 +672,60 @@ def correction_metrics(
         agreement = field_agreement(log_field, log_reference)
         result |= {f"reference_{name}": value for name, value in agreement._asdict().items()}
     return result
+
+
+def run_metrics(facts: Mapping[str, Any], reference: Mapping[str, Any], mask_voxels: int | None) -> dict[str, Any]:
+    """What a run reports about itself.
+
+    Parameters
+    ----------
+    facts, reference : mapping
+        The sidecars of the corrected image and of SimpleITK's, which may be empty.
+    mask_voxels : int, optional
+
+    Returns
+    -------
+    dict
+        What is not known is None.
+    """
+    run = facts.get("N4") or {}
+    reference_run = reference.get("N4") or {}
+    agreement = reference_run.get("Agreement") or {}
+    parameters = run.get("Parameters") or {}
+    history = run.get("History") or []
+    # of two halves of the samples, what the slower one took
+    halves = [[line["CV"] for line in history if line.get("Half") == n] for n in {line.get("Half") for line in history}]
+    most = parameters.get("iterations")
+    converged = run.get("Converged")
+    dropped = run.get("Dropped")
+    lost = sum(dropped.values()) if dropped is not None else None
+    return {
+        "iterations_used": max(map(len, halves), default=None),
+        "iterations_max": sum(most) if most else None,
+        # with a threshold of 0, a stage is to take all its iterations
+        "converged": all(converged) if converged is not None and parameters.get("convergence_threshold") != 0 else None,
+        "convergence_cv": max((cvs[-1] for cvs in halves), default=None),
+        "dropped_voxels": lost,
+        "dropped_fraction": lost / mask_voxels if lost is not None and mask_voxels else None,
+        "samples": run.get("Samples"),
+        "repeatability_log": run.get("Repeatability"),
+        "self_check_max": run.get("SelfCheck"),
+        "wall_time_s": run.get("WallTimeSeconds"),
+        "reference_wall_time_s": reference_run.get("WallTimeSeconds"),
+        "agreement_r": agreement.get("r"),
+        "agreement_rms_log": agreement.get("rms"),
+        "agreement_max_log": agreement.get("max"),
+        "device": run.get("Device"),
+        "skull_stripped": facts.get("SkullStripped"),
+        "field_from": _scan_of_field(run["FieldFrom"]) if run.get("FieldFrom") else None,
+        "weights": run["Weights"].rpartition("/")[2] if run.get("Weights") else None,
+        "outside_fraction": run.get("ShareOutside"),
+        "halves": any("Half" in line for line in history),
+        "parameters": parameters or None,
+    }
+
+
+def _scan_of_field(uri: str) -> str:
+    """Name of the scan that a field was estimated on; of a file that is called otherwise, its name."""
+    found = scan_and_role(uri)
+    return found[0] if found else uri.rpartition("/")[2]

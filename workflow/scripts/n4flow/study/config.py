@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import itertools
 import math
@@ -124,6 +125,25 @@ def config_problems(config: Mapping[str, Any], schema: Mapping[str, Any]) -> lis
             # the same problem of several combinations is told once
             found += dict.fromkeys(_grid_problems(config, schema))
     return [" ".join(f"config: {problem}".split()) for problem in found]
+
+
+def problems_by_file(config: Mapping[str, Any], schema: Mapping[str, Any], files: Sequence[str | Path]) -> list[str]:
+    """As `config_problems`, each line beginning with the file that holds what is wrong, if one does.
+
+    Parameters
+    ----------
+    config : mapping
+        What the files and the command line say together.
+    schema : mapping
+    files : sequence of path-like
+        Those that win come first.
+    """
+    found = config_problems(config, schema)
+    of_file: dict[str, str | Path] = {}
+    for path in files if found else ():
+        with contextlib.suppress(InputError):  # by itself it says nothing
+            of_file = dict.fromkeys(config_problems(load_config(path), schema), path) | of_file
+    return [f"{of_file[line]}{line.removeprefix('config')}" if line in of_file else line for line in found]
 
 
 def page_settings(qc: Mapping[str, Any]) -> dict[str, Any]:

@@ -8,10 +8,10 @@ import os
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from n4flow.errors import InputError
-from n4flow.images.files import atomic_text, header_file, missing_file, of_other_format, shortened
+from n4flow.images.files import atomic_text, header_file, locked, missing_file, of_other_format, shortened
 from n4flow.images.ngff import file_of, is_store
 from n4flow.study.bids import Scan
 from n4flow.study.config import schema_problems
@@ -152,33 +152,73 @@ def sheet_of(scans: Sequence[Scan]) -> str:
     return text.getvalue()
 
 
-def add_to_sheet(path: Path, scans: Sequence[Scan], schema: Mapping[str, Any]) -> tuple[int, int]:
-    """Write a sheet, or add to one that is there what it does not hold; its own rows stay as somebody left them.
+class Addition(NamedTuple):
+    """A sheet after found scans were added to it."""
+
+    rows: list[Scan]  # all that it has now
+    of_found: list[Scan]  # those of them that are of the found scans
+    added: list[Scan]  # those of them that are new
+    removed: list[Scan]  # found scans that are left out, since somebody has removed their rows
+
+
+def found_file(sheet: Path) -> Path:
+    """The list beside a sheet of all that was ever added to it: what is there and not in the sheet was removed."""
+    return sheet.with_name("found.tsv")
+
+
+def add_to_sheet(path: Path, found: Sequence[Scan], schema: Mapping[str, Any]) -> Addition:
+    """Write a sheet, or add what is new to one that is there; its own rows stay as somebody left them.
+
+    A row is that of a found scan if it names its image, whatever the scan is called there, or if it has its name. A
+    scan whose row was removed stays out until it is removed from `found_file`, too. Of several processes, one does
+    this at a time.
 
     Parameters
     ----------
     path : Path
-    scans : sequence of Scan
+    found : sequence of Scan
     schema : mapping
         JSON schema of a row.
 
     Returns
     -------
-    rows, added : int
-        How many the sheet has now, and how many of them are new.
+    Addition
 
     Raises
     ------
     InputError
         The sheet that is there is wrong, as `read_sheet` has it, or it cannot be written.
     """
-    there = read_sheet(path, schema) if path.exists() else []
-    names = {scan.name for scan in there}
-    added = [scan for scan in scans if scan.name not in names]
-    if added:
-        with atomic_text(path) as file:
-            file.write(sheet_of([*there, *added]))
-    return len(there) + len(added), len(added)
+    record = found_file(path)
+    with locked(path):
+        there = read_sheet(path, schema) if path.exists() else []
+        ever = _read_found(record) if record.exists() else []
+        in_sheet, known = ({mark for scan in scans for mark in _marks(scan)} for scans in (there, ever))
+        new = [scan for scan in found if not _marks(scan) & in_sheet]
+        added = [scan for scan in new if not _marks(scan) & known]
+        # the sheet first: what is in the list alone counts as removed
+        if added:
+            with atomic_text(path) as file:
+                file.write(sheet_of([*there, *added]))
+        if unlisted := [scan for scan in found if not _marks(scan) & known]:
+            with atomic_text(record) as file:
+                file.write(sheet_of([*ever, *unlisted]))
+    rows, of_found = [*there, *added], {mark for scan in found for mark in _marks(scan)}
+    removed = [scan for scan in new if _marks(scan) & known]
+    return Addition(rows, [row for row in rows if _marks(row) & of_found], added, removed)
+
+
+def _marks(scan: Scan) -> set[tuple[str, ...]]:
+    """By what a row is known to be that of a scan: its image (and channel), or its name."""
+    return {(os.path.realpath(scan.image), scan.channel), (scan.name,)}
+
+
+def _read_found(path: Path) -> list[Scan]:
+    columns = [field.name for field in fields(Scan) if field.name != "groups"]
+    rows, problems = read_table(path, columns, COLUMNS)
+    if problems or any(ragged(row) for _, row in rows):
+        raise InputError(path, "is no list of found scans", "remove it: rows that were removed then come back")
+    return [Scan(**row) for _, row in rows]
 
 
 def _wildcard_problem(path: str) -> str:
