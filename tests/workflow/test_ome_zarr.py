@@ -150,7 +150,8 @@ def test_a_mask_of_the_sheet_is_brought_onto_the_coarse_grid(folder):
 
 
 def test_nothing_is_left_to_do_and_the_manifest_agrees(folder):
-    done = snakemake(folder, "--cores", 1, "--dry-run")
+    done = snakemake(folder, "--cores", 1, "--dry-run", "--verbose")
+    assert "InputFunctionException" not in done.stdout, "n4 is asked for no store"
     assert "Nothing to be done" in done.stdout, done.stdout
     assert "no such scan" not in done.stdout
     manifest = json.loads((folder / "results/manifest.json").read_text())
