@@ -401,6 +401,22 @@ def test_what_wraps_around_is_refused_with_a_mask_too(head, tmp_path, kind):
     assert "wraps around" in str(error.value)
 
 
+@pytest.mark.parametrize("axis", range(3))
+@pytest.mark.parametrize("air", ["dark", "noise"])
+def test_a_phase_that_turns_along_any_axis_is_refused(head, tmp_path, axis, air):
+    """Also of a head that fills the image, so that half of its border is no air."""
+    part = (slice(8, -8), slice(10, -12), slice(4, -10))
+    truth = head.truth[part]
+    turning = np.moveaxis(np.linspace(-2, 2, truth.shape[axis])[:, None, None], 0, axis) * 2 * np.pi
+    rng = np.random.default_rng(3)
+    phase = np.angle(np.exp(1j * (turning + 0.3 * truth / 1000 + 0.1 * rng.standard_normal(truth.shape))))
+    around = rng.integers(0, 4096, truth.shape) if air == "noise" else 0
+    values = np.where(truth > 0, np.rint((phase / np.pi + 1) / 2 * 4095), around).astype(np.uint16)
+    image = save(tmp_path / "a.nii", values)
+    with pytest.raises(InputError, match="give its magnitude"):
+        mask_scan(image, None, tmp_path / "mask.nii", tmp_path / "mask.json", method="otsu", percentile=50)
+
+
 def test_what_is_called_a_magnitude_is_taken_for_one(head, tmp_path):
     own = save(tmp_path / "own.nii", (head.truth > 0).astype(np.uint8))
     for name, sidecar in (("sub-1_part-mag_T1w", "{}"), ("a", '{"ImageType": ["ORIGINAL", "PRIMARY", "M"]}')):

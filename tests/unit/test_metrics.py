@@ -2,6 +2,7 @@ import json
 import math
 import re
 
+import nibabel as nib
 import numpy as np
 import pytest
 
@@ -551,6 +552,40 @@ def test_integers_that_began_again_at_the_smallest_are_found(dtype, bits, first)
         assert not wrapped_fraction(fine, np.dtype(dtype)) > 0  # of signed integers above 0 it says nothing
     assert math.isnan(wrapped_fraction(wrapped, np.dtype(np.float32)))
     assert math.isnan(wrapped_fraction(blob(0.6 * ceiling), np.dtype(dtype)))
+
+
+def thin_shell(shape, rng):
+    """A head in a bright shell that fills the range of 12 bits, between air and tissue: of noise, and of few voxels."""
+    radius = np.sqrt(sum(x**2 for x in np.meshgrid(*(np.linspace(-1, 1, n) for n in shape), indexing="ij")))
+    tissue = np.select([radius < 0.78, radius < 0.86], [1500, 4000], 20)
+    return np.rint(np.hypot(tissue + rng.normal(0, 60, shape), rng.normal(0, 60, shape))).clip(0, 4095)
+
+
+@pytest.mark.parametrize("every", [1, 2, 4])
+def test_a_sharp_head_has_not_wrapped_however_few_its_voxels(every):
+    image = thin_shell((96, 104, 88), np.random.default_rng(0))
+    part = image[::every, ::every, ::every]
+    assert not wrapped_fraction(part, np.dtype(np.uint16)) > FLAG_LIMITS["wrapped"]
+    flat = image[::every, ::every, 40:41]
+    assert not wrapped_fraction(flat, np.dtype(np.uint16)) > FLAG_LIMITS["wrapped"]
+
+
+@pytest.mark.parametrize("every", [1, 2, 4])
+def test_a_real_head_has_wrapped_only_where_it_has(real_scans, every):
+    image = np.asarray(nib.load(real_scans / "sub-01/anat/sub-01_T1w.nii.gz").dataobj).astype(np.float32)
+    part = image[::every, ::every, ::every]
+    assert not wrapped_fraction(part, np.dtype(np.uint8)) > FLAG_LIMITS["wrapped"]
+    brightest = np.percentile(image[image > 25], 70)
+    if every < 4:  # of fewer voxels nothing runs
+        assert wrapped_fraction(np.rint(part / brightest * 256) % 256, np.dtype(np.uint8)) > FLAG_LIMITS["wrapped"]
+
+
+@pytest.mark.parametrize("axis", range(3))
+def test_values_that_began_again_are_found_along_any_axis(axis):
+    ramp = np.moveaxis(np.broadcast_to(np.linspace(0, 12000, 80)[:, None, None], (80, 40, 30)), 0, axis)
+    values = np.rint(ramp + np.random.default_rng(0).normal(0, 30, ramp.shape)).clip(0) % 4096
+    assert wrapped_fraction(values, np.dtype(np.uint16)) > 0.1
+    assert wrapped_fraction(values, np.dtype(np.uint16)) < FLAG_LIMITS["wrapped"], "a slow ramp has few steps"
 
 
 def test_mean_may_change_under_the_field_of_another_scan():

@@ -53,7 +53,7 @@ CUBE, DRAWN_BY_LOT, BOTH_SIDES = 8, 0.8, 0.1
 
 #: Air is bright where more of the cubes at the border of the image than this share are noise, and by so much more than
 #: of those within: what is grainy throughout is no air.
-MOST_NOISE, BEYOND_INNER = 0.5, 0.25
+MOST_NOISE, BEYOND_INNER = 0.3, 0.25
 
 #: What wraps around has steps of at least `WHOLE_STEP` of its range between neighbours, of more than half of the range
 #: at least `FEWEST_STEPS` of all pairs, and at least `LEAST_QUARTER` of its values in each quarter of the range. Where
