@@ -6,6 +6,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 
+from n4flow.core.phantom import make_phantom
 from n4flow.qc.dataset import OUTLIER_Z
 from n4flow.qc.flags import FLAG_LIMITS, FLAGS, find_flags
 from n4flow.qc.metrics import (
@@ -381,21 +382,33 @@ def test_inhomogeneity_is_that_of_mriqc():
 
 
 def test_a_head_worked_out_by_hand():
-    """Three tissues, each half darker by 20 % and half brighter by 20 % than it should be."""
+    """Three tissues, each half darker by 8 % and half brighter by 8 % than it should be, which leaves them apart."""
     truth = np.concatenate([np.repeat([m - d, m + d], 500) for m, d in ((20.0, 1.0), (60.0, 2.0), (100.0, 4.0))])
-    bias = np.tile(np.repeat([0.8, 1.2], 250), 6)
+    bias = np.tile(np.repeat([0.92, 1.08], 250), 6)
     result = correction_metrics(truth * bias, truth, np.log(bias))
     # corrected: sd 2 and 4, means 60 and 100
     assert result["cjv_after"] == pytest.approx((2 + 4) / (100 - 60))
     assert result["cv_bright_after"] == pytest.approx(4 / 100)
-    # original: the means stay, and the variance of m (1 ± 0.2) (1 ± d/m) is m² (0.2² + (d/m)² (1 + 0.2²))
-    spread = [m * math.sqrt(0.2**2 + (d / m) ** 2 * 1.04) for m, d in ((60, 2), (100, 4))]
+    # original: the means stay, and the variance of m (1 ± 0.08) (1 ± d/m) is m² (0.08² + (d/m)² (1 + 0.08²))
+    spread = [m * math.sqrt(0.08**2 + (d / m) ** 2 * 1.0064) for m, d in ((60, 2), (100, 4))]
     assert result["cjv_before"] == pytest.approx(sum(spread) / 40)
     assert result["cv_bright_before"] == pytest.approx(spread[1] / 100)
-    assert (result["inu_range"], result["inu_med"]) == pytest.approx((0.4, 1.0))
-    assert (result["field_min"], result["field_max"]) == pytest.approx((0.8, 1.2))
+    assert (result["inu_range"], result["inu_med"]) == pytest.approx((0.16, 1.0))
+    assert (result["field_min"], result["field_max"]) == pytest.approx((0.92, 1.08))
     assert result["mean_ratio"] == pytest.approx(1)
     assert result["mask_dark_fraction"] == 0
+
+
+@pytest.mark.parametrize("inu_percent", [0, 20])
+def test_a_wrong_field_raises_the_cjv_and_the_right_one_lowers_it(tissues, inu_percent):
+    """Classes of the corrected image alone would say that both lower it."""
+    head, other = (make_phantom(tissues, 2.0, inu_percent=n, noise_percent=3, seed=n) for n in (inu_percent, 40))
+    inside = head.truth > 200
+    for field, worse in ((head.bias, False), (other.bias[::-1], True)):
+        after = head.image[inside] / field[inside]
+        metrics = correction_metrics(head.image[inside], after, np.log(field[inside]))
+        assert (metrics["cjv_after"] > FLAG_LIMITS["cjv_worse"] * metrics["cjv_before"]) == worse
+        assert worse or not inu_percent or metrics["cjv_after"] < metrics["cjv_before"]
 
 
 def test_metrics_of_classes_can_be_left_out():

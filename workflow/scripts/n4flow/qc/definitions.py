@@ -21,9 +21,9 @@ DEFINITIONS: tuple[Definition, ...] = (
         ("cjv_before", "cjv_after"),
         "CJV, coefficient of joint variation",
         "(sd_mid + sd_bright) / |mean_mid - mean_bright|",
-        "Lower is better; over the two upper of three intensity classes of the corrected image, not over segmented "
-        "tissue. Compare before with after, and scans of one sequence with each other. The classes favour the "
-        "corrected image: alone it is no proof.",
+        "Lower is better; over the two upper of three intensity classes of each image, not over segmented tissue. "
+        "Compare before with after, and scans of one sequence with each other. Of a strong field the classes are "
+        "cut off at their limits, so that it may fall for a wrong correction, too: alone it is no proof.",
         "Ganzetti et al. 2016, doi:10.3389/fninf.2016.00010; the formula of MRIQC's cjv, whose classes are a "
         "segmentation and whose numbers are medians and MADs",
     ),

@@ -179,7 +179,7 @@ FLAGS = {
         limit=1.02,
         limit_text="{:g}-fold".format,
     ),
-    # the classes of the CJV come from the corrected image and favour it; the entropy has no classes
+    # of a strong field the classes of the CJV are cut off at their limits; the entropy has no classes
     "entropy_worse": Flag(
         ("log_entropy_before_bits", "log_entropy_after_bits"),
         _more,

@@ -149,7 +149,7 @@ CASES = (
         "Too fine a mesh",
         f"Corrected on a mesh of {FINE_MM:g} mm with the fit that ITK has, which does not resist bending.",
         "The field follows ventricles, skull and scalp, and takes their contrast out of the image: in the histogram "
-        "the tissues move together. The CJV before is of no use here: its classes are those of the flattened image.",
+        "the tissues move together, and the CJV rises.",
         _too_fine,
         ("Corrected", "Bias field", "Histogram in the mask"),
         ("field_steepness", "field_min", "field_max", "inu_range", "cjv_after"),
@@ -169,8 +169,7 @@ CASES = (
         "Inverted field",
         "The good field with its sign turned: the image was multiplied by what it should have been divided by.",
         "What was bright is brighter: the profile of the corrected image leaves 1 further than that of the original. "
-        "The CJV falls all the same, since its classes come from the corrected image; the entropy has no classes, and "
-        "rises. Where the reference is on, r is near -1.",
+        "CJV and entropy rise. Where the reference is on, r is near -1.",
         _inverted,
         ("Corrected", "Bias field", "Profile along the field"),
         ("log_entropy_after_bits", "log_entropy_before_bits", "cv_bright_before", "cv_bright_after", "cjv_after"),

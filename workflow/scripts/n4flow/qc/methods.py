@@ -172,8 +172,8 @@ def _quality(subjects: Sequence[Metrics], ratings: Sequence[Rating]) -> Iterator
     for key, what in (
         (
             "cjv",
-            "The coefficient of joint variation of the two upper of three intensity classes of the corrected image "
-            "(Ganzetti et al. 2016)",
+            "The coefficient of joint variation (Ganzetti et al. 2016) of the two upper of three intensity classes, of "
+            "each image its own,",
         ),
         ("foreground_cv", "The coefficient of variation of the foreground"),
     ):

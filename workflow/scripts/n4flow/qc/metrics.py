@@ -582,7 +582,10 @@ def _usable(original: np.ndarray, corrected: np.ndarray) -> np.ndarray:
 
 
 def class_metrics(before: np.ndarray, after: np.ndarray) -> dict[str, float]:
-    """Metrics of the two upper intensity classes of the corrected image, taken at the same voxels in both.
+    """Metrics of the two upper intensity classes of the original and of the corrected image, each of its own.
+
+    The classes of one image would favour it: those of the corrected image are narrow in it and wide in the original,
+    whatever field it was divided by.
 
     Parameters
     ----------
@@ -593,15 +596,15 @@ def class_metrics(before: np.ndarray, after: np.ndarray) -> dict[str, float]:
     -------
     dict
         Without unit: CJV and CV of the bright class, before and after. In the image's units: the
-        limits of the classes. NaN where there are no three classes.
+        limits of the classes of the corrected image. NaN where there are no three classes.
     """
-    classes = intensity_classes(after)
-    middle, bright = classes.middle(after), classes.bright(after)
-    return {
-        "cjv_before": coefficient_of_joint_variation(before[middle], before[bright]),
-        "cjv_after": coefficient_of_joint_variation(after[middle], after[bright]),
-        "cv_bright_before": coefficient_of_variation(before[bright]),
-        "cv_bright_after": coefficient_of_variation(after[bright]),
+    result: dict[str, float] = {}
+    for when, values in (("before", before), ("after", after)):
+        classes = intensity_classes(values)
+        middle, bright = values[classes.middle(values)], values[classes.bright(values)]
+        result[f"cjv_{when}"] = coefficient_of_joint_variation(middle, bright)
+        result[f"cv_bright_{when}"] = coefficient_of_variation(bright)
+    return result | {
         "class_lower": classes.lower,
         "class_upper": classes.upper,
         "class_top": classes.top,
