@@ -199,7 +199,8 @@ def test_every_scan_is_in_the_sheet_or_has_a_line(run):
     assert all("subjects have no" in line for line in others[:-2])
     assert "Each echo gets a field of its own" in echoes
     assert "field_from" in echoes
-    assert last == f"{len(SCANS)} scans; next: snakemake --cores 8 --config samples=made.tsv"
+    where = f"--snakefile {ROOT}/Snakefile --cores 8 --config samples=made.tsv --configfile {ROOT}/config/config.yaml"
+    assert last == f"{len(SCANS)} scans; next: snakemake {where}"
 
 
 @pytest.mark.parametrize("name", GOOD)

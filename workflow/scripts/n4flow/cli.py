@@ -411,7 +411,14 @@ def sheet(given: argparse.Namespace) -> None:
     with atomic_text(given.output) as file:
         file.write(sheet_of(scans))
     _tell_of_echoes(scans)
-    print(f"{len(scans)} scans; next: snakemake --cores 8 --config samples={given.output}", file=sys.stderr)
+    # what works in this folder, be it the clone or any other
+    root = workflow_folder()
+    words = ["snakemake", "--cores", "8", "--config", f"samples={given.output}"]
+    if not Path("Snakefile").exists():
+        words[1:1] = ["--snakefile", str(root / "Snakefile")]
+    if not Path("config/config.yaml").exists():
+        words += ["--configfile", str(root / "config/config.yaml")]
+    print(f"{len(scans)} scans; next: {shlex.join(words)}", file=sys.stderr)
 
 
 def _tell_of_echoes(scans: Sequence[Any]) -> None:
