@@ -4,7 +4,6 @@ import json
 import subprocess
 import sys
 import threading
-import time
 
 import numpy as np
 import pytest
@@ -37,20 +36,26 @@ def run(cluster, tmp_path_factory):
     """A working directory, and how its run ended, in which a node lost its power while it divided a part."""
     folder = prepare(tmp_path_factory.mktemp("store"))
 
-    def lose_a_node():
-        while True:
-            for job in cluster.jobs():
-                if job["state"] == "RUNNING" and "divide" in job["comment"]:
-                    cluster.power_off(job["node"])
-                    return
-            time.sleep(0.1)
+    seen, over, lost = {}, threading.Event(), []
 
-    threading.Thread(target=lose_a_node, daemon=True).start()
+    def watch():
+        """What became of each job (SLURM forgets them after a while), and a loss of power."""
+        while not over.wait(0.2):
+            for job in cluster.jobs():
+                seen[job["id"]] = job
+                if not lost and job["state"] == "RUNNING" and "divide" in job["comment"]:
+                    lost.append(job["node"])
+                    cluster.power_off(job["node"])
+
+    watching = threading.Thread(target=watch, daemon=True)
+    watching.start()
     command = [sys.executable, "-m", "snakemake", "-s", ROOT / "Snakefile", "--directory", folder]
     command += ["--profile", ROOT / "workflow/profiles/slurm", "--set-threads", "divide=1"]  # a node here has two cores
     command += ["--slurm-init-seconds-before-status-checks", "1", "--seconds-between-status-checks", "1"]
     done = subprocess.run(list(map(str, command)), stdin=subprocess.DEVNULL, capture_output=True, text=True)
-    return folder, done, cluster.jobs()
+    over.set()
+    watching.join()
+    return folder, done, list(seen.values())
 
 
 def test_the_loss_of_a_node_costs_the_parts_that_it_divided(run):
