@@ -66,7 +66,7 @@ def test_the_good_correction_raises_no_flag(guide):
 @pytest.mark.parametrize(
     ("case", "flags"),
     [
-        ("fine", ["field steep", "cjv worse"]),
+        ("fine", ["field steep"]),
         ("leaking", ["dark mask"]),
         ("inverted", ["cjv worse", "entropy worse"]),
         ("nothing", ["field flat"]),

@@ -22,8 +22,8 @@ DEFINITIONS: tuple[Definition, ...] = (
         "CJV, coefficient of joint variation",
         "(sd_mid + sd_bright) / |mean_mid - mean_bright|",
         "Lower is better; over the two upper of three intensity classes of each image, not over segmented tissue. "
-        "Compare before with after, and scans of one sequence with each other. Of a strong field the classes are "
-        "cut off at their limits, so that it may fall for a wrong correction, too: alone it is no proof.",
+        "Compare before with after, and scans of one sequence with each other. Once the field is off, the classes may "
+        "be other tissues, and of a strong field they are cut off at their limits: alone it is no proof.",
         "Ganzetti et al. 2016, doi:10.3389/fninf.2016.00010; the formula of MRIQC's cjv, whose classes are a "
         "segmentation and whose numbers are medians and MADs",
     ),

@@ -67,6 +67,10 @@ def _times_above(limit: float, before: float, after: float) -> bool:
     return after > limit * before
 
 
+def _times_above_in_both(limit: float, before: float, after: float, other_before: float, other_after: float) -> bool:
+    return after > limit * before and other_after > other_before
+
+
 def _more(limit: float, before: float, after: float) -> bool:
     return after > before + limit
 
@@ -170,16 +174,16 @@ FLAGS = {
         limit=0.5,
         limit_text=_percent,
     ),
+    # the classes of the CJV may be other tissues once the field is off, so that it counts with the entropy alone
     "cjv_worse": Flag(
-        ("cjv_before", "cjv_after"),
-        _times_above,
+        ("cjv_before", "cjv_after", "log_entropy_before_bits", "log_entropy_after_bits"),
+        _times_above_in_both,
         lambda m: f"the CJV rose from {m['cjv_before']:.3f} to {m['cjv_after']:.3f}",
-        meaning="CJV after over CJV before above the limit",
+        meaning="CJV after over CJV before above the limit, and the entropy of the log histogram rose",
         look="whether tissues still differ as before",
         limit=1.02,
         limit_text="{:g}-fold".format,
     ),
-    # of a strong field the classes of the CJV are cut off at their limits; the entropy has no classes
     "entropy_worse": Flag(
         ("log_entropy_before_bits", "log_entropy_after_bits"),
         _more,
