@@ -50,7 +50,7 @@ def test_nothing_ran_and_nothing_was_written_but_the_outputs(run):
     ("text", "line"),
     [
         ("samples: !!python/object/apply:os.system ['touch was_run']\n", "Config file is not valid JSON or YAML"),
-        ("device: !!python/name:os.system\n", "config/config.yaml: device: <built-in function system> is not one of"),
+        ("device: !!python/name:os.system\n", "config: device: <built-in function system> is not one of"),
     ],
 )
 def test_tags_of_a_config_do_nothing_and_stop_the_run_with_a_line(tmp_path, text, line):

@@ -17,7 +17,7 @@ def assert_stopped_with(done, folder, lines):
 
 
 def test_sheet_with_errors_stops_the_run_with_a_line_each(tmp_path):
-    write_config(tmp_path)
+    write_config(tmp_path, guide=True)
     absent = raw_scan("01")
     write_sheet(tmp_path / "config/samples.tsv", [absent, raw_scan("0_2")])
     image = "raw/sub-01/anat/sub-01_T1w.nii.gz"
@@ -33,7 +33,7 @@ def test_sheet_with_errors_stops_the_run_with_a_line_each(tmp_path):
 
 
 def test_config_with_errors_stops_the_run_with_a_line_each(tmp_path):
-    write_config(tmp_path, {"n4": {"fwmh": 0.2, "shrink_factor": 0}, "reference": {"fraction": 0.1}})
+    write_config(tmp_path, {"n4": {"fwmh": 0.2, "shrink_factor": 0}, "reference": {"fraction": 0.1}}, guide=True)
     settings, mine = tmp_path / "config/config.yaml", tmp_path / "config/mine.yaml"
     mine.write_text("reference: {scans: half}\n")
     write_sheet(tmp_path / "config/samples.tsv", [])
@@ -54,7 +54,7 @@ def test_config_with_errors_stops_the_run_with_a_line_each(tmp_path):
 
 
 def test_no_sheet_stops_the_run_with_a_line(tmp_path):
-    write_config(tmp_path, {"samples": ""})
+    write_config(tmp_path, {"samples": ""}, guide=True)
     line = "config: samples: is empty; path of the sample sheet"
     assert_stopped_with(snakemake(tmp_path, "--cores", 1), tmp_path, [line])
 
