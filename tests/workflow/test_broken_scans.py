@@ -123,7 +123,7 @@ class Broken(NamedTuple):
 
 
 BROKEN = {
-    "text": Broken(text, "mask", "cannot be decompressed"),
+    "text": Broken(text, "mask", "is no gzip file"),
     "textnii": Broken(text, "mask", "is no NIfTI image", ".nii"),
     "textgz": Broken(text_in_gzip, "mask", "is no NIfTI image"),
     "cutgz": Broken(cut_off, "mask", "end too early"),
