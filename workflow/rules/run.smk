@@ -251,7 +251,7 @@ def is_done_now(failure):
     if failure.step in (*STORE_STEPS, NO_STORE):
         made = STORE_FILES[failure.scan]["store"]
     else:
-        made = made_of(SCAN_OF[failure.scan], "reference" if failure.step == "reference" else "metrics")
+        made = made_of(SCAN_OF[failure.scan], failure.step if failure.step in ("reference", "crops") else "metrics")
     return made_since(place_of(made), RUN_START)
 
 

@@ -24,7 +24,7 @@ from n4flow.images.files import REMEDIES
 from n4flow.images.ngff import Files, Image, Level
 
 #: Voxels that are read at a time where a level is averaged.
-BLOCK_VOXELS = 2**24
+BLOCK_VOXELS = 2**22
 
 #: Of the voxels that are no fill, this share counts as darker than the pedestal: `offset: auto` takes their limit.
 PEDESTAL_QUANTILE = 0.01
@@ -89,8 +89,10 @@ def read_coarse(
     limits = Limits.of(array)
     times = level.shape[image.axes.index("t")] if "t" in image.axes else 1
     averaged = times > 1 or any(f > 1 for f in by_axis)
+    # voxels count then by themselves: those that are not usable are 0, and nothing is taken off the others
+    plain = not averaged and offset == 0 and limits.fill == 0 and limits.top is not None
     total = np.zeros(coarse, dtype=np.float64 if averaged else np.float32)
-    count = np.zeros(coarse, dtype=np.uint32 if averaged else bool)
+    count = np.zeros(() if plain else coarse, dtype=np.uint32 if averaged else bool)
     fill = saturated = 0
     steps = _steps(level, image)
     used = [n * f for n, f in zip(coarse, by_axis, strict=True)]
@@ -99,6 +101,10 @@ def read_coarse(
     ]
     for time, *part in product(range(times), *blocks):
         values = _read(image, array, part, channel, time)
+        if plain and values.max() != limits.top:  # what holds the fill value is 0 as it is
+            fill += values.size - int(np.count_nonzero(values))
+            total[tuple(part)] = values
+            continue
         unusable = limits.fills(values)
         fill += int(np.count_nonzero(unusable))
         if values.max() == limits.top:
@@ -108,6 +114,9 @@ def read_coarse(
         if values.dtype.kind == "f":
             unusable |= ~np.isfinite(values)
         usable = np.logical_not(unusable, out=unusable)
+        if plain:
+            total[tuple(part)] = np.where(usable, values, 0)
+            continue
         if not averaged:
             total[tuple(part)], count[tuple(part)] = values, usable
             continue
@@ -130,7 +139,7 @@ def read_coarse(
     volume = total.astype(np.float32, copy=False)
     if offset:
         volume -= np.float32(offset)
-    if offset or saturated or limits.fill != 0 or limits.top is None:
+    if not plain:
         volume[~inside] = 0
     voxels = times * math.prod(used)
     volume = volume.reshape((1,) * (3 - len(coarse)) + coarse)
