@@ -168,7 +168,7 @@ rule crops:
     conda:
         "../../envs/qc.yaml"
     resources:
-        mem_mb=SNAKEMAKE_MB + 1500,
+        mem_mb=lambda wildcards, attempt: (SNAKEMAKE_MB + 900 + 8 * config["zarr"]["level_voxels"] // 10**6) * attempt,
     params:
         image=lambda wildcards: scan_of(wildcards).image,
         channel=lambda wildcards: scan_of(wildcards).channel,
