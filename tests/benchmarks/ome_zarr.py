@@ -261,7 +261,9 @@ def picture(output, folder):
             divide_part(store, target, folder / "plan.json", parts[-1], **places, **common)
     describe_store(store, parts, folder / "out.json", **common)
     finish_store(store, folder / "out.json", target / image.root, pyramid_origin="auto")
-    draw_crops(store, target, folder / "plan.json", mask, told, output, channel="", pyramid_origin="auto")
+    draw_crops(
+        store, target, folder / "plan.json", mask, told, folder / "out.json", output, channel="", pyramid_origin="auto"
+    )
 
 
 def main():

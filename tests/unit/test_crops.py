@@ -27,11 +27,13 @@ def files_of(folder, units_per_part, values=VALUES, **options):
         pair[name] = write_store(folder / f"{name}.ome.zarr", levels, chunks=(16, 32, 32), **options)
     write_json(folder / "plan.json", {"Levels": [{"UnitsPerPart": units_per_part}]})
     write_json(folder / "coarse.json", {"Offset": 0})
+    write_json(folder / "out.json", {"Clipped": 0.0009})
     image = read_image(pair["store"])
     affine = np.array(image.grid(image.levels[1])[1])
     space = values if values.ndim == 3 else values[0]
     nib.save(nib.Nifti1Image((binned(space) > 500).astype(np.uint8).T, affine), folder / "m.nii.gz")
     made = {"plan": folder / "plan.json", "mask": folder / "m.nii.gz", "sidecar": folder / "coarse.json"}
+    made["told"] = folder / "out.json"
     return pair | made | {"output": folder / "crops.webp", "channel": "", "pyramid_origin": "auto"}
 
 
@@ -83,6 +85,19 @@ def test_they_show_original_and_corrected_in_one_window(tmp_path):
     top = values.max() * 255 / before.mean((1, 3)).max()
     for shown, expected in ((before, values), (after, 2 * values)):
         assert np.abs(shown.mean((1, 3)) - (expected * 255 / top).clip(0, 255))[4:-4, 4:-4].mean() < 6
+
+
+def test_above_them_it_says_that_voxels_were_cut_off(tmp_path):
+    files = files_of(tmp_path, 4)
+    heights = []
+    for clipped in (0.0009, 0.0011):
+        write_json(files["told"], {"Clipped": clipped})
+        draw_crops(**files)
+        with Picture.open(files["output"]) as sheet:
+            heights.append(sheet.height)
+            head = np.asarray(sheet)[: crops.LINE].astype(int)
+    assert heights[1] == heights[0] + crops.LINE
+    assert ((head[..., 0] > 150) & (head[..., 2] < 100)).sum() > 50  # amber
 
 
 def test_a_channel_and_a_plane(tmp_path):

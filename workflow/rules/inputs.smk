@@ -70,6 +70,7 @@ def crops_inputs(wildcards):
         "plan": f"<results>/{store_output(store, 'plan')}",
         "mask": made_of(scan, "mask"),
         "sidecar": made_of(scan, "coarse_sidecar"),
+        "told": STORE_FILES[scan.name]["store_sidecar"],
     }
 
 

@@ -14,6 +14,7 @@ def main(snakemake):
         plan=snakemake.input.plan,
         mask=snakemake.input.mask,
         sidecar=snakemake.input.sidecar,
+        told=snakemake.input.told,
         output=snakemake.output.crops,
         channel=snakemake.params.channel,
         pyramid_origin=snakemake.params.pyramid_origin,

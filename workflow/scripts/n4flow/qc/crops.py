@@ -24,6 +24,9 @@ CROPS, EDGE = 3, 512
 #: So many places where units meet are looked at.
 PLACES = 2000
 
+#: From so large a share of the voxels on it is said that they were cut off at the limit of their type.
+CLIPPED = 0.001
+
 #: Around the pictures, in pixels: between two, above and below a row.
 GAP, LINE = 8, 24
 
@@ -47,6 +50,7 @@ def draw_crops(
     plan: str | Path,
     mask: str | Path,
     sidecar: str | Path,
+    told: str | Path,
     output: str | Path,
     *,
     channel: str,
@@ -64,8 +68,8 @@ def draw_crops(
         As `pyramid.plan_store` wrote it.
     mask : path-like
         On the grid of the coarse volume.
-    sidecar : path-like
-        Of the coarse volume.
+    sidecar, told : path-like
+        Of the coarse volume, and of the corrected store.
     output : path-like
         WebP.
     channel : str
@@ -92,8 +96,11 @@ def draw_crops(
         rows.append((seam, region, size_mm, [np.squeeze(values, axis=_thin(region, values)) for values in pair]))
     offset = float(read_json(sidecar)["Offset"])
     top = max(float(np.percentile(pair[1], 99.5)) for *_, pair in rows)
+    clipped = float(read_json(told)["Clipped"])
+    note = f"{100 * clipped:.2g} % of the voxels of the image were cut off; set zarr.dtype: float32"
+    sheet = _sheet(before, rows, offset, max(top, offset + 1), note if clipped > CLIPPED else "")
     with atomic_bytes(output) as file:
-        file.write(webp(_sheet(before, rows, offset, max(top, offset + 1)), QUALITY))
+        file.write(webp(sheet, QUALITY))
 
 
 def _thin(region: Sequence[slice], values: np.ndarray) -> tuple[int, ...]:
@@ -177,8 +184,8 @@ def _region(image: Image, level: Level, seam: Seam) -> tuple[list[slice], tuple[
 Row = tuple[Seam, list[slice], tuple[float, float], list[np.ndarray]]
 
 
-def _sheet(image: Image, rows: Sequence[Row], low: float, high: float) -> Picture.Image:
-    """A row for each crop, under what it is, with ticks where the units meet and a scale bar."""
+def _sheet(image: Image, rows: Sequence[Row], low: float, high: float, note: str) -> Picture.Image:
+    """A row for each crop, under what it is, with ticks where the units meet and a scale bar; a note above, if any."""
     fonts = ImageFont.truetype(FONT, 15)
     names = [image.axes[axis] for axis in image.space]
     names = ["", *names][-3:]
@@ -188,9 +195,11 @@ def _sheet(image: Image, rows: Sequence[Row], low: float, high: float) -> Pictur
     per_mm = max(1, int(EDGE * finest_mm / across_mm)) / finest_mm
     tiles = [[_grey(values, low, high, size_mm, per_mm) for values in pair] for *_, size_mm, pair in rows]
     width = max(sum(tile.width for tile in pair) for pair in tiles) + GAP
-    height = sum(pair[0].height + 2 * LINE for pair in tiles)
+    head = LINE if note else 0
+    height = head + sum(pair[0].height + 2 * LINE for pair in tiles)
     sheet = Picture.new("RGB", (max(width, 640), height), (0, 0, 0))
-    pen, top = ImageDraw.Draw(sheet), 0
+    pen, top = ImageDraw.Draw(sheet), head
+    pen.text((4, 2), note, fill=(255, 196, 0), font=fonts)
     for (seam, region, size_mm, _), pair in zip(rows, tiles, strict=True):
         axes = [axis for axis in range(3) if axis != seam.normal]
         through = [f"{names[seam.normal]} {seam.centre[seam.normal]}"] if names[seam.normal] else []
