@@ -144,7 +144,7 @@ BROKEN = {
         good, "mask", "affine of the mask differs", mask=mask_file(np.ones(SHAPE), affine=AFFINE + 1), source="mask"
     ),
     "mask4d": Broken(good, "mask", "2 frames", mask=mask_file(np.ones((*SHAPE, 2))), source="mask"),
-    "textmask": Broken(good, "mask", "cannot be decompressed", mask=text, source="mask"),
+    "textmask": Broken(good, "mask", "is no gzip file", mask=text, source="mask"),
     "zerosize": Broken(one_voxel_wide_zero, "mask", "has the voxel size 4 x 0 x 4", ".nii"),
     "nansize": Broken(one_voxel_wide_nan, "mask", "has the voxel size 4 x 4 x nan", ".nii"),
     "flataffine": Broken(flat_affine, "mask", "affine cannot be inverted", ".nii"),
