@@ -276,13 +276,15 @@ def test_no_word_lies_over_a_picture():
 
 
 @pytest.mark.parametrize("bar_mm", [False, True])
-def test_no_word_lies_over_another(bar_mm):
-    """Of a steep field too, in which many isolines lie close together."""
+@pytest.mark.parametrize("kind", ["steep", "rings"])
+def test_no_word_lies_over_another(bar_mm, kind):
+    """Of fields whose isolines lie close together, or along the edge."""
     shape = (40, 50, 30)
     planes = panels.upright_planes(np.eye(4), shape, (1, 1, 1), anatomical=not bar_mm)
     rows = [row[panels.FIELD_SLICES] for row in panels.choose_slices(np.ones(shape, bool), planes)]
     x, y, z = np.meshgrid(*(np.linspace(-1, 1, n) for n in shape), indexing="ij")
-    cuts = [[s.cut(1.5 * x + 0.8 * y**2 - 0.6 * z) for s in row] for row in rows]
+    field = {"steep": 1.5 * x + 0.8 * y**2 - 0.6 * z, "rings": 0.04 * (x**2 + y**2 + z**2) - 0.03}[kind]
+    cuts = [[s.cut(field) for s in row] for row in rows]
     outlines = [[panels.silhouette(s.cut(np.ones(shape, bool)), s.plane.size_mm) for s in row] for row in rows]
     layer = mosaics.Layer("", "bias field", cuts, mosaics.field_scale(0.4))
     drawn = mosaics.mosaic(

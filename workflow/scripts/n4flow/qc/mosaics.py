@@ -157,6 +157,11 @@ class _Place(NamedTuple):
         """Points given as shares of width and height, from the lower left."""
         return shares * (self.width, -self.height) + (self.x, self.y + self.height)
 
+    def holds(self, spot: np.ndarray, size: Sequence[float]) -> bool:
+        """Whether a word of this size, around this point, lies within the slice."""
+        middle, room = (self.x + self.width / 2, self.y + self.height / 2), (self.width, self.height)
+        return bool((np.abs(spot - middle) <= (np.array(room) - size) / 2).all())
+
 
 def mosaic(
     layers: Sequence[Layer],
@@ -441,8 +446,7 @@ def _isolines(
     most = max((float(np.abs(values[inside]).max()) for values, _, inside in coarse if inside.any()), default=0.0)
     lines: list[np.ndarray] = []
     names: list[str] = []
-    taken: list[np.ndarray] = []
-    for values, points, inside in coarse:
+    for place, (values, points, inside) in zip(places, coarse, strict=True):
         if min(values.shape) < 2 or not inside.any():
             continue
         # a pixel more, so that they reach the outlines
@@ -452,6 +456,7 @@ def _isolines(
         generator: Any = contour_generator(
             x=points[..., 0], y=points[..., 1], z=np.ma.masked_array(values, ~near), corner_mask=False
         )
+        taken: list[np.ndarray] = []
         for level in iso_levels(most):
             found = generator.lines(level)
             lines += found
@@ -461,7 +466,8 @@ def _isolines(
             for share in (0.5, 0.3, 0.7):
                 spot = longest[int(share * (len(longest) - 1))]
                 nearest = np.unravel_index(np.argmin(((points - spot) ** 2).sum(axis=-1)), inside.shape)
-                if inside[nearest] and all((np.abs(spot - other) > ISO_NAME).any() for other in taken):
+                free = all((np.abs(spot - other) > ISO_NAME).any() for other in taken)
+                if inside[nearest] and free and place.holds(spot, ISO_NAME):
                     taken.append(spot)
                     names.append(_text(spot[0], spot[1] + 4, ratio_text(math.exp(level)), "iso", "middle"))
                     break
