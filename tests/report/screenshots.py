@@ -11,20 +11,23 @@ from pathlib import Path
 from PIL import Image
 from playwright.sync_api import sync_playwright
 
+#: In which the plots of the four scans of the demo leave room for the table.
+INDEX_HEIGHT = 830
+
 
 def main(results, output):
     qc = results / "qc"
     with sync_playwright() as playwright:
         executable = shutil.which("chromium")
         browser = playwright.chromium.launch(executable_path=executable, args=["--no-sandbox", "--disable-gpu"])
-        page = browser.new_page()
+        page = browser.new_page(viewport={"width": 1280, "height": INDEX_HEIGHT})
         page.on("dialog", lambda dialog: dialog.accept())  # ratings that are in no file
 
         def save(name, height):
             page.set_viewport_size({"width": 1280, "height": height})
             page.wait_for_timeout(500)
             with Image.open(io.BytesIO(page.screenshot())) as picture:
-                picture.save(output / name, quality=70, method=6)
+                picture.save(output / name, quality=60, method=6)
 
         page.goto((qc / "index.html").resolve().as_uri())
         page.click("#rater")
@@ -33,7 +36,7 @@ def main(results, output):
         page.click("h1")
         for key in "1jj1j2kkk":
             page.keyboard.press(key)
-        save("index.webp", 710)
+        save("index.webp", INDEX_HEIGHT)
         page.goto(f"{page.url.partition('#')[0]}#sub-04_T1w")
         page.frame_locator("#frames iframe:not(.away)").locator("h1").wait_for()
         save("example.webp", 900)
