@@ -22,6 +22,7 @@ NOT_USED = {
     "steps.demo": {"estimate", "steps.mask", "qc.pages"},
     "study.bids": {"images.nifti", "estimate", "steps.mask", "qc.pages"},
     "qc.pages": {"estimate", "steps.reference", "core.phantom", "steps.mask"},
+    "qc.crops": {"estimate", "steps.mask", "steps.pyramid", "qc.pages"},
     "qc.dataset": {"qc.panels", "qc.guide", "qc.tune", "estimate", "images.nifti"},
     "qc.figures": {"qc.pages", "estimate", "steps.mask"},
     "qc.guide": {"qc.tune", "qc.dataset", "study.ratings", "study.config", "study.sheet"},

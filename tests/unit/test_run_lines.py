@@ -9,7 +9,10 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from snakemake.cli import get_argument_parser
+from snakemake.scheduling.job_scheduler import JobRateLimiter
 from snakemake.settings.enums import Quietness
+from snakemake.settings.types import MaxJobsPerTimespan
 from snakemake_interface_logger_plugins.common import LogEvent
 
 from n4flow.images.files import REMEDIES
@@ -219,12 +222,20 @@ def test_warning_at_the_start_names_a_few_of_many(run):
     assert run.names_of([f"s{n}" for n in range(9)]) == "s0, s1, s2, s3, s4 and 4 more"
 
 
-@pytest.mark.parametrize(("local", "limit"), [(True, None), (False, "100 in a second")])
-def test_jobs_of_this_machine_are_not_limited_by_the_second(run, local, limit):
+@pytest.mark.parametrize(
+    ("local", "asked", "left"), [(True, "100/1s", False), (False, "100/1s", True), (True, "1/1m", True)]
+)
+def test_jobs_of_this_machine_are_not_limited_by_the_second_unless_somebody_asks(run, local, asked, left):
+    limit = JobRateLimiter(MaxJobsPerTimespan.parse_choice(asked))
     run.workflow.local_exec = local
-    run.workflow.scheduler = SimpleNamespace(job_rate_limiter="100 in a second")
+    run.workflow.scheduler = SimpleNamespace(job_rate_limiter=limit)
     run.weigh_jobs_once()
-    assert run.workflow.scheduler.job_rate_limiter == limit
+    assert run.workflow.scheduler.job_rate_limiter == (limit if left else None)
+
+
+def test_snakemakes_limit_is_the_one_that_is_lifted():
+    default = get_argument_parser().get_default("max_jobs_per_timespan")
+    assert default == "100/1s"
 
 
 def test_snakemake_without_that_limit_weighs_jobs_only_when_one_has_ended(tmp_path):

@@ -86,6 +86,8 @@ def chosen(scan):
 
 
 CHOSEN = [scan for scan in SHEET if chosen(scan)]
+# What is made of the scans, but for those that failed before.
+DONE_NOW = {scan for scan in SCANS if chosen(scan)}
 
 # Names of the scans that SimpleITK corrects too.
 WITH_REFERENCE = with_least_hash([s.name for s in SHEET if not s.field_from], config["reference"]["scans"])

@@ -24,6 +24,7 @@ STORE_FILES = {
 
 STORE_OUTPUT = {role: f"<results>/{name}" for role, name in STORE_NAMES.items()}
 STORE_OF = {(store.folder, store.name): store for store in STORES}
+STORE_OF_SCAN = {scan.name: store for store in STORES for scan in store.scans}
 
 
 # asked for by every part of a store
@@ -64,7 +65,7 @@ def fields_of(wildcards):
 def crops_inputs(wildcards):
     """The image and its coarse volume, which tells where the mask lies."""
     scan = scan_of(wildcards)
-    store = next(store for store in STORES if scan in store.scans)
+    store = STORE_OF_SCAN[scan.name]
     return {
         "store": STORE_FILES[scan.name]["store"],
         "plan": f"<results>/{store_output(store, 'plan')}",

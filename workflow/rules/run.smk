@@ -188,7 +188,8 @@ def weigh_jobs_once():
     For its limit to the jobs that start in a second it weighs all of them again a second after each time it did, and
     each job that ends adds to that: with 200 scans Snakemake alone then takes a core. Here the cores are the limit.
     """
-    if workflow.local_exec:
+    limit = workflow.scheduler.job_rate_limiter
+    if workflow.local_exec and limit and (limit.max_jobs, limit.timespan) == (100, 1):  # nobody asked for another
         workflow.scheduler.job_rate_limiter = None
 
 

@@ -451,7 +451,11 @@ def sidecars_of(image: Path, suffix: str = "", end: str = ".json") -> list[Path]
     place = Path(os.path.abspath(image)).parent
     found: list[Path] = []
     for folder in [place, *place.parents][: len(place.relative_to(root).parts) + 1][::-1]:
-        parts = {name: name.removesuffix(end).split("_") for name in _names(folder, end, os.stat(folder).st_mtime_ns)}
+        try:
+            names = _names(folder, end, os.stat(folder).st_mtime_ns)
+        except OSError:  # it may not be listed, or is not there: whoever reads the image says so
+            continue
+        parts = {name: name.removesuffix(end).split("_") for name in names}
         fitting = [name for name, (*own, last) in parts.items() if last == suffix and set(own) <= set(entities)]
         found += [folder / name for name in sorted(fitting, key=lambda name: (len(parts[name]), name))]
     return [path for path in found if path.is_file()]
@@ -517,7 +521,8 @@ def source_uri(path: Path, output: Path) -> str:
     """
     root = _output_root(output)
     if root is None:
-        return Path(os.path.relpath(path, output.parent)).as_posix()
+        # of the folder that a link leads to, whose parent is another one
+        return Path(os.path.relpath(os.path.realpath(path), os.path.realpath(output.parent))).as_posix()
     place = Path(os.path.abspath(path))
     if root in place.parents:
         return f"bids::{place.relative_to(root).as_posix()}"

@@ -8,7 +8,7 @@ import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -117,8 +117,8 @@ def _is_complete(scan: Scan, failed: Mapping[str, Failure]) -> bool:
 
 
 def made_since(path: Path, since: float) -> bool:
-    """Whether a file is there, and not older than that."""
-    return path.is_file() and path.stat().st_mtime >= since
+    """Whether a file is there, and not older than that, by the clock of a file system, which goes in steps of 4 ms."""
+    return path.is_file() and path.stat().st_mtime >= since - 0.01
 
 
 def without_field(scans: Iterable[Scan], failed: Mapping[str, Failure]) -> dict[str, Failure]:
@@ -165,7 +165,7 @@ def fingerprint(scan: Scan, step: str, config: Mapping[str, Any], scans: Mapping
     """
     rows = [scan]
     if step in STORE_STEPS:
-        rows = next(list(rows) for rows in rows_of_stores(scans.values()) if scan in rows)
+        rows = list(_rows_of_store(tuple(scans.values()))[scan])
     rows += [
         source for row in rows if row.field_from and (source := scans.get(row.field_source)) and source not in rows
     ]
@@ -178,6 +178,12 @@ def fingerprint(scan: Scan, step: str, config: Mapping[str, Any], scans: Mapping
         settings["qc"] = page_settings(config["qc"])
     content = json.dumps([cells, files, step, settings, _code_of(step)], sort_keys=True)
     return hashlib.sha256(content.encode()).hexdigest()[:16]
+
+
+@lru_cache(maxsize=2)
+def _rows_of_store(scans: tuple[Scan, ...]) -> dict[Scan, tuple[Scan, ...]]:
+    """For each channel of a sheet the rows of its OME-Zarr image, found once for all of them."""
+    return {scan: rows for rows in rows_of_stores(scans) for scan in rows}
 
 
 @cache
@@ -251,8 +257,8 @@ def _log_with(error: str, scan: Scan, step: str, scans: Mapping[str, Scan], logs
     """Path of the log of a step that failed; of a step of an OME-Zarr image, that of the part with this line."""
     if step not in STORE_STEPS:
         return str(log_of(scan, step, logs))
-    of_store = (rows for rows in rows_of_stores(scans.values()) if scan in rows)
-    found = (log for rows in of_store for log in _logs_of_store(rows, step, logs) if end_of(log)[0] == error)
+    rows = _rows_of_store(tuple(scans.values()))[scan]
+    found = (log for log in _logs_of_store(rows, step, logs) if end_of(log)[0] == error)
     return str(next(found, ""))
 
 

@@ -280,9 +280,9 @@ def _verdict(
     if changed := [file for file in left if found.get(file) != left[file]]:
         return DIFFERENT, f"changed since the run: {_list(changed)}"
     if "Failed" in wanted and not wanted["Files"]:
-        if left:
-            return DIFFERENT, f"failed when the manifest was made: {wanted['Failed']}"
-        return FAILED, wanted["Failed"]
+        if "Failed" in here and not left:
+            return FAILED, wanted["Failed"]
+        return DIFFERENT, f"failed when the manifest was made: {wanted['Failed']}"
     compared = [file for file in wanted["Files"] if not file.startswith("qc/")]
     if missing := [file for file in compared if file not in found]:
         if "Failed" in here:
