@@ -29,6 +29,7 @@ from n4flow.study.bids import Scan
 from n4flow.study.config import config_problems, load_schema
 from n4flow.study.manifest import content_sha256
 from n4flow.study.sheet import add_to_sheet, found_file, read_sheet
+from tests.pyramids import sheet_volume, write_store
 
 COMMANDS = ["correct", "apply", "sheet", "verify", "run"]
 SETTINGS = {"method": "otsu", "percentile": 50}
@@ -290,11 +291,20 @@ def test_apply_takes_the_settings_of_a_study_and_tells_what_lies_outside(image, 
     assert "flagged: field_outside: 70 % of the image lies outside" in capsys.readouterr().err
 
 
+def test_of_a_store_the_flags_of_each_channel_are_told_without_a_page(tmp_path, capsys):
+    store = tmp_path / "in.ome.zarr"
+    write_store(store, [np.rint(sheet_volume((16, 24, 28))[0]).astype(np.uint16)])
+    config = tmp_path / "config.yaml"
+    config.write_text("n4: {iterations: [2, 2, 2, 2, 2, 2]}\nmask: {method: percentile}\n")
+    cli.main(["correct", str(store), str(tmp_path / "out.ome.zarr"), "--config", str(config), "--device", "cpu"])
+    assert f"{store}: channel 0: flagged: iterations_exhausted: " in capsys.readouterr().err
+
+
 def test_apply_given_the_field_as_an_image_names_its_control_points(image, by_steps, tmp_path):
     field = by_steps["field_image"]
     line = failure("apply", field, image, tmp_path / "x.nii.gz")
     remedy = f"give its control points, the JSON file beside it: {by_steps['field']}"
-    assert line == f"{field}: is a field as an image; {remedy}"
+    assert line == f"{field}: is an image; {remedy}"
 
 
 # ---------------------------------------------------------------- the terminal

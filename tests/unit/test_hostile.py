@@ -155,7 +155,9 @@ LATTICES = {
 def test_lattice_file_that_is_none_is_refused_with_one_line_and_nothing_runs(tmp_path, monkeypatch, kind):
     monkeypatch.chdir(tmp_path)
     LATTICES[kind](tmp_path / "field.json")
-    with pytest.raises(InputError, match=r"is no n4flow bias field \(.*; make it again with the n4 rule$") as error:
+    with pytest.raises(
+        InputError, match=r"is no n4flow bias field \(.*; give the control points, .* beside the corrected image$"
+    ) as error:
         load_field("field.json")
     assert len(str(error.value).splitlines()) == 1
     assert [path.name for path in tmp_path.iterdir()] == ["field.json"]

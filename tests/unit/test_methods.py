@@ -25,8 +25,8 @@ def scans(count=4, preset="default", **change):
             "field_min": 0.8 - n / 50,
             "field_max": 1.2 + n / 50,
             "inu_range": 0.2 + n / 100,
-            "cjv_before": 0.6,
-            "cjv_after": 0.5 + 0.04 * n,
+            "log_entropy_before_bits": 0.6,
+            "log_entropy_after_bits": 0.5 + 0.04 * n,
             "repeatability_log": 0.001 * (n + 1),
             "converged": n > 0,
             **change,
@@ -42,7 +42,7 @@ def test_the_numbers_are_those_of_the_run():
         "Beside these, 2 scans could not be processed",
         "from ×0.77 to ×1.23 in the median over scans (all: ×0.74 to ×1.26)",
         "0.215 in the median (0.200 to 0.230)",
-        "went from 0.600 to 0.560 in the median, and fell in 3 of 4 scans",
+        "The entropy of the log histogram went from 0.600 to 0.560 bits in the median, and fell in 3 of 4 scans",
         "0.0025 in the median (0.0010 to 0.0040) (rms, over 4 scans)",
         "converged in 3 of 4 scans",
         "flagged 1 of 4 scans (field steep 1, outlier 1)",
@@ -71,7 +71,7 @@ def test_what_is_not_there_is_not_said():
     text = methods_text(bare)
     assert "of the foreground went from 0.400 to 0.300" in text
     assert "The parameters of each scan stand in the sidecar" in text
-    for absent in ("SimpleITK", "joint variation", "reviewer", "another scan", "converged", "Software", "nan", "None"):
+    for absent in ("SimpleITK", "entropy", "reviewer", "another scan", "converged", "Software", "nan", "None"):
         assert absent not in text
     assert methods_text([], failed=3).startswith("# Methods")
 

@@ -244,7 +244,8 @@ def correct(given: argparse.Namespace) -> None:
         if given.report:
             flags = _report(given, {"mask": mask, **files}, config["qc"], Path(folder))
         else:
-            flags = _flags_of_run(files["sidecar"], config, mask_sidecar)
+            mask_voxels = _json(mask_sidecar).get("Mask", {}).get("Voxels")
+            flags = _flags_of_run(_json(files["sidecar"]), config, mask_voxels)
         _tell_flags(given.image, flags)
     _tell(start, [*files.values(), *([given.report] if given.report else [])])
 
@@ -282,6 +283,8 @@ def _correct_store(given: argparse.Namespace) -> None:
         device=config["device"],
         **settings,
     )
+    for channel, facts in _json(sidecar)["N4"].items():
+        _tell_flags(f"{given.image}: {channel}", _flags_of_run({"N4": facts}, config))
     _tell(start, made)
 
 
@@ -304,20 +307,22 @@ def _report(given: argparse.Namespace, made: dict[str, Path], settings: dict[str
         alone=True,
         **page_settings(settings),
     )
-    return json.loads(metrics.read_text(encoding="utf-8"))["flags"]
+    return _json(metrics)["flags"]
 
 
-def _flags_of_run(sidecar: Path, config: Mapping[str, Any], mask_sidecar: Path | None = None) -> list[str]:
-    """The flags that are raised by what the sidecars say, without a look at the images: a page has more."""
+def _json(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def _flags_of_run(facts: Mapping[str, Any], config: Mapping[str, Any], mask_voxels: int | None = None) -> list[str]:
+    """The flags that are raised by what a sidecar says, without a look at the images: a page has more."""
     from n4flow.qc.flags import find_flags
     from n4flow.qc.metrics import run_metrics
 
-    facts, of_mask = (json.loads(path.read_text(encoding="utf-8")) if path else {} for path in (sidecar, mask_sidecar))
-    voxels = of_mask.get("Mask", {}).get("Voxels")
-    return find_flags(run_metrics(facts, {}, voxels), config["qc"]["flags"])
+    return find_flags(run_metrics(facts, {}, mask_voxels), config["qc"]["flags"])
 
 
-def _tell_flags(image: Path, flags: Iterable[str]) -> None:
+def _tell_flags(image: str | Path, flags: Iterable[str]) -> None:
     for flag in flags:
         log.warning("%s: flagged: %s", image, flag)
 
@@ -337,7 +342,7 @@ def apply(given: argparse.Namespace) -> None:
     from n4flow.steps.apply import apply_scan
 
     apply_scan(given.image, given.field, files, keep_dtype=config["output"]["keep_dtype"])
-    _tell_flags(given.image, _flags_of_run(files["sidecar"], config))
+    _tell_flags(given.image, _flags_of_run(_json(files["sidecar"]), config))
     _tell(start, files.values())
 
 

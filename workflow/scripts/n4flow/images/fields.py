@@ -51,10 +51,14 @@ def load_field(path: str | Path) -> BiasField:
     """
     if (image := IMAGE.search(str(path))) is not None:
         points = f"{str(path)[: image.start()]}.json"
-        raise InputError(path, "is a field as an image", f"give its control points, the JSON file beside it: {points}")
+        raise InputError(path, "is an image", f"give its control points, the JSON file beside it: {points}")
     try:
         if (size := Path(path).stat().st_size) > LARGEST_FILE:
             raise ValueError(f"it has {size} bytes")
         return BiasField.from_mapping(json.loads(Path(path).read_text(encoding="utf-8")))
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise InputError(path, f"is no n4flow bias field ({error})", "make it again with the n4 rule") from None
+        raise InputError(
+            path,
+            f"is no n4flow bias field ({error})",
+            "give the control points, *_biasfield.json, that lie beside the corrected image",
+        ) from None

@@ -22,8 +22,6 @@ REFERENCES = {
     "Cohen 1960": "A coefficient of agreement for nominal scales. doi:10.1177/001316446002000104",
     "Esteban et al. 2017": "MRIQC: advancing the automatic prediction of image quality in MRI from unseen sites. "
     "doi:10.1371/journal.pone.0184661",
-    "Ganzetti et al. 2016": "Intensity inhomogeneity correction of structural MR images: a data-driven approach to "
-    "define input algorithm parameters. doi:10.3389/fninf.2016.00010",
     "Lee et al. 1997": "Scattered data interpolation with multilevel B-splines. doi:10.1109/2945.620490",
     "Lowekamp et al. 2013": "The design of SimpleITK. doi:10.3389/fninf.2013.00045",
     "Mölder et al. 2021": "Sustainable data analysis with Snakemake. doi:10.12688/f1000research.29032.2",
@@ -169,19 +167,21 @@ def _quality(subjects: Sequence[Metrics], ratings: Sequence[Rating]) -> Iterator
             "Their range from the 5th to the 95th percentile, MRIQC's inu_range (Esteban et al. 2017) over the mask, "
             f"was {_median_range(inu)}."
         )
-    for key, what in (
+    # no CJV: its classes are no tissues, and where a mask holds two of these, a class is half of one
+    for first, last, what, unit in (
         (
-            "cjv",
-            "The coefficient of joint variation (Ganzetti et al. 2016) of the two upper of three intensity classes, of "
-            "each image its own,",
+            "log_entropy_before_bits",
+            "log_entropy_after_bits",
+            "The entropy of the log histogram",
+            " bits",
         ),
-        ("foreground_cv", "The coefficient of variation of the foreground"),
+        ("foreground_cv_before", "foreground_cv_after", "The coefficient of variation of the foreground", ""),
     ):
-        both = [s for s in subjects if _known(s.get(f"{key}_before")) and _known(s.get(f"{key}_after"))]
+        both = [s for s in subjects if _known(s.get(first)) and _known(s.get(last))]
         if both:
-            before, after = _values(both, f"{key}_before"), _values(both, f"{key}_after")
+            before, after = _values(both, first), _values(both, last)
             yield (
-                f"{what} went from {np.median(before):.3f} to {np.median(after):.3f} in the median, and fell in "
+                f"{what} went from {np.median(before):.3f} to {np.median(after):.3f}{unit} in the median, and fell in "
                 f"{int((after < before).sum())} of {_scans(len(both))}."
             )
     if (repeated := _values(subjects, "repeatability_log")).size:
