@@ -81,7 +81,7 @@ DEFINITIONS: tuple[Definition, ...] = (
         "wrapped integers",
         "of voxels in the upper tenth of 8, 10, … 16 bits, those beside one lower by 0.6 of the range",
         "Only of integers that use up their bits. Near 0; near 1 where values beyond the largest began again at the "
-        "smallest.",
+        "smallest; n/a where these cannot be told from sharp borders.",
     ),
     Definition(
         ("log_entropy_before_bits", "log_entropy_after_bits"),

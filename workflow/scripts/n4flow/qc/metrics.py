@@ -365,8 +365,9 @@ def wrapped_fraction(values: np.ndarray, dtype: np.dtype, slope: float = 1.0, in
     Returns
     -------
     float
-        Of the voxels in the upper tenth of the range, the share with such a neighbour; 0 where the steps are those of
-        borders. NaN for floats, where values do not reach over a range of so many bits, or too few lie in its upper
+        Of the voxels in the upper tenth of the range, the share with such a neighbour. NaN where it cannot be told:
+        where values do not run up to the steps and on behind them, as at sharp borders, be they wrapped or not, and in
+        coarse images; for floats, where values do not reach over a range of so many bits, or too few lie in its upper
         tenth.
     """
     if not np.issubdtype(dtype, np.integer) or not values.size:
@@ -395,7 +396,7 @@ def wrapped_fraction(values: np.ndarray, dtype: np.dtype, slope: float = 1.0, in
         steps += step.size
         running += int(np.count_nonzero((before * step < 0) & (behind * step < 0)))
     if running < WRAPPED_RUNS * steps:
-        return 0.0
+        return math.nan
     return float(np.count_nonzero(torn & upper) / count)
 
 
