@@ -1,6 +1,8 @@
 """Crops of an OME-Zarr image at full resolution: where they lie, and that they show the voxels that are there."""
 
 import json
+import tracemalloc
+from types import SimpleNamespace
 
 import nibabel as nib
 import numpy as np
@@ -62,6 +64,26 @@ def test_they_lie_in_the_mask_where_parts_meet(tmp_path, per_part):
             assert (part_at(before, per_part), part_at(seam.centre, per_part)) == seam.parts
         assert binned(VALUES)[tuple(min(n // 2, m - 1) for n, m in zip(seam.centre, (24, 40, 48), strict=True))] > 500
     assert any(seam.parts[0] != seam.parts[1] for seam in seams)
+
+
+def test_of_many_units_few_faces_are_held():
+    grid = (40, 50, 60)
+    image = SimpleNamespace(axes=("z", "y", "x"), space=(0, 1, 2), channel_axis=None)
+    level = SimpleNamespace(unit=(16, 16, 16), shape=tuple(16 * n for n in grid), unit_grid=grid)
+    tracemalloc.start()
+    seams = list(crops._seams(image, level, 0, 7))
+    held = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert held < 200 * np.prod(grid)
+    assert 2 * crops.PLACES >= len(seams) > crops.PLACES
+    for kind in (True, False):
+        some = [seam.centre for seam in seams if (seam.parts[0] != seam.parts[1]) == kind]
+        assert np.ptp(some, axis=0).min() > 0.9 * 16 * min(grid), "they reach through the whole image"
+    for seam in seams:
+        unit = [n // 16 for n in seam.centre]
+        behind = np.ravel_multi_index(unit, grid) // 7
+        unit[seam.across] -= 1
+        assert seam.parts == (np.ravel_multi_index(unit, grid) // 7, behind)
 
 
 def test_of_one_part_the_units_are_shown(tmp_path):

@@ -152,18 +152,19 @@ def _seams(image: Image, level: Level, channel: int, units_per_part: int) -> Ite
     grid = np.indices([1 if name in first else n for name, n in zip(image.axes, level.unit_grid, strict=True)])
     place = [first.get(name, along) + np.zeros_like(along) for name, along in zip(image.axes, grid, strict=True)]
     part = np.ravel_multi_index(tuple(place), level.unit_grid).reshape(_zyx(image, level.unit_grid)) // units_per_part
-    faces: list[tuple[list[int], int, int, int]] = []
+    # per unit and axis, whether it meets the next one there, and whether that is of another part
+    meets, differs = np.zeros((2, *part.shape, 3), dtype=bool)
     for across in range(3):
-        pairs = [np.take(part, range(k, part.shape[across] - 1 + k), axis=across) for k in (0, 1)]
-        places = np.argwhere(np.ones(pairs[0].shape, bool)).tolist()
-        faces += [(at, across, one, other) for at, one, other in zip(places, *(p.flat for p in pairs), strict=True)]
-    faces.sort(key=lambda face: face[0])
-    for of_parts in (True, False):
-        some = [face for face in faces if (face[2] != face[3]) == of_parts]
-        for at, across, one, other in some[:: 1 + len(some) // PLACES]:
-            centre = [min(n * size + size // 2, most - 1) for n, size, most in zip(at, unit, shape, strict=True)]
-            centre[across] = (at[across] + 1) * unit[across]
-            yield Seam(int(across == 0), across, tuple(centre), (int(one), int(other)))
+        one, other = (np.moveaxis(part, across, 0)[k : part.shape[across] - 1 + k] for k in (0, 1))
+        np.moveaxis(meets[..., across], across, 0)[:-1] = True
+        np.moveaxis(differs[..., across], across, 0)[:-1] = one != other
+    for faces in (differs, meets & ~differs):
+        some = np.flatnonzero(faces)
+        for *at, across in zip(*np.unravel_index(some[:: 1 + len(some) // PLACES], faces.shape), strict=True):
+            centre = [min(int(n) * size + size // 2, most - 1) for n, size, most in zip(at, unit, shape, strict=True)]
+            centre[across] = (int(at[across]) + 1) * unit[across]
+            behind = [int(n) + (axis == across) for axis, n in enumerate(at)]
+            yield Seam(int(across == 0), int(across), tuple(centre), (int(part[tuple(at)]), int(part[tuple(behind)])))
 
 
 def _region(image: Image, level: Level, seam: Seam) -> tuple[list[slice], tuple[float, float]]:
