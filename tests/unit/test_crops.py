@@ -2,11 +2,13 @@
 
 import json
 import tracemalloc
+import warnings
 from types import SimpleNamespace
 
 import nibabel as nib
 import numpy as np
 import pytest
+import zarr
 from PIL import Image as Picture
 
 from n4flow.images.files import write_json
@@ -25,7 +27,7 @@ def files_of(folder, units_per_part, values=VALUES, **options):
     folder.mkdir(exist_ok=True)
     pair = {}
     for name, factor in (("store", 1), ("corrected", 2)):
-        levels = [values * np.uint16(factor), np.rint(binned(values)).astype(np.uint16)]
+        levels = [values * values.dtype.type(factor), np.rint(binned(values)).astype(np.uint16)]
         pair[name] = write_store(folder / f"{name}.ome.zarr", levels, chunks=(16, 32, 32), **options)
     write_json(folder / "plan.json", {"Levels": [{"UnitsPerPart": units_per_part}]})
     write_json(folder / "coarse.json", {"Offset": 0})
@@ -120,6 +122,43 @@ def test_above_them_it_says_that_voxels_were_cut_off(tmp_path):
             head = np.asarray(sheet)[: crops.LINE].astype(int)
     assert heights[1] == heights[0] + crops.LINE
     assert ((head[..., 0] > 150) & (head[..., 2] < 100)).sum() > 50  # amber
+
+
+@pytest.mark.parametrize("scale", [(0.01, 4, 4), (4, 0.01, 0.01), (40, 0.01, 40), (1, 1, 1)])
+def test_they_are_of_a_fair_size_whatever_the_voxels(tmp_path, scale, caplog):
+    files = files_of(tmp_path, 1, scale_um=scale)
+    draw_crops(**files)
+    assert not caplog.records
+    with Picture.open(files["output"]) as sheet:
+        assert sheet.height <= crops.CROPS * (2 * crops.EDGE + 2 * crops.LINE)
+        assert 200 < sheet.width <= 4 * crops.EDGE + crops.GAP
+
+
+def test_what_cannot_be_drawn_is_said_and_no_failure(tmp_path, caplog):
+    files = files_of(tmp_path, 4)
+    files["told"].unlink()
+    draw_crops(**files)
+    assert "no crops: TypeError" in caplog.text
+    with Picture.open(files["output"]) as sheet:
+        assert sheet.height < 100
+        assert (np.asarray(sheet)[..., 0] > 150).sum() > 50
+
+
+def test_floats_far_below_one_and_infinite_ones_are_shown(tmp_path, caplog):
+    usual = files_of(tmp_path / "usual", 4)
+    values = (VALUES / 1e8).astype(np.float32)
+    tiny = files_of(tmp_path / "tiny", 4, values) | {"mask": usual["mask"]}
+    for name in ("store", "corrected"):
+        zarr.open_array(str(tiny[name] / "0"))[20:30, 30, 40] = np.inf
+    shown = []
+    for files in (usual, tiny):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            draw_crops(**files)
+        with Picture.open(files["output"]) as sheet:
+            shown.append(np.asarray(sheet.convert("L")).astype(float))
+    assert not caplog.records
+    assert np.abs(shown[0] - shown[1]).mean() < 2
 
 
 def test_a_channel_and_a_plane(tmp_path):

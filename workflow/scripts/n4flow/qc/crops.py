@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import textwrap
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,12 +13,15 @@ from matplotlib.font_manager import findfont
 from PIL import Image as Picture
 from PIL import ImageDraw, ImageFont
 
+from n4flow.errors import MachineError
 from n4flow.images.arrays import read_part
-from n4flow.images.files import atomic_bytes, read_json
+from n4flow.images.files import atomic_bytes, read_json, shortened
 from n4flow.images.ngff import Image, Level, read_image
 from n4flow.images.nifti import Volume
 from n4flow.qc.mosaics import length_text, round_length
 from n4flow.qc.pictures import webp
+
+log = logging.getLogger(__name__)
 
 #: How many there are, and how many voxels wide.
 CROPS, EDGE = 3, 512
@@ -58,7 +63,8 @@ def draw_crops(
 ) -> None:
     """Draw crops of the finest level of a channel, original and corrected, side by side in one window.
 
-    In each of them two parts of the division meet, in the mask; where no two do, two units (shards or chunks).
+    In each of them two parts of the division meet, in the mask; where no two do, two units (shards or chunks). Where
+    they cannot be drawn, the log and the picture say so: an image is not set aside for want of them.
 
     Parameters
     ----------
@@ -78,9 +84,39 @@ def draw_crops(
 
     Raises
     ------
-    InputError
-        Something cannot be read.
+    MachineError
+        The picture cannot be written.
     """
+    try:
+        picture = webp(_drawn(store, corrected, plan, mask, sidecar, told, channel, pyramid_origin), QUALITY)
+    except MachineError:
+        raise
+    except Exception as error:  # whatever it is, the image is corrected all the same
+        problem = f"no crops: {type(error).__name__}: {shortened(str(error))}"
+        log.warning("%s: %s", corrected, problem)
+        picture = webp(_said(problem), QUALITY)
+    with atomic_bytes(output) as file:
+        file.write(picture)
+
+
+def _said(text: str) -> Picture.Image:
+    """A line of text, on as many as it takes."""
+    lines = textwrap.wrap(text, 70)
+    sheet = Picture.new("RGB", (640, LINE * len(lines) + 8), (0, 0, 0))
+    ImageDraw.Draw(sheet).text((4, 2), "\n".join(lines), fill=(255, 196, 0), font=ImageFont.truetype(FONT, 15))
+    return sheet
+
+
+def _drawn(
+    store: str | Path,
+    corrected: str | Path,
+    plan: str | Path,
+    mask: str | Path,
+    sidecar: str | Path,
+    told: str | Path,
+    channel: str,
+    pyramid_origin: str,
+) -> Picture.Image:
     before, after = read_image(store, pyramid_origin), read_image(corrected, pyramid_origin)
     index = before.channel_index(channel)
     level = before.levels[0]
@@ -98,9 +134,7 @@ def draw_crops(
     top = max(float(np.percentile(pair[1], 99.5)) for *_, pair in rows)
     clipped = float(read_json(told)["Clipped"])
     note = f"{100 * clipped:.2g} % of the voxels of the image were cut off; set zarr.dtype: float32"
-    sheet = _sheet(before, rows, offset, max(top, offset + 1), note if clipped > CLIPPED else "")
-    with atomic_bytes(output) as file:
-        file.write(webp(sheet, QUALITY))
+    return _sheet(before, rows, offset, top if top > offset else offset + 1, note if clipped > CLIPPED else "")
 
 
 def _thin(region: Sequence[slice], values: np.ndarray) -> tuple[int, ...]:
@@ -190,18 +224,18 @@ def _sheet(image: Image, rows: Sequence[Row], low: float, high: float, note: str
     fonts = ImageFont.truetype(FONT, 15)
     names = [image.axes[axis] for axis in image.space]
     names = ["", *names][-3:]
-    # a pixel is a voxel, or several are where the image itself is small
-    across_mm = max(n * mm for *_, size_mm, pair in rows for n, mm in zip(pair[0].shape, size_mm, strict=True))
-    finest_mm = min(mm for *_, size_mm, _ in rows for mm in size_mm)
-    per_mm = max(1, int(EDGE * finest_mm / across_mm)) / finest_mm
-    tiles = [[_grey(values, low, high, size_mm, per_mm) for values in pair] for *_, size_mm, pair in rows]
+    scales = [_pixels_per_mm(pair[0].shape, size_mm) for *_, size_mm, pair in rows]
+    tiles = [
+        [_grey(values, low, high, size_mm, per_mm) for values in pair]
+        for (*_, size_mm, pair), per_mm in zip(rows, scales, strict=True)
+    ]
     width = max(sum(tile.width for tile in pair) for pair in tiles) + GAP
     head = LINE if note else 0
     height = head + sum(pair[0].height + 2 * LINE for pair in tiles)
     sheet = Picture.new("RGB", (max(width, 640), height), (0, 0, 0))
     pen, top = ImageDraw.Draw(sheet), head
     pen.text((4, 2), note, fill=(255, 196, 0), font=fonts)
-    for (seam, region, size_mm, _), pair in zip(rows, tiles, strict=True):
+    for (seam, region, size_mm, _), pair, per_mm in zip(rows, tiles, scales, strict=True):
         axes = [axis for axis in range(3) if axis != seam.normal]
         through = [f"{names[seam.normal]} {seam.centre[seam.normal]}"] if names[seam.normal] else []
         said = ", ".join([*through, *(f"{names[a]} {region[a].start} to {region[a].stop - 1}" for a in axes)])
@@ -231,8 +265,14 @@ def _sheet(image: Image, rows: Sequence[Row], low: float, high: float, note: str
     return sheet
 
 
+def _pixels_per_mm(shape: Sequence[int], size_mm: Sequence[float]) -> float:
+    """A pixel is a voxel, or several are where a crop is small; of voxels like rods, none is longer than two edges."""
+    across_mm, finest_mm = max(n * mm for n, mm in zip(shape, size_mm, strict=True)), min(size_mm)
+    return min(max(1, int(EDGE * finest_mm / across_mm)) / finest_mm, 2 * EDGE / across_mm)
+
+
 def _grey(values: np.ndarray, low: float, high: float, size_mm: tuple[float, float], scale: float) -> Picture.Image:
     """A crop in grey, so many pixels per mm."""
-    shades = np.rint(255 * (values - low) / (high - low)).clip(0, 255).astype(np.uint8)
+    shades = np.rint(255 * ((values.clip(low, high) - low) / (high - low))).astype(np.uint8)
     size = [max(1, round(n * mm * scale)) for n, mm in zip(values.shape, size_mm, strict=True)]
     return Picture.fromarray(shades).resize((size[1], size[0]), Picture.Resampling.NEAREST)
