@@ -586,6 +586,20 @@ class TestVerify:
         (line,), _ = verify_voxels(results, results)
         assert line.endswith("the voxels of level 1 have changed (nothing says which units)")
 
+    @pytest.mark.parametrize(
+        "damaged", ['{"a":1}', "[1]", "7", "null", "no JSON", '{"Units":{"0.0.0":"abc"}}', '{"Units":["a"]}']
+    )
+    @pytest.mark.parametrize("name", ["level-1_part-0.json", "plan.json"])
+    def test_a_part_or_plan_that_is_damaged_is_told_and_the_voxels_are_compared_all_the_same(
+        self, results, name, damaged
+    ):
+        (self.parts(results) / name).write_text(damaged)
+        self.change(results)
+        (one, other), notes = verify_voxels(results, results)
+        assert f"{name}: cannot be read" in one
+        assert other.endswith("the voxels of level 1 have changed (nothing says which units)")
+        assert "of 4 of 4 units of level 1 no part tells" in notes[-1]
+
     def test_parts_of_other_voxels_than_the_sidecar_tells_of(self, results):
         part = self.parts(results) / "level-0_part-2.json"
         told = json.loads(part.read_text())
@@ -611,7 +625,10 @@ class TestVerify:
         kept = sidecar.read_text()
         sidecar.unlink()
         (line,), _ = verify_voxels(results, results)
-        assert "sub-01_desc-N4_SPIM.json: or plan.json cannot be read" in line
+        assert "sub-01_desc-N4_SPIM.json: is not there" in line
+        sidecar.write_text("{}")
+        (line,), _ = verify_voxels(results, results)
+        assert "sub-01_desc-N4_SPIM.json: cannot be read" in line
         sidecar.write_text(kept)
         manifest = (results / "manifest.json").rename(results.parent / "other.json")
         shutil.rmtree(results / self.STORE)

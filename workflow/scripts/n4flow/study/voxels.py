@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -31,7 +33,7 @@ def verify_voxels(results: str | Path, manifest: str | Path) -> tuple[list[str],
     -------
     wrong : list of str
         A line for each level whose voxels have changed or cannot be read, for what the parts say of other voxels than
-        the sidecar, and for each store that cannot be read.
+        the sidecar, and for each store, sidecar, plan or part that cannot be read.
     notes : list of str
         A line for each level with parts of which nothing is written down.
 
@@ -59,20 +61,19 @@ def _verify_store(results: Path, root: str, wrong: list[str], notes: list[str]) 
     names = store_of_root(root)
     store, sidecar, plan = (results / names[role] for role in ("store", "store_sidecar", "plan"))
     image = read_image(store)
-    told, planned = read_json(sidecar), read_json(plan)
-    try:
-        digests = {level["Path"]: level["SHA256"] for level in told["Levels"]}
-        parts = {level["Path"]: int(level["Parts"]) for level in planned["Levels"]} if planned else {}
-    except (KeyError, TypeError, ValueError) as error:
-        raise InputError(sidecar, f"or {plan.name} cannot be read ({error!r})", "make it again") from None
+    digests = _told(sidecar, lambda told: {level["Path"]: level["SHA256"] for level in told["Levels"]})
+    parts = _told_if_there(plan, lambda told: {level["Path"]: int(level["Parts"]) for level in told["Levels"]}, wrong)
     if digests.keys() != {level.path for level in image.levels}:
         raise InputError(sidecar, f"tells of other levels than {store} has", "make it again")
     for number, level in enumerate(image.levels):
         places = [".".join(map(str, place)) for place in np.ndindex(*level.unit_grid)]
         found = dict(unit_digests(image, level, places))
         markers = [plan.with_name(f"level-{number}_part-{part}.json") for part in range(parts.get(level.path, 0))]
-        seen = [marker["Units"] for each in markers if (marker := read_json(each))]
-        written = {place: digests.split()[1] for units in seen for place, digests in units.items()}
+        written: dict[str, str] = {}
+        for marker in markers:
+            written |= _told_if_there(
+                marker, lambda told: {place: pair.split()[1] for place, pair in told["Units"].items()}, wrong
+            )
         changed = [place for place in places if place in written and found[place] != written[place]]
         if level_digest(found) != digests[level.path]:
             which = f"{len(changed)} units: {' '.join(changed[:3])}" if changed else "nothing says which units"
@@ -86,3 +87,22 @@ def _verify_store(results: Path, root: str, wrong: list[str], notes: list[str]) 
                 f"{plan.parent}: of {len(places) - len(written)} of {len(places)} units of level {level.path} no part "
                 f"tells; they were compared by the digest of the level in {sidecar.name}"
             )
+
+
+def _told(path: Path, of: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
+    """What a JSON file tells; an error if it is not there or tells something else."""
+    if not path.exists():
+        raise InputError(path, "is not there", "make it again")
+    try:
+        return of(read_json(path))
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError):
+        raise InputError(path, "cannot be read", "make it again") from None
+
+
+def _told_if_there(path: Path, of: Callable[[Any], dict[str, Any]], wrong: list[str]) -> dict[str, Any]:
+    """The same of a file that may be gone: what its voxels are is told by the sidecar, too."""
+    try:
+        return _told(path, of) if path.exists() else {}
+    except InputError as error:
+        wrong.append(str(error))
+        return {}
