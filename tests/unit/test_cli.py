@@ -515,6 +515,12 @@ def test_a_participant_without_a_row_is_a_line(study, tmp_path, capsys):
     assert f"n4flow: {left_out}\n" in capsys.readouterr().err
 
 
+def test_a_sheet_in_a_folder_that_is_not_there_is_a_line(tmp_path, study):
+    line = failure("sheet", tmp_path / "bids", "--output", tmp_path / "confgi/study.tsv")
+    assert line.startswith(f"{tmp_path}/confgi/study.tsv: cannot be written (its folder is not there); make it: ")
+    assert not (tmp_path / "confgi").exists()
+
+
 def test_an_unknown_participant_is_a_line_that_lists_those_there_are(tmp_path, study):
     line = failure("run", tmp_path / "bids", tmp_path / "out", "participant", "--participant-label", "1")
     assert line == f"{tmp_path}/bids: holds no participant 1; there are 01 02 03"

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from n4flow.errors import InputError
+from n4flow.images import files
 from n4flow.images.files import (
     atomic_bytes,
     atomic_text,
@@ -50,10 +51,34 @@ def test_full_disk_is_an_error_for_the_user(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_folder_that_is_not_there_is_an_error_for_the_user(tmp_path):
+def test_folder_that_another_run_has_removed_is_made(tmp_path, monkeypatch):
+    """Snakemake removes folders for outputs that it finds empty at its end, at any moment for another run."""
+    path = tmp_path / "qc/data/file"
+    with atomic_text(path) as file:
+        file.write("a")
+    assert path.read_text() == "a"
+    path.unlink()
+    opened = []
+
+    def open_later(*arguments, **how):
+        if not opened:
+            path.parent.rmdir()
+        opened.append(arguments)
+        return open(*arguments, **how)
+
+    monkeypatch.setattr(files, "open", open_later, raising=False)
+    with atomic_text(path) as file:
+        file.write("b")
+    assert path.read_text() == "b"
+    assert len(opened) == 2
+
+
+@pytest.mark.parametrize("folder", ["no", "no/deeper"])
+def test_folder_that_cannot_be_made_is_an_error_for_the_user(tmp_path, folder):
+    (tmp_path / "no").touch()
     with (
-        pytest.raises(InputError, match="give a path in a folder that is there"),
-        atomic_text(tmp_path / "no" / "file"),
+        pytest.raises(InputError, match=r"file: cannot be written \(Not a directory\); give a path in a folder that"),
+        atomic_text(tmp_path / folder / "file"),
     ):
         pass
 

@@ -383,8 +383,13 @@ def _check_places(outputs: Iterable[Path], image: Path, inputs: Iterable[Path]) 
         if said := taken.get(os.path.realpath(path)):
             raise InputError(path, f"would be overwritten, and {said}", "give another name")
         taken[os.path.realpath(path)] = "is written already"
-        if not path.parent.is_dir():
-            raise InputError(path, "cannot be written (its folder is not there)", f"make it: mkdir -p {path.parent}")
+        _check_folder(path)
+
+
+def _check_folder(path: Path) -> None:
+    """Refuse a file in a folder that is not there: it may be a slip of the pen."""
+    if not path.parent.is_dir():
+        raise InputError(path, "cannot be written (its folder is not there)", f"make it: mkdir -p {path.parent}")
 
 
 def _need(*modules: str, extra: str, what: str) -> None:
@@ -403,6 +408,8 @@ def sheet(given: argparse.Namespace) -> None:
     from n4flow.images.files import atomic_text
     from n4flow.study.sheet import sheet_of
 
+    if given.output:
+        _check_folder(given.output)
     scans = _index(
         given.folder,
         given.suffix,

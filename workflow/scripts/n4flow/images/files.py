@@ -27,6 +27,7 @@ REMEDIES = {
     errno.EROFS: "give a folder that can be written to",
     errno.EACCES: "give a folder that you may write to, or change its owner or permissions",
     errno.ENOENT: "give a path in a folder that is there",
+    errno.ENOTDIR: "give a path in a folder that is there",
 }
 
 
@@ -138,7 +139,7 @@ def _atomic(path: str | Path, mode: str, encoding: str | None) -> Iterator[Any]:
     path = Path(path)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        with open(partial, mode, encoding=encoding) as file:
+        with _opened(partial, mode, encoding) as file:
             _lock(file)
             yield file
             file.flush()
@@ -150,6 +151,18 @@ def _atomic(path: str | Path, mode: str, encoding: str | None) -> Iterator[Any]:
     except BaseException:
         _remove(partial)
         raise
+
+
+def _opened(path: Path, mode: str, encoding: str | None, *, again: bool = True) -> Any:
+    """Open a file to write in a folder that is made: another run that ends removes those that it finds empty."""
+    with contextlib.suppress(FileExistsError):  # a file in its place, of which opening says more
+        path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        return open(path, mode, encoding=encoding)
+    except FileNotFoundError:
+        if not again:
+            raise
+    return _opened(path, mode, encoding, again=False)
 
 
 def _lock(file: Any) -> bool:
