@@ -1,6 +1,7 @@
 """Files appear when they are complete; what a killed process had begun is found and removed."""
 
 import errno
+import fcntl
 import gzip
 import os
 import subprocess
@@ -15,6 +16,7 @@ from n4flow.images import files
 from n4flow.images.files import (
     atomic_bytes,
     atomic_text,
+    locked,
     missing_file,
     remove_abandoned,
     voxels_of_frame,
@@ -81,6 +83,18 @@ def test_folder_that_cannot_be_made_is_an_error_for_the_user(tmp_path, folder):
         atomic_text(tmp_path / folder / "file"),
     ):
         pass
+
+
+def test_where_there_are_no_locks_it_is_said_once(tmp_path, monkeypatch, caplog):
+    def refuse(*_):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    for _ in range(2):
+        with locked(tmp_path / "sheet.tsv"):
+            pass
+    (line,) = caplog.messages
+    assert line.startswith(f"{tmp_path}: files there cannot be locked (No locks available): start one run at a time")
 
 
 def test_what_a_killed_process_had_begun_is_removed_and_what_is_being_written_is_not(tmp_path):

@@ -7,17 +7,21 @@ import errno
 import fcntl
 import gzip
 import json
+import logging
 import math
 import os
 import shlex
 import struct
 import zlib
 from collections.abc import Iterator, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from n4flow.errors import MachineError
 from n4flow.images.ngff import is_store
+
+log = logging.getLogger(__name__)
 
 #: What to do where the operating system refuses to write.
 REMEDIES = {
@@ -178,7 +182,7 @@ def _lock(file: Any) -> bool:
 def locked(path: str | Path) -> Iterator[None]:
     """Have a file to oneself among the processes that lock it, one after the other; it need not be there.
 
-    Where the file system knows no locks, nothing is locked.
+    Where the file system knows no locks, nothing is locked, and a warning says so.
 
     Raises
     ------
@@ -192,11 +196,22 @@ def locked(path: str | Path) -> Iterator[None]:
     except OSError as error:
         raise not_writable(lock, error.errno) or error from None
     try:
-        with contextlib.suppress(OSError):
+        try:
             fcntl.flock(number, fcntl.LOCK_EX)
+        except OSError as error:
+            _warn_of_no_locks(path.parent, str(error.strerror))
         yield
     finally:
         os.close(number)
+
+
+@cache
+def _warn_of_no_locks(folder: Path, reason: str) -> None:
+    log.warning(
+        "%s: files there cannot be locked (%s): start one run at a time on this folder, or rows may be lost",
+        folder,
+        reason,
+    )
 
 
 def _remove(path: Path) -> None:
