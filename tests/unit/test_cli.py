@@ -515,6 +515,19 @@ def test_a_participant_without_a_row_is_a_line(study, tmp_path, capsys):
     assert f"n4flow: {left_out}\n" in capsys.readouterr().err
 
 
+def test_the_command_after_a_sheet_runs_this_workflow(tmp_path, study, monkeypatch, capsys, pytestconfig):
+    """Whatever other workflow lies in the working folder."""
+    monkeypatch.chdir(tmp_path)
+    mine = pytestconfig.rootpath / "Snakefile"
+    Path("Snakefile").write_text("rule another:\n")
+    n4flow("sheet", "bids", "--output", "study.tsv")
+    assert f"next: snakemake --snakefile {mine} --cores 8" in capsys.readouterr().err
+    Path("Snakefile").unlink()
+    Path("Snakefile").symlink_to(mine)
+    n4flow("sheet", "bids", "--output", "study.tsv")
+    assert "next: snakemake --cores 8" in capsys.readouterr().err
+
+
 def test_a_sheet_in_a_folder_that_is_not_there_is_a_line(tmp_path, study):
     line = failure("sheet", tmp_path / "bids", "--output", tmp_path / "confgi/study.tsv")
     assert line.startswith(f"{tmp_path}/confgi/study.tsv: cannot be written (its folder is not there); make it: ")

@@ -426,7 +426,8 @@ def sheet(given: argparse.Namespace) -> None:
     # what works in this folder, be it the clone or any other
     root = workflow_folder()
     words = ["snakemake", "--cores", "8", "--config", f"samples={given.output}"]
-    if not Path("Snakefile").exists():
+    # somebody else's may lie here
+    if not (Path("Snakefile").exists() and Path("Snakefile").samefile(root / "Snakefile")):
         words[1:1] = ["--snakefile", str(root / "Snakefile")]
     if not Path("config/config.yaml").exists():
         words += ["--configfile", str(root / "config/config.yaml")]
