@@ -423,6 +423,44 @@ def test_a_dataset_by_another_path_is_the_same(tmp_path, schema, three):
     assert counts(add_to_sheet(sheet, moved, schema)) == (1, 0, 2)
 
 
+def test_a_scan_whose_name_another_image_has_comes_in_when_that_row_is_renamed(tmp_path, schema, three):
+    sheet = tmp_path / "sheet.tsv"
+    add_to_sheet(sheet, three[:1], schema)
+    new = replace(three[0], image=three[1].image)
+    for _ in range(2):
+        again = add_to_sheet(sheet, [new], schema)
+        assert (counts(again), again.taken) == ((1, 0, 0), [(new, three[0])])
+    sheet.write_text(sheet.read_text().replace("T1w", "run-1_T1w"))
+    again = add_to_sheet(sheet, [new], schema)
+    assert (counts(again), again.taken) == ((2, 1, 0), [])
+
+
+def test_a_row_that_was_given_another_image_keeps_its_name_without_a_word(tmp_path, schema, three):
+    sheet = tmp_path / "sheet.tsv"
+    add_to_sheet(sheet, three[:1], schema)
+    sheet.write_text(sheet.read_text().replace(three[0].image, three[1].image))
+    again = add_to_sheet(sheet, three[:1], schema)
+    assert (counts(again), again.taken) == ((1, 0, 0), [])
+
+
+def test_without_the_sheet_all_begins_anew(tmp_path, schema, three):
+    sheet = tmp_path / "sheet.tsv"
+    add_to_sheet(sheet, three, schema)
+    sheet.unlink()
+    assert counts(add_to_sheet(sheet, three[:2], schema)) == (2, 2, 0)
+    assert counts(add_to_sheet(sheet, three, schema)) == (3, 1, 0)
+
+
+def test_paths_are_resolved_once(tmp_path, schema, three, monkeypatch):
+    """Each takes a look at every folder above it, of thousands of scans."""
+    sheet = tmp_path / "sheet.tsv"
+    add_to_sheet(sheet, three, schema)
+    resolved, resolve = [], os.path.realpath
+    monkeypatch.setattr(os.path, "realpath", lambda path: resolved.append(path) or resolve(path))
+    add_to_sheet(sheet, three, schema)
+    assert sorted(resolved) == [scan.image for scan in three]
+
+
 def test_a_list_of_found_scans_that_is_none_is_a_line(tmp_path, schema, three):
     sheet = tmp_path / "sheet.tsv"
     add_to_sheet(sheet, three, schema)
@@ -494,6 +532,17 @@ def test_labels_are_all_that_a_run_works_on(study, tmp_path, capsys):
     assert study("--participant-label", "01")[1] == "01", "with all of its suffixes"
     assert study("--participant-label", "01", "02", "03")[1] == ""
     assert study()[1] == ""
+
+
+def test_a_scan_whose_name_is_taken_is_told(study, tmp_path, capsys):
+    mine = tmp_path / "mine.nii"
+    mine.touch()
+    sheet = tmp_path / "out/code/config/samples.tsv"
+    sheet.parent.mkdir(parents=True)
+    sheet.write_text(f"subject\timage\n01\t{mine}\n02\t{mine}\n")
+    study()
+    line = f"{tmp_path}/bids/sub-01/anat/sub-01_T1w.nii.gz is left out: its name, sub-01_T1w, is taken by the row of "
+    assert f"n4flow: {line}{mine}: rename that row (and 1 more of this kind)\n" in capsys.readouterr().err
 
 
 def test_a_participant_that_the_sheet_calls_otherwise_is_meant(study, tmp_path):

@@ -507,6 +507,13 @@ def run(given: argparse.Namespace) -> None:
     if sheet.removed:
         back = f"to have one back, remove it from {found_file(path)}, too"
         log.warning("%d left out whose rows were removed from the sheet; %s", len(sheet.removed), back)
+    if sheet.taken:
+        scan, row = sheet.taken[0]
+        more = f" (and {len(sheet.taken) - 1} more of this kind)" if len(sheet.taken) > 1 else ""
+        log.warning(
+            "%s is left out: its name, %s, is taken by the row of %s: rename that row%s",
+            *(scan.image, scan.name, row.image, more),
+        )
     subjects = _subjects(sheet, given.participant_label, path)
     to_do = f"; this run is for {' '.join(subjects)} alone" if subjects else ""
     counts = f"{len(sheet.rows)} scans, {len(sheet.added)} of them new"

@@ -7,6 +7,7 @@ import io
 import os
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import fields
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -159,6 +160,7 @@ class Addition(NamedTuple):
     of_found: list[Scan]  # those of them that are of the found scans
     added: list[Scan]  # those of them that are new
     removed: list[Scan]  # found scans that are left out, since somebody has removed their rows
+    taken: list[tuple[Scan, Scan]]  # found scans that are left out, with the row of another image that has their name
 
 
 def found_file(sheet: Path) -> Path:
@@ -169,9 +171,9 @@ def found_file(sheet: Path) -> Path:
 def add_to_sheet(path: Path, found: Sequence[Scan], schema: Mapping[str, Any]) -> Addition:
     """Write a sheet, or add what is new to one that is there; its own rows stay as somebody left them.
 
-    A row is that of a found scan if it names its image, whatever the scan is called there, or if it has its name. A
-    scan whose row was removed stays out until it is removed from `found_file`, too. Of several processes, one does
-    this at a time.
+    A row is that of a found scan if it names its image, whatever the scan is called there, or if it has its name and
+    was added for that image. A scan whose row was removed stays out until it is removed from `found_file`, too; where
+    there is no sheet, it is begun anew and so is that list. Of several processes, one does this at a time.
 
     Parameters
     ----------
@@ -190,27 +192,42 @@ def add_to_sheet(path: Path, found: Sequence[Scan], schema: Mapping[str, Any]) -
         The sheet that is there is wrong, as `read_sheet` has it, or it cannot be written.
     """
     record = found_file(path)
+    resolved = cache(os.path.realpath)  # the lists share most of their paths
+
+    def image_of(scan: Scan) -> tuple[str, str]:
+        return resolved(scan.image), scan.channel
+
+    added, removed, unlisted, taken = [], [], [], []
     with locked(path):
         there = read_sheet(path, schema) if path.exists() else []
-        ever = _read_found(record) if record.exists() else []
-        in_sheet, known = ({mark for scan in scans for mark in _marks(scan)} for scans in (there, ever))
-        new = [scan for scan in found if not _marks(scan) & in_sheet]
-        added = [scan for scan in new if not _marks(scan) & known]
+        ever = _read_found(record) if path.exists() and record.exists() else []
+        in_sheet, by_name = set(map(image_of, there)), {scan.name: scan for scan in there}
+        listed = set(map(image_of, ever))
+        # the row of another image may have been renamed, to make room for a scan
+        names_removed = {scan.name for scan in ever if image_of(scan) not in in_sheet}
+        for scan in found:
+            image = image_of(scan)
+            if image in in_sheet:
+                if image not in listed:
+                    unlisted.append(scan)
+            elif scan.name in by_name:
+                if image not in listed:  # else somebody has given its row another image
+                    taken.append((scan, by_name[scan.name]))
+            elif image in listed or scan.name in names_removed:
+                removed.append(scan)
+            else:
+                added.append(scan)
         # the sheet first: what is in the list alone counts as removed
         if added:
             with atomic_text(path) as file:
                 file.write(sheet_of([*there, *added]))
-        if unlisted := [scan for scan in found if not _marks(scan) & known]:
+        if added or unlisted:
             with atomic_text(record) as file:
-                file.write(sheet_of([*ever, *unlisted]))
-    rows, of_found = [*there, *added], {mark for scan in found for mark in _marks(scan)}
-    removed = [scan for scan in new if _marks(scan) & known]
-    return Addition(rows, [row for row in rows if _marks(row) & of_found], added, removed)
-
-
-def _marks(scan: Scan) -> set[tuple[str, ...]]:
-    """By what a row is known to be that of a scan: its image (and channel), or its name."""
-    return {(os.path.realpath(scan.image), scan.channel), (scan.name,)}
+                file.write(sheet_of([*ever, *unlisted, *added]))
+    images, names = set(map(image_of, found)), {scan.name for scan in found} - {scan.name for scan, _ in taken}
+    rows = [*there, *added]
+    of_found = [row for row in rows if row.name in names or image_of(row) in images]
+    return Addition(rows, of_found, added, removed, taken)
 
 
 def _read_found(path: Path) -> list[Scan]:
