@@ -7,6 +7,8 @@ import sys
 import pytest
 from study import ROOT, head, raw_scan, save, snakemake, write_config, write_sheet
 
+from n4flow.console import PARTICIPANTS
+
 
 def assert_stopped_with(done, folder, lines):
     assert done.returncode == 1
@@ -67,6 +69,23 @@ def test_unknown_scan_as_target_is_named(tmp_path):
     done = snakemake(tmp_path, "results/sub-02/anat/sub-02_desc-N4_T1w.nii.gz", "--cores", 1)
     assert done.returncode == 1
     assert "sub-02_T1w: no such scan in config/samples.tsv; add a line for it" in done.stdout
+
+
+@pytest.mark.parametrize(("subjects", "over_all"), [("01", False), ("01 02", True)])
+def test_report_is_made_where_the_sheet_that_is_read_holds_no_other_participants(
+    tmp_path, monkeypatch, subjects, over_all
+):
+    write_config(tmp_path)
+    scans = [raw_scan("01"), raw_scan("02")]
+    for scan in scans:
+        save(tmp_path / scan.image, head((8, 8, 8)))
+    write_sheet(tmp_path / "config/samples.tsv", scans)
+    monkeypatch.setenv(PARTICIPANTS, subjects)
+    done = snakemake(tmp_path, "-n", "--quiet", "rules")
+    assert done.returncode == 0, done.stdout
+    rules = {line.split()[0]: line.split()[-1] for line in done.stdout.splitlines() if line}
+    assert rules["n4"] == str(len(subjects.split()))
+    assert ("index" in rules) == over_all
 
 
 @pytest.fixture

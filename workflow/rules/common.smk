@@ -76,8 +76,11 @@ except InputError as error:
 WITHOUT_REFERENCE = {name for name, failure in FAILED.items() if failure.step == "reference"}
 SCANS = [scan for scan in SHEET if scan.name not in FAILED.keys() - WITHOUT_REFERENCE]
 
-# The subjects that n4flow run --participant-label is for, if any: then nothing is made that is over all scans.
+# The subjects that n4flow run --participant-label is for, if the sheet holds others: then nothing is made that is over all
+# scans.
 SUBJECTS = os.environ.get(PARTICIPANTS, "").split()
+if {scan.subject for scan in SHEET} <= set(SUBJECTS):
+    SUBJECTS = []
 
 
 def chosen(scan):

@@ -515,7 +515,8 @@ def run(given: argparse.Namespace) -> None:
             *(scan.image, scan.name, row.image, more),
         )
     subjects = _subjects(sheet, given.participant_label, path)
-    to_do = f"; this run is for {' '.join(subjects)} alone" if subjects else ""
+    alone = subjects and {row.subject for row in sheet.rows} > set(subjects)
+    to_do = f"; this run is for {' '.join(subjects)} alone" if alone else ""
     counts = f"{len(sheet.rows)} scans, {len(sheet.added)} of them new"
     print(f"{PREFIX}{path}: {counts}{to_do}", file=sys.stderr, flush=True)
     # what the workflow says of this command
@@ -529,14 +530,17 @@ def run(given: argparse.Namespace) -> None:
 
 
 def _subjects(sheet: Addition, labels: Sequence[str], path: Path) -> list[str]:
-    """The subjects of a sheet, as it calls them, that a run with these labels is for; none if it is for all of them."""
+    """The subjects of a sheet, as it calls them, that a run with these labels is for; none without labels.
+
+    Whether these are all, the workflow sees by the sheet that it reads: another run may have added rows until then.
+    """
     if not labels:
         return []
     named = {label.removeprefix("sub-") for label in labels} | {row.subject for row in sheet.of_found}
     there = {row.subject for row in sheet.rows}
     if not named & there:
         raise InputError(path, f"holds no row of {' '.join(labels)}", "add one, or give other labels")
-    return [] if there <= named else sorted(named & there)
+    return sorted(named & there)
 
 
 def workflow_folder() -> Path:

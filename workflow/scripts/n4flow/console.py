@@ -35,7 +35,7 @@ OF_MACHINE = (MachineError, OSError, MemoryError, ImportError)
 TOLD = "N4FLOW_TOLD"
 
 #: Environment variables by which n4flow run tells its workflow what was typed, and for which subjects of the sheet it
-#: is, separated by spaces; for all if there are none.
+#: is, separated by spaces; for all if there are none, or no others in the sheet.
 TYPED, PARTICIPANTS = "N4FLOW_TYPED", "N4FLOW_PARTICIPANTS"
 
 
