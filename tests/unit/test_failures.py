@@ -15,7 +15,7 @@ from n4flow.errors import InputError
 from n4flow.study import failures
 from n4flow.study.bids import Scan
 from n4flow.study.config import load_schema, with_defaults
-from n4flow.study.failures import NO_FIELD, NO_STORE, STEPS, failed_scans, log_of, read_failed, write_failed
+from n4flow.study.failures import NO_FIELD, NO_STORE, STEPS, Failure, failed_scans, log_of, read_failed, write_failed
 from n4flow.study.outputs import output_of
 from n4flow.study.provenance import package_digest
 from tests.pyramids import write_store
@@ -50,7 +50,7 @@ def found(study, since=0.0):
 def note(study, config=CONFIG, since=None):
     """What a run notes whose images were there before it began."""
     failed = list(found(study).values())
-    write_failed(Path("failed.tsv"), failed, study, config, since or time.time() + 1)
+    write_failed(Path("failed.tsv"), failed, study, config, since or time.time() + 1, study)
 
 
 def left_out(study, config=CONFIG):
@@ -155,6 +155,27 @@ def test_without_failures_the_table_goes(study):
     log(study["sub-2_T1w"], "mask", "done")
     note(study)
     assert not Path("failed.tsv").exists()
+
+
+def test_rows_of_scans_that_a_run_was_not_for_stay_as_they_are(study):
+    """Another run may have written them since this one began, of scans that its sheet had not yet."""
+    first, second = ({name: scan for name, scan in study.items() if scan.subject == label} for label in "12")
+    for scan in study.values():
+        log(scan, "mask", f"{PREFIX}broken")
+    note(second)
+    (row,) = Path("failed.tsv").read_text().splitlines()[1:]
+    note(first)
+    lines = Path("failed.tsv").read_text().splitlines()
+    assert [line.split("\t")[0] for line in lines] == ["scan", *sorted(study)]
+    assert row in lines
+    for scan in study.values():
+        log(scan, "mask", "done")
+    note(first)
+    assert Path("failed.tsv").read_text().splitlines()[1:] == [row]
+    failed = [Failure(name, "mask", "broken", "", True) for name in study]
+    write_failed(Path("failed.tsv"), failed, study, CONFIG, time.time() + 1, first)
+    assert row in Path("failed.tsv").read_text().splitlines()
+    assert len(Path("failed.tsv").read_text().splitlines()) == 4
 
 
 @pytest.mark.parametrize("text", ["scan\tstep\nsub-2_T1w\tmask\n", "scan\tstep\terror\tfingerprint\na\tb\tc\td\n"])

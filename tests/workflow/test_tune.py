@@ -86,7 +86,7 @@ def test_a_reference_that_failed_before_is_not_tried_again(folder, tmp_path, mon
     (scan,) = read_sheet("02.tsv", schemas["samples"])
     failure = Failure(scan.name, "reference", "broken", "", True)
     (copy / "results/qc").mkdir(exist_ok=True)
-    write_failed(copy / "results/qc/failed.tsv", [failure], {scan.name: scan}, config, time.time() + 1)
+    write_failed(copy / "results/qc/failed.tsv", [failure], {scan.name: scan}, config, time.time() + 1, [scan.name])
     assert rules_to_run(copy, "tune") == ["tune"]
 
 

@@ -19,7 +19,7 @@ from n4flow.study.config import grid_combinations, load_schema, page_settings, p
 from n4flow.study.config import tune_problems, with_defaults
 from n4flow.study.sheet import place_problem, read_sheet, results_problem, with_least_hash
 from n4flow.parameters import MOST_SAMPLES, N4Parameters
-from n4flow.study.failures import read_failed
+from n4flow.study.failures import read_failed, rows_of_failed
 from n4flow.study.outputs import NAMES, WILDCARDS, entities_pattern, output_of
 from n4flow.study.provenance import package_digest
 from n4flow.study.ratings import read_ratings
@@ -71,6 +71,8 @@ SCAN_OF = {scan.name: scan for scan in SHEET}
 FAILED_FILE = Path(workflow.pathvars.apply("<results>/qc/failed.tsv"))
 try:
     FAILED = read_failed(FAILED_FILE, SCAN_OF, config, workflow.pathvars.apply("<logs>"))
+    # Who stands there and is no longer in the sheet.
+    GONE = {row["scan"] for row in rows_of_failed(FAILED_FILE)} - SCAN_OF.keys()
 except InputError as error:
     raise WorkflowError(str(error)) from None
 WITHOUT_REFERENCE = {name for name, failure in FAILED.items() if failure.step == "reference"}

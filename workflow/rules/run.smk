@@ -238,7 +238,8 @@ def end_run(success):
     try:
         if new or FAILED_FILE.is_file():
             FAILED_FILE.parent.mkdir(parents=True, exist_ok=True)
-            write_failed(FAILED_FILE, list(failed.values()), SCAN_OF, config, RUN_START)
+            of_run = {scan.name for scan in CHOSEN} | GONE
+            write_failed(FAILED_FILE, list(failed.values()), SCAN_OF, config, RUN_START, of_run)
     except InputError as error:
         logger.error(f"Not noted which scans failed: {error}")
     if success:

@@ -6,7 +6,7 @@ import csv
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import cache, lru_cache
 from pathlib import Path
@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from n4flow.console import end_of
 from n4flow.errors import InputError
-from n4flow.images.files import atomic_text
+from n4flow.images.files import atomic_text, locked
 from n4flow.images.ngff import files_of
 from n4flow.study.bids import Scan, counted_beside, sidecars_of
 from n4flow.study.config import page_settings
@@ -229,18 +229,8 @@ def read_failed(
     InputError
         It is no such table.
     """
-    if not path.is_file():
-        return {}
-    try:
-        with open(path, newline="", encoding="utf-8-sig") as file:
-            rows = list(csv.DictReader(file, delimiter="\t"))
-    except (OSError, ValueError, csv.Error) as error:
-        raise InputError(path, f"cannot be read ({error})", "remove it: its scans are tried again") from None
-    steps = (*STEPS, *STORE_STEPS, NO_FIELD, NO_STORE)
     failed = {}
-    for row in rows:
-        if any(row.get(column) is None for column in COLUMNS) or row["step"] not in steps:
-            raise InputError(path, "is no table of failed scans", "remove it: its scans are tried again")
+    for row in rows_of_failed(path):
         scan, step = scans.get(row["scan"]), row["step"]
         if not scan or step in (NO_FIELD, NO_STORE):
             continue
@@ -253,6 +243,29 @@ def read_failed(
     return failed | without_store(scans.values(), failed)
 
 
+def rows_of_failed(path: Path) -> list[dict[str, str]]:
+    """Rows of the table of `write_failed`, as they stand; none if it is not there.
+
+    Raises
+    ------
+    InputError
+        It is no such table.
+    """
+    if not path.is_file():
+        return []
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            rows = list(csv.DictReader(file, delimiter="\t"))
+    except (OSError, ValueError, csv.Error) as error:
+        raise InputError(path, f"cannot be read ({error})", "remove it: its scans are tried again") from None
+    steps = (*STEPS, *STORE_STEPS, NO_FIELD, NO_STORE)
+    if any(row.get(column) is None for row in rows for column in COLUMNS) or any(
+        row["step"] not in steps for row in rows
+    ):
+        raise InputError(path, "is no table of failed scans", "remove it: its scans are tried again")
+    return rows
+
+
 def _log_with(error: str, scan: Scan, step: str, scans: Mapping[str, Scan], logs: str | Path) -> str:
     """Path of the log of a step that failed; of a step of an OME-Zarr image, that of the part with this line."""
     if step not in STORE_STEPS:
@@ -263,7 +276,12 @@ def _log_with(error: str, scan: Scan, step: str, scans: Mapping[str, Scan], logs
 
 
 def write_failed(
-    path: Path, failed: Sequence[Failure], scans: Mapping[str, Scan], config: Mapping[str, Any], since: float
+    path: Path,
+    failed: Sequence[Failure],
+    scans: Mapping[str, Scan],
+    config: Mapping[str, Any],
+    since: float,
+    of_run: Collection[str],
 ) -> None:
     """Write down which scans would fail again: `read_failed` finds them.
 
@@ -272,27 +290,33 @@ def write_failed(
     path : Path
         Removed if no scan would fail again.
     failed : sequence of Failure
+        Those that are not of the run do not count.
     scans, config : mapping
         See `read_failed`.
     since : float
         When the run began. A scan one of whose files has changed meanwhile is left out: who knows which one failed.
+    of_run : collection of str
+        The scans that the run was for, by name, and those whose rows are to go. The rows of others stay: they are
+        other runs', of this moment perhaps.
 
     Raises
     ------
     InputError
-        The file cannot be written.
+        The file cannot be read or written.
     """
     rows = []
-    for failure in sorted(failed):
+    for failure in sorted(each for each in failed if each.scan in of_run):
         scan = scans[failure.scan]
         changed = [time for name in _inputs(scan) for time in _size_and_time(name)[2:]]
         if failure.again and max(changed, default=0) < since * 1e9:
             print_of = "" if failure.step in (NO_FIELD, NO_STORE) else fingerprint(scan, failure.step, config, scans)
             rows.append([failure.scan, failure.step, failure.error, print_of])
-    if not rows:
-        path.unlink(missing_ok=True)
-        return
-    with atomic_text(path) as file:
-        writer = csv.writer(file, delimiter="\t", lineterminator="\n")
-        writer.writerow(COLUMNS)
-        writer.writerows(rows)
+    with locked(path):
+        rows += [[row[column] for column in COLUMNS] for row in rows_of_failed(path) if row["scan"] not in of_run]
+        if not rows:
+            path.unlink(missing_ok=True)
+            return
+        with atomic_text(path) as file:
+            writer = csv.writer(file, delimiter="\t", lineterminator="\n")
+            writer.writerow(COLUMNS)
+            writer.writerows(sorted(rows))
