@@ -81,7 +81,7 @@ def test_the_workflow_itself_needs_no_numeric_library(pytestconfig):
     subprocess.run([sys.executable, "-c", code, pytestconfig.rootpath / "workflow" / "scripts"], check=True)
 
 
-@pytest.mark.parametrize("name", ["common.smk", "run.smk", "inputs.smk"])
+@pytest.mark.parametrize("name", ["words.smk", "common.smk", "run.smk", "inputs.smk"])
 def test_the_workflow_itself_imports_only_what_was_tried_above(pytestconfig, name):
     text = (pytestconfig.rootpath / "workflow" / "rules" / name).read_text(encoding="utf-8")
     top_level = {line.split()[1] for line in text.splitlines() if line.startswith("from n4flow")}

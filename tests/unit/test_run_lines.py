@@ -1,4 +1,4 @@
-"""What the terminal shows of Snakemake's messages: workflow/rules/run.smk, which is plain Python."""
+"""What the terminal shows of Snakemake's messages: words.smk and run.smk in workflow/rules, which are plain Python."""
 
 import errno
 import logging
@@ -29,8 +29,8 @@ def job(number, rule, log, entities=None, retries=0):
 
 
 @pytest.fixture
-def run(tmp_path, pytestconfig):
-    """The file's names, with jobs of two scans and one over all scans, a log for each, and what is said."""
+def run(tmp_path, pytestconfig, monkeypatch):
+    """The files' names, with jobs of two scans and one over all scans, a log for each, and what is said."""
     jobs = [
         job(1, "mask", tmp_path / "mask1.log", "sub-1"),
         job(2, "n4", tmp_path / "n4_1.log", "sub-1"),
@@ -49,8 +49,11 @@ def run(tmp_path, pytestconfig):
     names["chosen"] = lambda scan: True
     names["shown"] = Path
     names["STORE_OF"] = {("sub-3/micr", "sub-3_SPIM"): SimpleNamespace(scans=[SimpleNamespace(name=n) for n in "ab"])}
-    path = pytestconfig.rootpath / "workflow" / "rules" / "run.smk"
-    exec(compile(path.read_text(encoding="utf-8"), path, "exec"), names)
+    rules = pytestconfig.rootpath / "workflow" / "rules"
+    workflow.source_path = lambda path: rules / path
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    for name in ("words.smk", "run.smk"):
+        exec(compile((rules / name).read_text(encoding="utf-8"), name, "exec"), names)
     lines = names["ScanLines"]()
     lines.handleError = lambda record: pytest.fail("an exception in the handler")
     return SimpleNamespace(**names, jobs=jobs, said=said, lines=lines, folder=tmp_path)

@@ -1,15 +1,9 @@
-# What the rules share: the package, the checked config and sample sheet, and input functions.
+# What the rules share: the checked config and sample sheet, and input functions.
 import os
-import sys
 from functools import cache
 from pathlib import Path
 
 from snakemake.exceptions import WorkflowError
-
-# Every file of the package, by name: Snakemake fetches what is named where the workflow is a module from elsewhere.
-PACKAGE_FILES = Path(workflow.source_path("../scripts/n4flow/files.txt")).read_text(encoding="utf-8").split()
-PACKAGE = [Path(workflow.source_path(f"../scripts/n4flow/{name}")) for name in PACKAGE_FILES]
-sys.path.insert(0, str(PACKAGE[0].parent.parent))
 
 from n4flow.console import PARTICIPANTS
 from n4flow.errors import InputError
@@ -51,9 +45,10 @@ if problems := problems_by_file(config, CONFIG_SCHEMA, [*map(shown, workflow.con
     raise WorkflowError("\n".join(problems))
 config.update(with_defaults(config, CONFIG_SCHEMA))
 
+SHEET_FILE = shown(config["samples"])
 try:
     # a workflow that imports this one for its rules alone has no sheet
-    SHEET = read_sheet(config["samples"], SHEET_SCHEMA, [*DEMO_IMAGES, DEMO_MASK]) if config["samples"] else []
+    SHEET = read_sheet(SHEET_FILE, SHEET_SCHEMA, [*DEMO_IMAGES, DEMO_MASK]) if config["samples"] else []
 except InputError as error:
     raise WorkflowError(str(error)) from None
 
@@ -131,7 +126,7 @@ def scan_of(wildcards):
     """The row of the sheet that a job works on."""
     name = f"{wildcards.entities}_{wildcards.suffix}"
     if name not in SCAN_OF:
-        raise WorkflowError(f"{name}: no such scan in {config['samples']}; add a line for it")
+        raise WorkflowError(f"{name}: no such scan in {SHEET_FILE}; add a line for it")
     return SCAN_OF[name]
 
 

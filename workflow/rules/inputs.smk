@@ -35,7 +35,7 @@ def store_of(wildcards):
     """The store that a job works on."""
     key = (wildcards.folder, f"{wildcards.entities}_{wildcards.suffix}")
     if key not in STORE_OF:
-        raise WorkflowError(f"{key[1]}: no such OME-Zarr image in {config['samples']}; add a line for it")
+        raise WorkflowError(f"{key[1]}: no such OME-Zarr image in {SHEET_FILE}; add a line for it")
     return STORE_OF[key]
 
 

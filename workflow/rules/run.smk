@@ -3,17 +3,14 @@ import csv
 import json
 import logging
 import os
-import re
 import shutil
 import subprocess
 import time
 
-from snakemake.common import NOTHING_TO_BE_DONE_MSG
-from snakemake.settings.enums import Quietness
 from snakemake_interface_logger_plugins.common import LogEvent
 
-from n4flow.console import TOLD, TYPED, last_error
-from n4flow.images.files import not_writable, remove_abandoned, why_not_writable
+from n4flow.console import TOLD, last_error
+from n4flow.images.files import remove_abandoned, why_not_writable
 from n4flow.study.failures import NO_STORE, STORE_STEPS, failed_scans, made_since, write_failed
 from n4flow.study.progress import Progress
 from n4flow.worker import begin_run
@@ -28,9 +25,6 @@ NAMED = 5
 
 # An event of our own among those of Snakemake's log: a line that the terminal shows.
 SHOWN = "n4flow"
-
-# How this run was asked for, before what concerns Snakemake alone.
-COMMAND = f"{os.environ[TYPED]} --" if TYPED in os.environ else "snakemake"
 
 
 def place_of(path):
@@ -118,60 +112,10 @@ def is_shown(record):
     return event == SHOWN or record.levelno > logging.INFO and not of_job
 
 
-def is_shown_of_dry_run(record):
-    """Whether the terminal shows one of the messages of a dry run: how many jobs of each rule there would be, if any."""
-    is_summary = getattr(record, "event", None) == LogEvent.RUN_INFO and any(workflow.dag.needrun_jobs())
-    return is_summary or record.levelno > logging.INFO or record.getMessage() == NOTHING_TO_BE_DONE_MSG
-
-
-class InWords(logging.Formatter):
-    """What ends a run, in a line: what is wrong and what to do. Where in the code it was found, Snakemake's log has."""
-
-    def __init__(self, usual):
-        super().__init__()
-        self.usual = usual
-
-    def format(self, record):
-        event, name = (getattr(record, key, None) for key in ("event", "exception"))
-        if event == LogEvent.RUN_INFO and workflow.output_settings.dryrun:
-            return f"{scans_to_do()}\n{self.usual.format(record)}"
-        if event != LogEvent.ERROR:
-            return self.usual.format(record)
-        message = record.getMessage()
-        if name == "LockException":
-            return (
-                f"{os.getcwd()}: another run is at work there on the same files; wait for it. If none is alive, such as "
-                f"after a loss of power, remove its lock: {COMMAND} --unlock"
-            )
-        refused = re.search(r"^(?:PermissionError|OSError): \[Errno (\d+)\] [^:]*: '(.*)'$", message, re.MULTILINE)
-        if refused and (problem := not_writable(refused[2], int(refused[1]))):
-            return str(problem)
-        if message.startswith("Traceback"):
-            return message
-        place = re.compile(r"^  File \".*\", line \d+, in .*$|^WorkflowError in file \".*\", line \d+:$")
-        return "\n".join(line for line in message.splitlines() if not place.match(line))
-
-
 def scans_to_do():
     """Of how many scans there are jobs to do."""
     to_do = {scan for job in workflow.dag.needrun_jobs() for scan in scans_of_job(job)}
     return f"{len(to_do)} of {len(CHOSEN)} scans would be done, with these jobs:"
-
-
-def screen_of_lines():
-    """What writes to the terminal, if quiet says host, as in profiles/default: then a line for each scan is enough."""
-    settings = workflow.output_settings
-    # there is none where a logger plugin writes to the terminal
-    screen = next((handler for handler in logger.handlers if handler.name == "DefaultStreamHandler"), None)
-    return screen if not settings.verbose and Quietness.HOST in (settings.quiet or ()) else None
-
-
-def speak_in_words():
-    """From here on the terminal shows in words what ends a run, and of a dry run that n4flow run makes a summary."""
-    if screen := screen_of_lines():
-        screen.setFormatter(InWords(screen.formatter))
-        if workflow.output_settings.dryrun and TYPED in os.environ:
-            screen.addFilter(is_shown_of_dry_run)
 
 
 def calm_down():
@@ -339,7 +283,3 @@ def write_index(done, failed, page):
         # without it the rule index is not done, and makes the index anew when all scans are
         shutil.rmtree(place_of(BUNDLE), ignore_errors=True)
     return True
-
-
-if workflow.is_main_process:
-    speak_in_words()
