@@ -206,6 +206,14 @@ def test_a_lock_of_another_run_is_a_line_with_the_command_that_removes_it(run, m
     assert "\n" not in said
 
 
+def test_of_how_snakemake_begins_the_terminal_shows_the_table_of_jobs(run):
+    for message in ("Building DAG of jobs...", "Provided cores: 2", "Conda environments: ignored"):
+        assert not run.is_no_preamble(record(None, message=message))
+    assert run.is_no_preamble(record(LogEvent.RUN_INFO, message="Job stats:"))
+    assert run.is_no_preamble(record(None, message="Unlocked working directory."))
+    assert run.is_no_preamble(record(LogEvent.ERROR, logging.ERROR, message="Provided cores: none"))
+
+
 def test_a_dry_run_is_a_table_of_jobs(run):
     table = record(LogEvent.RUN_INFO, message="Job stats:")
     assert run.is_shown_of_dry_run(table)

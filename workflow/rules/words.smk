@@ -21,6 +21,22 @@ from n4flow.images.files import not_writable
 COMMAND = f"{os.environ[TYPED]} --" if TYPED in os.environ else "snakemake"
 
 
+# How Snakemake begins, before it says how many jobs there are.
+PREAMBLE = (
+    "Building DAG",
+    "Using shell",
+    "Provided ",
+    "Rules claiming",
+    "Conda environments: ",
+    "Singularity containers: ",
+)
+
+
+def is_no_preamble(record):
+    """Whether the terminal shows one of the messages before the first job."""
+    return record.levelno > logging.INFO or not record.getMessage().startswith(PREAMBLE)
+
+
 def is_shown_of_dry_run(record):
     """Whether the terminal shows one of the messages of a dry run: how many jobs of each rule there would be, if any."""
     is_summary = getattr(record, "event", None) == LogEvent.RUN_INFO and any(workflow.dag.needrun_jobs())
@@ -67,7 +83,9 @@ def speak_in_words():
     """From here on the terminal shows in words what ends a run, and of a dry run that n4flow run makes a summary."""
     if screen := screen_of_lines():
         screen.setFormatter(InWords(screen.formatter))
-        if workflow.output_settings.dryrun and TYPED in os.environ:
+        if not workflow.output_settings.dryrun:
+            screen.addFilter(is_no_preamble)
+        elif TYPED in os.environ:
             screen.addFilter(is_shown_of_dry_run)
 
 
