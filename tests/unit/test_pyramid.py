@@ -675,12 +675,13 @@ class TestOneStore:
             correct_store(store, there)
         assert_array_equal(voxels(there)[0], VOLUME)
 
-    def test_half_a_store_does_not_stay(self, tmp_path, monkeypatch):
+    @pytest.mark.parametrize("fails", ["divide_part", "describe_store", "finish_store"])
+    def test_half_a_store_does_not_stay_nor_what_lies_beside_it(self, tmp_path, monkeypatch, fails):
         store = write_store(tmp_path / "in.ome.zarr", LEVELS, scale_um=SCALE_UM)
-        monkeypatch.setattr("n4flow.steps.store.describe_store", lambda *_, **__: 1 / 0)
+        monkeypatch.setattr(f"n4flow.steps.store.{fails}", lambda *_, **__: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             correct_store(store, tmp_path / "out.ome.zarr", level=1)
-        assert not (tmp_path / "out.ome.zarr").exists()
+        assert [path.name for path in tmp_path.iterdir()] == ["in.ome.zarr"]
 
     def test_the_command_does_the_same(self, tmp_path, capsys):
         store = write_store(tmp_path / "in.ome.zarr", LEVELS, scale_um=SCALE_UM)

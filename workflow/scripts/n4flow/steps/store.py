@@ -93,10 +93,13 @@ def correct_store(
     indices = {name: image.channel_index(name) for name in wanted}
     source = image.channel_index(field_from) if field_from else None
     sidecar, fields = files_beside(output, indices.values() if source is None else [source])
+    # the volumes that a field names as its sources are not kept
+    sources = [source_uri(path, output) for path in (store, *([Path(mask)] if mask else []))]
     threads = threads or available_cores()
     with tempfile.TemporaryDirectory(prefix="n4flow_") as temporary:
         folder = Path(temporary)
         coarse: dict[int, Path] = {}
+        estimated: dict[int, Path] = {}
         found: dict[int, Any] = {}
         for index in dict.fromkeys([*indices.values(), *fields]):
             place = folder / str(index)
@@ -125,17 +128,16 @@ def correct_store(
             correct_scan(
                 place / "coarse.nii.gz", inside, made, parameters=parameters or {}, device=device, threads=threads
             )
-            # the volumes that it names as its sources are not kept
-            sources = [source_uri(path, output) for path in (store, *([Path(mask)] if mask else []))]
-            save_field(load_field(made.field), fields[index], Sources=sources)
+            estimated[index] = made.field
             found[index] = {"Mask": {"Given": sources[1]} if mask else how, **read_json(made.sidecar)["N4"]}
+        field_of = [index if source is None else source for index in indices.values()]
         common: dict[str, Any] = {
             "channels": indices,
-            "fields": [fields[index if source is None else source] for index in indices.values()],
             "coarse": [coarse[index] for index in indices.values()],
             "pyramid_origin": pyramid_origin,
         }
         notes = {"N4": {f"channel {index}": facts for index, facts in found.items()}}
+        beside: list[Path] = []
         try:
             plan_store(store, output, folder / "plan.json", job_gb=job_gb, dtype=dtype, pyramid_origin=pyramid_origin)
             parts = []
@@ -151,10 +153,17 @@ def correct_store(
                         part=part,
                         keep_saturated=saturated == "keep",
                         threads=threads,
+                        fields=[estimated[index] for index in field_of],
                         **common,
                     )
-            describe_store(store, parts, sidecar, notes=notes, **common)
+            describe_store(store, parts, sidecar, notes=notes, fields=[fields[index] for index in field_of], **common)
+            beside.append(sidecar)
+            for index, path in fields.items():
+                save_field(load_field(estimated[index]), path, Sources=sources)
+                beside.append(path)
             finish_store(store, sidecar, output / image.root, pyramid_origin=pyramid_origin)
         except BaseException:  # by hand, too: half a store is of no use
             shutil.rmtree(output, ignore_errors=True)
+            for path in beside:
+                path.unlink(missing_ok=True)
             raise
