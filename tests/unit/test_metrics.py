@@ -268,9 +268,10 @@ def test_a_seam_is_found_where_it_is_and_is_as_large_as_it_is():
     image[:, 26:] *= math.exp(0.1)
     mask = np.ones(image.shape, dtype=bool)
     # a step is 0.02 up beside two of 0.02 down, 0.04 in all; at the seam 0.1 + 0.04 and 0.1 - 0.04 in turns
-    ratio, place = tile_seam(in_file_order(image, mask), mask)
+    ratio, place, both = tile_seam(in_file_order(image, mask), mask)
     assert ratio == pytest.approx(0.1 / 0.04, rel=1e-4)
     assert place == "j 25 to 26"
+    assert both == pytest.approx(1, rel=1e-4)
 
 
 def test_the_axis_with_the_larger_seam_is_told():
@@ -278,7 +279,8 @@ def test_the_axis_with_the_larger_seam_is_told():
     image[:, 12:] *= math.exp(0.06)
     image[8:] *= math.exp(0.2)
     mask = np.ones(image.shape, dtype=bool)
-    assert tile_seam(in_file_order(image, mask), mask) == (pytest.approx(0.2 / 0.04, rel=1e-4), "i 7 to 8")
+    ratio, place, both = tile_seam(in_file_order(image, mask), mask)
+    assert (ratio, place, both) == (pytest.approx(5, rel=1e-4), "i 7 to 8", pytest.approx(1.5, rel=1e-4))
 
 
 def test_without_a_seam_the_ratio_is_one_whatever_the_sections_do():
@@ -313,6 +315,28 @@ def test_a_smooth_field_is_no_seam_and_mends_none():
     assert [seam.place for seam in seams] == ["j 29 to 30"] * 2
     assert seams[1].ratio == pytest.approx(seams[0].ratio, rel=0.1)
     assert seams[0].ratio > 2
+
+
+@pytest.mark.parametrize("textured", [False, True])
+@pytest.mark.parametrize("body", ["sphere", "cylinder"])
+def test_tiles_are_flagged_and_a_layer_or_a_slab_is_not(body, textured):
+    shape = (90, 80, 40)
+    x, y, z = np.meshgrid(*(np.linspace(-1, 1, n) for n in shape), indexing="ij")
+    mask = x**2 + y**2 + z**2 < 0.8 if body == "sphere" else (y**2 + z**2 < 0.6) & (np.abs(x) < 0.9)
+    texture = np.sin(7 * x + 2 * y) * np.cos(6 * y - 3 * z) * np.sin(5 * z + x)
+    tissue = np.select([texture < -0.2, texture < 0.3], [0.7, 0.45], 1.0) if textured else 1.0
+    image = 300 * tissue * np.exp(np.random.default_rng(0).normal(0, 0.03, shape))
+    tiles = np.add.outer(*(3 * np.arange(n) // n for n in shape[:2]))[:, :, None] % 2
+    flagged = {}
+    for name, factor in {
+        "none": 1, "tiles": np.where(tiles, 1.25, 1), "layer": np.where(x > 0.1, 1.4, 1),
+        "slab": np.where(np.abs(x) < 0.2, 1.4, 1),
+    }.items():  # fmt: skip
+        values = in_file_order(image * factor, mask)
+        found = microscopy_metrics(values, values, mask)
+        assert (found["seam_ratio_after"] > FLAG_LIMITS["seams"]) == (name != "none")
+        flagged[name] = [flag.split(":")[0] for flag in find_flags(found)]
+    assert flagged == {"none": [], "tiles": ["seams"], "layer": [], "slab": []}
 
 
 def test_steps_outside_the_mask_over_few_voxels_or_from_unusable_ones_make_no_seam():
@@ -430,6 +454,7 @@ FINE = {
     "field_steepness": 1.0, "mask_dark_fraction": 0.03, "repeatability_log": 0.002,
     "bright_outside_fraction": 0.02, "mask_method": "otsu", "mask_speckle_fraction": 0.002, "wrapped_fraction": 0.2,
     "saturated_fraction": 0.002, "seam_ratio_before": 1.2, "seam_ratio_after": 1.21, "seam_place_after": "i 4 to 5",
+    "seam_both_after": 1.1,
 }  # fmt: skip
 
 
@@ -460,7 +485,7 @@ def test_a_fine_correction_raises_no_flag():
         ({"agreement_rms_log": 2e-4}, "agreement_rms"),
         ({"saturated_fraction": 0.03}, "saturation"),
         ({"seam_ratio_after": 1.5}, "seam_worse"),
-        ({"seam_ratio_before": 2.5, "seam_ratio_after": 2.5}, "seams"),
+        ({"seam_ratio_before": 2.5, "seam_ratio_after": 2.5, "seam_both_after": 1.5}, "seams"),
         ({"self_check_max": 0.1}, "self_check"),
         ({"outside_fraction": 0.51}, "field_outside"),
         ({"voxel_size_mm": [0.001, 0.001, 0.001]}, "size"),  # metres without a unit
@@ -488,7 +513,7 @@ def test_a_limit_that_is_moved_away_silences_its_flag_and_no_other(flag):
         "field_min": 0.1, "inu_range": 0.001, "field_steepness": 5.0, "cjv_after": 0.7, "log_entropy_after_bits": 4.2,
         "mean_ratio": 0.9, "mask_dark_fraction": 0.3, "dropped_fraction": 0.1, "reference_rms_log": 0.2,
         "agreement_rms_log": 1e-3, "saturated_fraction": 0.03, "seam_ratio_after": 2.5, "self_check_max": 0.1,
-        "outside_fraction": 0.9, "repeatability_log": 0.03, "bright_outside_fraction": 2.0,
+        "seam_both_after": 1.5, "outside_fraction": 0.9, "repeatability_log": 0.03, "bright_outside_fraction": 2.0,
         "mask_speckle_fraction": 0.5, "wrapped_fraction": 0.9,
     }  # fmt: skip
     away = -1 if flag == "field_flat" else 1e3

@@ -716,13 +716,14 @@ def test_an_empty_mask_is_refused(tmp_path):
 
 
 def make_microscopy_files(folder):
-    """A mosaic of two tiles that differ by 10 %, brighter from section to section, 300 voxels saturated."""
+    """A mosaic of four tiles that differ by 8 and 10 %, brighter from section to section, 300 voxels saturated."""
     files = make_files(folder, shape=(30, 40, 20), size_mm=(0.01, 0.01, 0.01))
     affine = nib.load(files["mask"]).affine
     mask = np.zeros((30, 40, 20), dtype=bool)
     mask[2:-2, 2:-2] = True
     truth = 1000 + 20.0 * (np.indices(mask.shape)[:2].sum(axis=0) % 2)
     truth[:, 25:] *= 1.1
+    truth[15:] *= 1.08
     image = truth * np.linspace(0.8, 1.2, 20)
     image[10:20, 10:20, 5:8] = 65535
     for role, values in (("image", image.round().astype(np.uint16)), ("corrected", truth.astype(np.float32))):
@@ -747,6 +748,7 @@ def test_microscopy_has_its_own_metrics(mosaic):
     assert metrics["seam_place_after"] == "j 24 to 25"
     # a step of the checkered ground is 2 % up beside two of 2 % down
     assert metrics["seam_ratio_after"] == pytest.approx(math.log(1.1) / (2 * math.log(1.02)), rel=1e-3)
+    assert metrics["seam_both_after"] == pytest.approx(math.log(1.08) / (2 * math.log(1.02)), rel=1e-3)
     assert metrics["section_spread_after"] == pytest.approx(0, abs=1e-6)
     assert metrics["section_spread_before"] > 0.4
     assert metrics["foreground_cv_after"] < metrics["foreground_cv_before"]
@@ -768,7 +770,14 @@ def test_the_page_of_microscopy_shows_no_classes(mosaic):
     text = Elements(files["page"]).text
     assert "CJV" not in text
     assert "class" not in text.replace("intensity classes", "") or "CJV" not in text
-    for words in ("foreground CV", "spread of the section means", "tile-seam ratio", "j 24 to 25", "saturated voxels"):
+    for words in (
+        "foreground CV",
+        "spread of the section means",
+        "tile-seam ratio",
+        "along both axes",
+        "j 24 to 25",
+        "saturated voxels",
+    ):
         assert words in text
     alts = [alt for alt, _ in pictures(files["page"])]
     assert "Foreground CV" in alts[0]

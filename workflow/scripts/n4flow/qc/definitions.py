@@ -49,7 +49,13 @@ DEFINITIONS: tuple[Definition, ...] = (
         ("seam_ratio_before", "seam_ratio_after"),
         "tile-seam ratio (microscopy)",
         "largest / median step of log v between neighbouring planes, beyond the steps on either side",
-        "1 is seamless. A smooth field mends no seam, and must make none.",
+        "1 is seamless. A smooth field mends no seam, and must make none. A flat border of a layer counts like a seam.",
+    ),
+    Definition(
+        ("seam_both_before", "seam_both_after"),
+        "tile-seam ratio along both axes (microscopy)",
+        "the smaller of the ratios of the first two axes",
+        "Near 1 without seams, and where layers or a slab have flat borders along one axis alone.",
     ),
     Definition(
         ("saturated_fraction",),
@@ -206,6 +212,8 @@ COLUMNS: tuple[tuple[str, str, int, int], ...] = (
     ("section_spread_after", "section spread after", 3, 1),
     ("seam_ratio_before", "seam ratio before", 2, 0),
     ("seam_ratio_after", "seam ratio after", 2, 1),
+    ("seam_both_before", "seam ratio before, both axes", 2, 0),
+    ("seam_both_after", "seam ratio after, both axes", 2, 0),
     ("saturated_fraction", "saturated", 4, 1),
     ("mask_dark_fraction", "dark in mask", 4, 1),
     ("bright_outside_fraction", "bright outside", 3, 1),

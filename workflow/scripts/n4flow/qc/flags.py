@@ -18,6 +18,9 @@ LEAST_EDGE_MM, MOST_EDGE_MM = 2.0, 3000.0
 #: A mask that was given may leave out as much that is bright as it holds: that of a brain leaves out scalp and face.
 GIVEN_OUTSIDE = 1.0
 
+#: Tiles have edges along two axes, a layer or a slab along one: so much must planes stand out along both.
+SEAM_BOTH = 1.4
+
 
 class Flag(NamedTuple):
     """A row of the table.
@@ -77,6 +80,10 @@ def _more(limit: float, before: float, after: float) -> bool:
 
 def _leaves_out(limit: float, share: float, method: str) -> bool:
     return share > (max(limit, GIVEN_OUTSIDE) if method == "given" else limit)
+
+
+def _of_tiles(limit: float, ratio: float, both: float) -> bool:
+    return ratio > limit and both > SEAM_BOTH
 
 
 def _off_one(limit: float, ratio: float) -> bool:
@@ -294,14 +301,16 @@ FLAGS = {
         limit_text=_percent,
     ),
     "seams": Flag(
-        ("seam_ratio_after",),
-        _above,
+        ("seam_ratio_after", "seam_both_after"),
+        _of_tiles,
         lambda m: (
             f"the worst step between planes{f' ({place})' if (place := m.get('seam_place_after')) else ''} is "
             f"{m['seam_ratio_after']:.2f} times the typical one, and no smooth field mends it"
         ),
-        meaning="tile-seam ratio of the corrected image above the limit (microscopy)",
-        look="for the edges of tiles, which are to be corrected before they are fused, and where the object ends",
+        meaning=f"tile-seam ratio of the corrected image above the limit, and above {SEAM_BOTH:g} along both axes "
+        "(microscopy)",
+        look="for the edges of tiles, which are to be corrected before they are fused: flat borders of layers look "
+        "like them, and so may the place where the object ends",
         limit=2.0,
         limit_text="{:g}-fold".format,
     ),

@@ -486,6 +486,7 @@ class TileSeam(NamedTuple):
 
     ratio: float  # to the typical step
     place: str  # between which planes: "i 29 to 30"
+    both: float  # the ratio that is reached along both axes
 
 
 def tile_seam(values: np.ndarray, mask: np.ndarray) -> TileSeam:
@@ -511,6 +512,9 @@ def tile_seam(values: np.ndarray, mask: np.ndarray) -> TileSeam:
         where most planes are equal, so that the median is 0.
     place : str
         Axis and indices of the two planes; empty where the ratio is NaN.
+    both : float
+        The smaller of the ratios of the two axes, NaN where one is: tiles have edges along both, a layer or a slab
+        along one.
     """
     n0, n1, _ = mask.shape
     sums, pairs = ([np.zeros(max(0, n - 3)) for n in (n0, n1)] for _ in range(2))
@@ -529,16 +533,16 @@ def tile_seam(values: np.ndarray, mask: np.ndarray) -> TileSeam:
             known = np.isfinite(step)
             sums[axis] += np.sum(step, axis=1, where=known, dtype=np.float64)
             pairs[axis] += np.count_nonzero(known, axis=1)
-    worst = TileSeam(math.nan, "")
+    ratios, places = [math.nan] * 2, [""] * 2
     for axis in (0, 1):
         kept = np.flatnonzero(pairs[axis] >= max(SEAM_PAIRS, SEAM_SHARE * pairs[axis].max(initial=0)))
         steps = sums[axis][kept] / pairs[axis][kept]
         if steps.size < SEAM_STEPS or np.median(steps) == 0:
             continue
-        ratio, index = float(steps.max() / np.median(steps)), 1 + int(kept[np.argmax(steps)])
-        if not ratio <= worst.ratio:  # also where it is NaN
-            worst = TileSeam(ratio, f"{'ij'[axis]} {index} to {index + 1}")
-    return worst
+        index = 1 + int(kept[np.argmax(steps)])
+        ratios[axis], places[axis] = float(steps.max() / np.median(steps)), f"{'ij'[axis]} {index} to {index + 1}"
+    worst = int(math.isnan(ratios[0]) or ratios[1] > ratios[0])
+    return TileSeam(ratios[worst], places[worst], float(np.min(ratios)))
 
 
 def mask_volume_ml(voxels: int, voxel_size_mm: Sequence[float]) -> float:
@@ -639,6 +643,7 @@ def microscopy_metrics(
             f"section_spread_{when}": section_spread(section_profile(values, mask)),
             f"seam_ratio_{when}": seam.ratio,
             f"seam_place_{when}": seam.place or None,
+            f"seam_both_{when}": seam.both,
         }
     return result
 
