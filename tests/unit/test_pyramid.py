@@ -665,8 +665,8 @@ class TestOneStore:
         assert N4Parameters.from_mapping(facts["Parameters"]) == N4Parameters()
         assert {line["Stage"] for line in facts["History"]} == set(range(1, 7))
         assert facts["Mask"] == {"method": "otsu", "percentile": 50.0}
-        assert told["Sources"] == ["bids::in.ome.zarr"]
-        assert json.loads((tmp_path / "out_channel-0_biasfield.json").read_text())["Sources"] == ["bids::in.ome.zarr"]
+        assert told["Sources"] == ["in.ome.zarr"]
+        assert json.loads((tmp_path / "out_channel-0_biasfield.json").read_text())["Sources"] == ["in.ome.zarr"]
 
     def test_what_is_there_is_not_replaced(self, tmp_path):
         store = write_store(tmp_path / "in.ome.zarr", LEVELS, scale_um=SCALE_UM)
