@@ -33,11 +33,19 @@ def modules_used_by(*entries: str) -> set[str]:
         if module in seen or path is None:
             continue
         seen.add(module)
-        for node in ast.walk(ast.parse(path.read_bytes())):
-            if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == "n4flow":
-                base = (node.module or "").partition(".")[2]
-                waiting += [base] + [f"{base}.{alias.name}".lstrip(".") for alias in node.names]
+        waiting += _imported_by(path.read_bytes())
     return seen
+
+
+@lru_cache(maxsize=256)
+def _imported_by(source: bytes) -> list[str]:
+    """What may be modules of the package among what a source imports; read once for all rules that stand on it."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == "n4flow":
+            base = (node.module or "").partition(".")[2]
+            found += [base] + [f"{base}.{alias.name}".lstrip(".") for alias in node.names]
+    return found
 
 
 def _file_of(module: str) -> Path | None:
