@@ -15,7 +15,9 @@ from snakemake.settings.enums import Quietness
 from snakemake.settings.types import MaxJobsPerTimespan
 from snakemake_interface_logger_plugins.common import LogEvent
 
+from n4flow.console import TOLD
 from n4flow.images.files import REMEDIES
+from n4flow.worker import RUN
 
 SCAN, OTHER = "sub-1_T1w", "sub-2_T1w"
 
@@ -52,6 +54,8 @@ def run(tmp_path, pytestconfig, monkeypatch):
     rules = pytestconfig.rootpath / "workflow" / "rules"
     workflow.source_path = lambda path: rules / path
     monkeypatch.setattr(sys, "path", list(sys.path))
+    for variable in ("PYTHONPATH", RUN, TOLD):  # which these files set for the jobs of a run
+        monkeypatch.setenv(variable, os.environ.get(variable, ""))
     for name in ("words.smk", "run.smk"):
         exec(compile((rules / name).read_text(encoding="utf-8"), name, "exec"), names)
     lines = names["ScanLines"]()

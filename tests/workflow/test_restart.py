@@ -72,7 +72,7 @@ def finished(folder):
     files = []
     for place, folders, names in os.walk(folder / "results"):
         folders.sort()
-        files += [Path(place, name) for name in sorted(names) if not name.endswith(".partial")]
+        files += [Path(place, name) for name in sorted(names) if not name.endswith((".partial", ".lock"))]
     return files
 
 
