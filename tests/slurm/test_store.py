@@ -62,8 +62,10 @@ def test_the_loss_of_a_node_costs_the_parts_that_it_divided(run):
     folder, done, jobs = run
     assert done.returncode == 0, done.stderr
     dividing = [job["state"] for job in jobs if "divide" in job["comment"]]
-    lost = dividing.count("NODE_FAIL")
-    assert 1 <= lost <= 2, "what ran on it"
+    # a job whose processes are killed before SLURM misses the node has failed
+    lost = dividing.count("NODE_FAIL") + dividing.count("FAILED")
+    assert dividing.count("NODE_FAIL") >= 1
+    assert lost <= 2, "what ran on it"
     parts = sum(1 for _ in (folder / "results/parts").rglob("level-*_part-*.json"))
     assert parts > PARTS
     assert dividing.count("COMPLETED") == parts
