@@ -15,14 +15,16 @@ REPOSITORY = Path(__file__).parents[1]
 TISSUES = REPOSITORY / "workflow" / "resources" / "mni152" / "tissues_2mm.nii.gz.base64"
 
 
-#: Folders of tests that run the workflow, browsers or a cluster.
+#: Folders of tests that run the workflow, browsers or a cluster; files of those that compare with other programs,
+#: compile, or take a CPU for another one.
 SLOW = {"workflow", "report", "slurm"}
+SLOW_FILES = {"test_agreement", "test_reference", "test_kernels", "test_cuda", "test_other_cpus", "test_estimate"}
 
 
 def pytest_collection_modifyitems(items):
-    """Mark what `-m "not slow"` leaves out, beside single tests that bear the mark themselves."""
+    """Mark what `-m "not slow"` leaves out."""
     for item in items:
-        if item.path.parent.name in SLOW:
+        if item.path.parent.name in SLOW or item.path.stem in SLOW_FILES:
             item.add_marker(pytest.mark.slow)
 
 

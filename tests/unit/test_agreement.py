@@ -252,7 +252,6 @@ def test_scans_agree_with_ants(ants, scan, name, shrink_factor, schedule):
     check_against_ants(ants, *part, with_bar(schedule, name, shrink_factor), shrink_factor=shrink_factor)
 
 
-@pytest.mark.slow
 @pytest.mark.data
 def test_a_whole_t1w_agrees_with_simpleitk(scan):
     image, mask = scan("T1w")

@@ -357,7 +357,6 @@ def run_sanitized(*arguments):
     return subprocess.run(command, env=os.environ | settings, cwd=REPOSITORY, capture_output=True, text=True)
 
 
-@pytest.mark.slow
 def test_no_kernel_reads_or_writes_beyond_its_arrays():
     ran = run_sanitized(
         *("-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__),

@@ -261,7 +261,6 @@ def test_too_few_samples_one_intensity_and_too_fine_a_mesh_are_refused(small_hea
         estimate_field(samples_of(image, mask), N4Parameters(), mesh=Mesh.of_grid(image.shape, (99, 2, 2)))
 
 
-@pytest.mark.slow
 @pytest.mark.data
 @pytest.mark.parametrize("name", REAL_SCANS)
 def test_every_second_voxel_gives_the_field_of_the_defaults_samples(name):
