@@ -89,6 +89,44 @@ def test_a_comment_goes_on_where_it_ended(qc, visit):
     page.wait_for_function("(scan) => ratings.note(scan).comment === 'abc'", arg=SCANS[0])
 
 
+def press(*keys):
+    """JavaScript that presses keys before the browser does anything else, as it may on a busy machine."""
+    event = "new KeyboardEvent('keydown', {{ key: {!r}, bubbles: true, cancelable: true }})"
+    return "".join(f"document.activeElement.dispatchEvent({event.format(key)});" for key in keys)
+
+
+def write(letter):
+    return f"noteInput.value += '{letter}'; noteInput.dispatchEvent(new Event('input'));"
+
+
+@pytest.mark.parametrize("key", ["Enter", "Escape"])
+def test_a_comment_is_kept_before_the_browser_says_that_its_box_has_closed(qc, visit, key):
+    page = visit(qc / "index.html").page
+    open_scan(page, SCANS[0])
+    again = "".join(press("c") + write(letter) + press(key) for letter in "abc")
+    shown_page(page).locator("body").evaluate(f"() => {{ {again} }}")
+    page.wait_for_function("(scan) => ratings.note(scan).comment === 'abc'", arg=SCANS[0])
+    assert page.input_value("#comment") == "abc"
+
+
+def test_a_comment_that_the_page_does_not_know_yet_is_not_lost(qc, visit):
+    """It was written in the bar, and the other way round."""
+    page = visit(qc / "index.html").page
+    open_scan(page, SCANS[0])
+    page.fill("#comment", "ring ")
+    page.keyboard.press("Enter")
+    shown_page(page).locator("body").evaluate(f"() => {{ comment = ''; {press('c') + write('b') + press('Enter')} }}")
+    page.wait_for_function("(scan) => ratings.note(scan).comment === 'ringb'", arg=SCANS[0])
+    page.locator("#comment").focus()
+    body = shown_page(page).locator("body")
+    body.evaluate("() => tellReview({ comment: 'ringb c', before: 'ringb', done: true })")
+    page.wait_for_function("(scan) => ratings.note(scan).comment === 'ringb c'", arg=SCANS[0])
+    page.keyboard.press("End")
+    page.keyboard.type(", d")
+    page.keyboard.press("Enter")
+    page.wait_for_function("(scan) => ratings.note(scan).comment === 'ringb c, d'", arg=SCANS[0])
+
+
 def test_a_comment_on_a_page_of_its_own_is_text_too(qc, visit):
     page = visit(qc / f"{SCANS[0]}.html").page
     page.keyboard.type(f"c{COMMENT}/&#")

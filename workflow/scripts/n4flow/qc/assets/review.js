@@ -1,7 +1,7 @@
 "use strict";
 // The review: pages of scans, one after the other, in frames below a bar. Where a key says what is on show next, it is on
 // show at once: what is typed after it may not reach the scan before it.
-const review = { order: [], at: -1, frames: new Map(), ready: new Set(), since: 0, spent: new Map(), arrived: -Infinity, viewer: null };
+const review = { order: [], at: -1, frames: new Map(), ready: new Set(), since: 0, spent: new Map(), arrived: -Infinity, viewer: null, before: "" };
 const reviewing = () => review.at >= 0;
 const scanShown = () => rows[review.order[review.at]][0];
 const frameShown = () => review.frames.get(scanShown());
@@ -25,7 +25,8 @@ function route() {
   if (action) {
     // what was pressed or written on a page of its own
     location.replace(address(name));
-    if (action.startsWith("c:")) keepComment(name, [ratings.note(name).comment, action.slice(2)].filter(Boolean).join("; "));
+    const { comment } = ratings.note(name);
+    if (action.startsWith("c:")) keepComment(name, [comment, action.slice(2)].filter(Boolean).join("; "), comment);
     else reviewKey(action);
   }
 }
@@ -80,7 +81,7 @@ function show(at) {
 // What was being written is of the scan that goes.
 function leaveScan() {
   if (!reviewing()) return;
-  keepComment(scanShown(), $("comment").value);
+  keepWritten();
   $("comment").blur();
   tellPage({ leave: true });
   tell("");
@@ -137,9 +138,15 @@ function drawReview() {
     box.checked = reasons.includes(box.value);
     box.disabled = !own || own.rating === "pass";
   }
-  if (document.activeElement !== $("comment")) $("comment").value = note.comment; // else it is being written
+  showComment(note.comment, note.comment);
   tellPage({ comment: note.comment });
   $("said").replaceChildren(...ratingLines(scan));
+}
+
+function showComment(text, before) {
+  if (document.activeElement === $("comment")) return; // it is being written
+  $("comment").value = text;
+  review.before = before;
 }
 
 function tell(text) {
@@ -162,9 +169,19 @@ function rate(scan, change) {
   ratingsChanged(scan);
 }
 
-function keepComment(scan, text) {
-  const comment = cellText(text);
-  if (comment !== ratings.note(scan).comment) rate(scan, { comment });
+// `before` is the comment with which the writing began. It may be out of date by now: what was kept since is not lost.
+function keepComment(scan, text, before) {
+  const kept = ratings.note(scan).comment;
+  const [written, start] = [cellText(text), cellText(before)];
+  let comment = written;
+  if (kept !== start && !written.startsWith(kept)) {
+    comment = written.startsWith(start) ? kept + written.slice(start.length) : `${kept}; ${written}`;
+  }
+  if (comment !== kept) rate(scan, { comment });
+}
+
+function keepWritten() {
+  keepComment(scanShown(), $("comment").value, review.before);
 }
 
 function giveRating(scan, rating) {
@@ -220,9 +237,9 @@ window.addEventListener("message", (event) => {
   if (scan === undefined || said === undefined) return;
   if (typeof said.comment === "string") {
     // a comment is of its page, though another may be on show by now
-    if (reviewing() && scan === scanShown() && document.activeElement !== $("comment")) $("comment").value = said.comment;
+    if (reviewing() && scan === scanShown()) showComment(said.comment, said.before);
     if (!said.done) return;
-    keepComment(scan, said.comment);
+    keepComment(scan, said.comment, said.before);
     event.source.postMessage({ n4flow: { kept: true } }, "*");
   } else if (said.viewer !== undefined) {
     if (reviewing() && scan === scanShown()) review.viewer = said.viewer;
@@ -240,7 +257,7 @@ $("comment").addEventListener("focus", () => { frameShown().inert = true; });
 $("comment").addEventListener("blur", () => {
   if (!reviewing()) return;
   frameShown().inert = false;
-  keepComment(scanShown(), $("comment").value);
+  keepWritten();
 });
 
 for (const [n, reason] of REASONS.entries()) {
@@ -336,6 +353,6 @@ $("import").addEventListener("change", importRatings);
 $("autosave").hidden = !window.showSaveFilePicker;
 $("autosave").addEventListener("click", chooseFile);
 window.addEventListener("beforeunload", (event) => {
-  if (reviewing()) keepComment(scanShown(), $("comment").value);
+  if (reviewing()) keepWritten();
   if (ratings.unexported().length) event.preventDefault();
 });

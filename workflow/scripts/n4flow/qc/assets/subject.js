@@ -9,11 +9,24 @@ const note = document.querySelector("dialog#note");
 const noteInput = note.querySelector("input");
 let comment = ""; // as the review has it
 let unanswered = 0; // comments that the review has not kept yet: what it says of older ones is out of date
+let writing = false; // browsers say that a dialog has closed some time after it has: the key may have come again by then
 let leaving = false; // an alone page that a key leads away from takes no other
 function writeNote() {
+  writing = true;
   noteInput.value = comment;
   note.showModal();
   noteInput.setSelectionRange(comment.length, comment.length);
+}
+function keepNote() {
+  if (!writing) return;
+  writing = false;
+  note.close();
+  const [text, before] = [noteInput.value, comment];
+  if (framed) {
+    comment = text; // the key may come again before the review answers
+    unanswered += 1;
+    tellReview({ comment: text, before, done: true });
+  } else if (text.trim()) toReview(`c:${encodeURIComponent(text)}`);
 }
 // What only the dataset tells, as its table has it: outliers.js lies beside the pages, unless one was taken elsewhere.
 function showOutliers(found) {
@@ -35,13 +48,8 @@ const toReview = (action) => {
   leaving = true;
   location.href = `${index}/${action}`;
 };
-noteInput.addEventListener("input", () => { if (framed) tellReview({ comment: noteInput.value }); });
-note.addEventListener("close", () => {
-  comment = noteInput.value; // the key may come again before the review answers
-  unanswered += framed;
-  if (framed) tellReview({ comment: noteInput.value, done: true });
-  else if (noteInput.value.trim()) toReview(`c:${encodeURIComponent(noteInput.value)}`);
-});
+noteInput.addEventListener("input", () => { if (framed) tellReview({ comment: noteInput.value, before: comment }); });
+note.addEventListener("close", () => { if (!note.open) keepNote(); }); // not by a key: a phone's back, say
 window.addEventListener("pageshow", () => { leaving = false; });
 function act(key) {
   if (key === "c" && index) {
@@ -64,8 +72,10 @@ document.addEventListener("keydown", (event) => {
     return;
   }
   if (note.open) {
-    if (event.key === "Enter") note.close();
-    else if (event.target !== noteInput) noteInput.focus(); // the key is text
+    if (["Enter", "Escape"].includes(event.key)) {
+      event.preventDefault();
+      keepNote();
+    } else if (event.target !== noteInput) noteInput.focus(); // the key is text
     return;
   }
   if ([" ", "Enter"].includes(event.key) && event.target.closest("summary, a, button, select")) return;
@@ -78,7 +88,7 @@ window.addEventListener("message", (event) => {
   if (!framed || event.source !== parent || said === undefined) return;
   if (typeof said === "string") act(said);
   else if (said.viewer !== undefined) window.followViewer?.(said.viewer);
-  else if (said.leave) note.close();
+  else if (said.leave) keepNote();
   else if (said.kept) unanswered -= 1;
   else if (typeof said.comment === "string" && !note.open && !unanswered) comment = said.comment;
 });
