@@ -16,9 +16,15 @@ TISSUES = REPOSITORY / "workflow" / "resources" / "mni152" / "tissues_2mm.nii.gz
 
 
 #: Folders of tests that run the workflow, browsers or a cluster; files of those that compare with other programs,
-#: compile, or take a CPU for another one.
+#: compile, take a CPU for another one, or estimate many fields.
 SLOW = {"workflow", "report", "slurm"}
-SLOW_FILES = {"test_agreement", "test_reference", "test_kernels", "test_cuda", "test_other_cpus", "test_estimate"}
+COMPARED = {"test_agreement", "test_reference", "test_estimate", "test_invariances", "test_microscopy", "test_phantoms"}
+SLOW_FILES = COMPARED | {"test_kernels", "test_cuda", "test_other_cpus"}
+
+
+def pytest_xdist_auto_num_workers():
+    """One and a half for a core: a third of the time, tests wait for browsers, for Snakemake and for SLURM."""
+    return len(os.sched_getaffinity(0)) * 3 // 2 if hasattr(os, "sched_getaffinity") else None
 
 
 def pytest_collection_modifyitems(items):

@@ -12,6 +12,7 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import yaml
+from started import run_started
 
 from n4flow.study.bids import Scan
 
@@ -123,9 +124,13 @@ def give_guide(folder, results="results"):
 def snakemake(folder, *arguments, threads=1, path_first=None, workflow=ROOT, python=sys.executable):
     """Run the workflow in a working directory; what it says on the terminal is in ``stdout``."""
     path = os.pathsep.join(filter(None, [path_first and str(path_first), os.environ.get("PATH", "")]))
+    environment = {**os.environ, "NO_COLOR": "1", "PATH": path, "OMP_NUM_THREADS": str(threads)}
+    arguments = ["-s", str(workflow / "Snakefile"), "--directory", str(folder), *map(str, arguments)]
+    if python == sys.executable:
+        return run_started(arguments, environment)
     return subprocess.run(
-        [python, "-m", "snakemake", "-s", workflow / "Snakefile", "--directory", folder, *map(str, arguments)],
-        env={**os.environ, "NO_COLOR": "1", "PATH": path, "OMP_NUM_THREADS": str(threads)},
+        [python, "-m", "snakemake", *arguments],
+        env=environment,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
