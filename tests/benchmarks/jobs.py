@@ -7,6 +7,12 @@ work is what two warm processes take for the same calls (those of the rules' scr
 all; a job's cost is what the run takes beyond that. CPU time is user and system time of all processes: on a machine
 that others use too, it says more than wall time.
 
+    python tests/benchmarks/jobs.py --subjects 16 --slurm 4
+
+The same through `workflow/profiles/slurm` and a SLURM on this machine (see tests/slurm), with so many scans a
+submission. Its jobs are no children of this process: CPU time is that of the whole machine, which may have nothing
+else to do.
+
     python tests/benchmarks/jobs.py --graph 5000
 
 Times how long Snakemake takes to plan a study of so many subjects (images and outputs are empty files): nothing
@@ -262,6 +268,37 @@ def measure(arguments, folder):
     print(f"the terminal got {sizes[0] - dry} bytes, Snakemake's log {sizes[1]}")
 
 
+def machine_seconds():
+    """CPU seconds of everything on this machine: user, nice and system."""
+    user, nice, system = map(int, Path("/proc/stat").read_text().split()[1:4])
+    return (user + nice + system) / os.sysconf("SC_CLK_TCK")
+
+
+def slurm(arguments, folder):
+    """What a run costs whose scans are jobs of SLURM, each with its own Snakemake."""
+    sys.path.insert(0, str(REPOSITORY / "tests" / "slurm"))
+    from cluster import Cluster, what_is_missing
+
+    if problem := what_is_missing():
+        sys.exit(problem)
+    study = folder / "study"
+    scans = make_study(study, heads_of_1mm(folder / "heads"), arguments.subjects)
+    per_subject = work(scans, yaml.safe_load((study / "config" / "config.yaml").read_text()), study)
+    profile = [
+        "--profile",
+        REPOSITORY / "workflow" / "profiles" / "slurm",
+        "--slurm-init-seconds-before-status-checks",
+        1,
+    ]
+    with Cluster():
+        before = machine_seconds()
+        wall, _ = snakemake(study, *profile, "--seconds-between-status-checks", 1)
+        cpu = machine_seconds() - before
+    print("| what | subjects | wall | of it overhead | CPU | of it overhead | overhead per subject: wall, CPU |")
+    print("| --- | --- | --- | --- | --- | --- | --- |")
+    say("SLURM", arguments.subjects, wall, cpu, *(arguments.subjects * sum(map(np.array, per_subject.values()))))
+
+
 def fill(folder):
     """Empty outputs of everything, as old as each other: as if all had been done."""
     now = time.time()
@@ -298,12 +335,14 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--subjects", type=int, default=20)
     parser.add_argument("--by-rule", action="store_true", help="run rule by rule")
+    parser.add_argument("--slurm", type=int, metavar="SCANS", help="through a SLURM, so many scans a submission")
     parser.add_argument("--graph", type=int, metavar="SUBJECTS", help="time the planning alone")
     parser.add_argument("--folder", type=Path, help="where to work; a temporary folder by default")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         folder = (arguments.folder or Path(temporary)).resolve()
-        graph(arguments, folder) if arguments.graph else measure(arguments, folder)
+        chosen = graph if arguments.graph else slurm if arguments.slurm else measure
+        chosen(arguments, folder)
 
 
 if __name__ == "__main__":
