@@ -64,7 +64,7 @@ def test_the_core_touches_no_files(module):
 
 
 #: What the workflow itself may import.
-FOR_THE_WORKFLOW = ["console", "worker", "errors", "parameters", "images.files", "images.ngff"]
+FOR_THE_WORKFLOW = ["console", "worker", "errors", "parameters", "images.files", "images.ngff", "images.remote"]
 FOR_THE_WORKFLOW += [
     f"study.{name}"
     for name in ("bids", "config", "failures", "outputs", "progress", "provenance", "ratings", "sheet", "stores")

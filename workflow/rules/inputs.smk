@@ -1,8 +1,9 @@
 # Which rows are channels of one OME-Zarr image, and input functions of single steps: of what divides these (zarr.smk), and of
 # what compares settings (tune.smk). No rules.
 from n4flow.images.ngff import file_of, files_of
+from n4flow.images.remote import is_remote
 from n4flow.study.outputs import STORE_NAMES, store_output
-from n4flow.study.stores import check_offset, stores_of
+from n4flow.study.stores import check_offset, metadata_digest, stores_of
 
 try:
     STORES = stores_of(SHEET, config["zarr"]["pyramid_origin"], config["zarr"]["other_channels"])
@@ -26,9 +27,13 @@ STORE_OUTPUT = {role: f"<results>/{name}" for role, name in STORE_NAMES.items()}
 STORE_OF = {(store.folder, store.name): store for store in STORES}
 STORE_OF_SCAN = {scan.name: store for store in STORES for scan in store.scans}
 
-
 # asked for by every part of a store
 files_of = cache(files_of)
+
+
+def metadata_of(path):
+    """What a job depends on in place of files, if the store does not lie on this machine."""
+    return metadata_digest(path, config["zarr"]["pyramid_origin"])
 
 
 def store_of(wildcards):

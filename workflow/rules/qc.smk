@@ -149,7 +149,7 @@ rule dataset:
     """Describe the results as a BIDS derivative dataset."""
     input:
         # where they lie is all that counts
-        sources=ancient([file_of(path) for scan in SHEET for path in scan.paths]),
+        sources=ancient([file_of(path) for scan in SHEET for path in scan.paths if not is_remote(path)]),
     output:
         description="<results>/dataset_description.json",
         bidsignore="<results>/.bidsignore",

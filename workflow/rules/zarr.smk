@@ -20,6 +20,7 @@ rule coarse:
         mem_mb=lambda wildcards, attempt: (SNAKEMAKE_MB + 600 + 16 * config["zarr"]["level_voxels"] // 10**6) * attempt,
     params:
         store=lambda wildcards: scan_of(wildcards).image,
+        metadata=lambda wildcards: metadata_of(scan_of(wildcards).image),
         channel=lambda wildcards: scan_of(wildcards).channel,
         settings={key: config["zarr"][key] for key in ("level", "level_voxels", "offset", "pyramid_origin")},
         package=package_digest("steps.pyramid"),
@@ -44,6 +45,7 @@ rule given_mask:
         mem_mb=memory_mb(baseline=400, per_voxel=12),
     params:
         mask=lambda wildcards: scan_of(wildcards).mask,
+        metadata=lambda wildcards: metadata_of(scan_of(wildcards).mask),
         pyramid_origin=config["zarr"]["pyramid_origin"],
         package=package_digest("steps.pyramid"),
     script:
@@ -66,6 +68,7 @@ rule plan:
         mem_mb=500,
     params:
         store=lambda wildcards: store_of(wildcards).image.path,
+        metadata=lambda wildcards: metadata_of(store_of(wildcards).image.path),
         target=target_of,
         settings={key: config["zarr"][key] for key in ("job_gb", "dtype", "pyramid_origin")},
         package=package_digest("steps.pyramid"),
@@ -96,6 +99,7 @@ rule divide:
         runtime=divide_minutes,
     params:
         store=lambda wildcards: store_of(wildcards).image.path,
+        metadata=lambda wildcards: metadata_of(store_of(wildcards).image.path),
         target=target_of,
         channels=lambda wildcards: store_of(wildcards).channels(),
         saturated=config["zarr"]["saturated"],

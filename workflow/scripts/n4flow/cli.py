@@ -96,9 +96,9 @@ def _parser() -> argparse.ArgumentParser:
         "Beside OUT (x.nii.gz) lie its sidecar (x.json) and the control points of the field (x_biasfield.json), "
         "which n4flow apply takes.",
     )
-    added.add_argument("image", metavar="IN", type=Path, help="the image: .nii, .nii.gz, .mgz, .img, .ome.zarr")
-    added.add_argument("output", metavar="OUT", type=Path, help="the corrected image, .nii, .nii.gz or .ome.zarr")
-    added.add_argument("--mask", metavar="M", type=Path, help="where to estimate; found in the image by default")
+    added.add_argument("image", metavar="IN", type=_place, help="the image: .nii, .nii.gz, .mgz, .img, .ome.zarr")
+    added.add_argument("output", metavar="OUT", type=_place, help="the corrected image, .nii, .nii.gz or .ome.zarr")
+    added.add_argument("--mask", metavar="M", type=_place, help="where to estimate; found in the image by default")
     added.add_argument("--weights", metavar="W", type=Path, help="confidence of each voxel: an image of values from 0")
     added.add_argument(
         "--bias-field", metavar="F", type=Path, help="write the field as an image, and its control points beside it"
@@ -179,6 +179,13 @@ class _Formatter(argparse.HelpFormatter):
         super().__init__(prog, max_help_position=34)
 
 
+def _place(text: str) -> str | Path:
+    """A path, or an address such as s3://…, of which a path would lose a slash."""
+    from n4flow.images.remote import is_remote
+
+    return text if is_remote(text) else Path(text)
+
+
 def _add_config(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", metavar="FILE", type=Path, help="further settings: a config file of the workflow")
 
@@ -199,7 +206,11 @@ def _add_suffixes(parser: argparse.ArgumentParser) -> None:
 def correct(given: argparse.Namespace) -> None:
     """Do the steps mask, n4 and, for a report, qc, with outputs by their own names."""
     from n4flow.images.ngff import is_store
+    from n4flow.images.remote import is_remote
 
+    for path in filter(is_remote, (given.image, given.output, given.mask)):
+        if path is given.output or not is_store(path):
+            raise InputError(path, "does not lie on this machine", "give a path here (OME-Zarr may lie in a bucket)")
     if is_store(given.image):
         _correct_store(given)
         return
@@ -374,7 +385,7 @@ def _stem(path: Path) -> str:
     raise InputError(path, "is no name for a NIfTI image", "let it end in .nii.gz or .nii")
 
 
-def _check_places(outputs: Iterable[Path], image: Path, inputs: Iterable[Path]) -> None:
+def _check_places(outputs: Iterable[Path], image: str | Path, inputs: Iterable[str | Path]) -> None:
     """See before any work whether all can be written, and nothing that goes in would be overwritten."""
     from n4flow.study.bids import sidecars_of
 

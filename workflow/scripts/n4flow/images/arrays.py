@@ -22,6 +22,7 @@ from n4flow.core.quantize import Rounding
 from n4flow.errors import InputError, MachineError
 from n4flow.images.files import REMEDIES
 from n4flow.images.ngff import Files, Image, Level
+from n4flow.images.remote import is_of_network, is_remote, options, refusal
 
 #: Voxels that are read at a time where a level is averaged.
 BLOCK_VOXELS = 2**22
@@ -40,13 +41,17 @@ def open_level(image: Image, level: Level) -> zarr.Array[Any]:
     """
     files = Files(image.path)
     store: Any = zarr.storage.ZipStore(image.path, mode="r") if files.is_zip else os.path.join(image.path, level.path)
-    return _open(image.path, store, files.key(level.path) if files.is_zip else "", "r")
+    return _open(image.path, store, files.key(level.path) if files.is_zip else "", "r", level)
 
 
-def _open(source: str, store: Any, path: str, mode: Any) -> zarr.Array[Any]:
+def _open(source: str, store: Any, path: str, mode: Any, level: Level) -> zarr.Array[Any]:
+    told = options(store) if isinstance(store, str) and is_remote(store) else None
+    zarr_format = level.metadata.get("zarr_format")
     try:
-        return zarr.open_array(store, path=path, mode=mode)
+        return zarr.open_array(store, path=path, mode=mode, zarr_format=zarr_format, storage_options=told)
     except Exception as error:  # every codec has errors of its own
+        if is_remote(source) and is_of_network(error):
+            raise refusal(source, error) from None
         raise InputError(
             source,
             f"cannot be opened by zarr ({type(error).__name__}: {error})",
@@ -224,8 +229,8 @@ def _read(image: Image, array: zarr.Array[Any], part: Sequence[slice], channel: 
 class _reading:
     """Turns what zarr and its codecs raise into one line for the user."""
 
-    def __init__(self, source: str) -> None:
-        self.source = source
+    def __init__(self, source: str, done: str = "read") -> None:
+        self.source, self.done = source, done
 
     def __enter__(self) -> None:
         pass
@@ -233,6 +238,8 @@ class _reading:
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         if isinstance(error, (InputError, MemoryError)) or not isinstance(error, Exception):
             return
+        if is_remote(self.source) and is_of_network(error):
+            raise refusal(self.source, error, self.done) from None
         if isinstance(error, OSError) and error.errno in REMEDIES:
             raise MachineError(self.source, f"cannot be written ({error.strerror})", REMEDIES[error.errno]) from None
         raised = MachineError if isinstance(error, OSError) else InputError
@@ -344,10 +351,10 @@ def divide_units(
         Something cannot be read or written.
     """
     with zarr.config.set({"threading.max_workers": threads, "async.concurrency": max(2, threads)}):
-        source, out = open_level(image, level), _open(str(target), str(target), "", "r+")
+        source, out = open_level(image, level), _open(str(target), str(target), "", "r+", level)
         if tuple(out.shape) != level.shape or (out.shards or out.chunks) != level.unit:
             raise InputError(target, "is the array of another plan", "remove the store, then run it again")
-        work = _Division(image, level, source, out, channels, keep_saturated)
+        work = _Division(image, level, source, out, str(target), channels, keep_saturated)
         tally = Tally()
         with ThreadPoolExecutor(threads) as pool:
             try:
@@ -368,10 +375,12 @@ class _Division:
         level: Level,
         source: zarr.Array[Any],
         out: zarr.Array[Any],
+        target: str,
         channels: Mapping[int, ChannelDivision],
         keep_saturated: bool,
     ) -> None:
         self.image, self.level, self.source, self.out, self.channels = image, level, source, out, channels
+        self.target = target
         self.tiles = {index: FieldTiles(each.field) for index, each in channels.items()}
         self.limits = Limits.of(source)
         self.rounding = Rounding(np.dtype(source.dtype), np.dtype(out.dtype), self.limits.fill, keep_saturated)
@@ -398,7 +407,7 @@ class _Division:
             if here.ndim == 2:
                 here, there = here[None], there[None]
             self._divide_block(block, channel, here, there, tally)
-        with _reading(str(self.out.store_path)):
+        with _reading(self.target, "written"):
             self.out[region] = out
         tally.units[".".join(map(str, place))] = f"{_sha256(values)} {_sha256(out)}"
         return tally

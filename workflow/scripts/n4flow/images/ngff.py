@@ -6,18 +6,20 @@ Only the standard library is used: the workflow plans with this before any job r
 from __future__ import annotations
 
 import difflib
+import hashlib
 import json
 import math
 import os
 import re
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from n4flow.errors import InputError
+from n4flow.images.remote import is_remote, read_all
 
 #: What names an OME-Zarr image: a folder, also one in it, or such a folder in a zip file.
 STORE = re.compile(r"\.zarr(/.*)?$|\.ozx$|\.zarr\.zip$", re.IGNORECASE)
@@ -162,6 +164,12 @@ class Image:
         """Name of the metadata of an array."""
         return ARRAYS[self.version]
 
+    @property
+    def digest(self) -> str:
+        """SHA-256, shortened, of the metadata: of root and levels."""
+        content = [self.attributes, [level.metadata for level in self.levels]]
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
     def grid(self, level: Level) -> tuple[tuple[int, ...], list[list[float]]]:
         """Shape (three axes) and affine, in mm, of the space axes of a level's array transposed (``.T``)."""
         axes = self.space[::-1]
@@ -265,7 +273,7 @@ def choose_coarse(image: Image, level: int | str, most_voxels: int) -> Coarse:
 
 
 class Files:
-    """The files of a store, wherever it lies: a folder, or a zip file (with or without a folder in it).
+    """The files of a store, wherever it lies: a folder, here or in a bucket, or a zip file (or a folder in one).
 
     Parameters
     ----------
@@ -276,6 +284,12 @@ class Files:
         self.path = str(path).rstrip("/")
         self.prefix = ""
         self.is_zip = self.path.lower().endswith((".zip", ".ozx"))
+        self.is_remote = is_remote(self.path)
+        self._fetched: dict[str, bytes | InputError | None] = {}
+        if self.is_zip and self.is_remote:
+            raise InputError(
+                path, "is a zip file that does not lie on this machine", "copy it here, or unpack it there"
+            )
         if self.is_zip:
             try:
                 with zipfile.ZipFile(self.path) as file:
@@ -289,6 +303,11 @@ class Files:
         """Name of a file in the zip file."""
         return "/".join(filter(None, (self.prefix, *parts)))
 
+    def fetch(self, names: Iterable[str]) -> None:
+        """Read files that are asked for next side by side, if they do not lie on this machine."""
+        if self.is_remote:
+            self._fetched |= read_all(os.path.join(self.path, name) for name in names)
+
     def json(self, *parts: str) -> dict[str, Any] | None:
         """Content of a JSON file; None if it is not there.
 
@@ -299,7 +318,16 @@ class Files:
         """
         name = os.path.join(self.path, *parts)
         try:
-            if self.is_zip:
+            text: bytes | InputError | None
+            if self.is_remote:
+                if name not in self._fetched:
+                    self.fetch(["/".join(parts)])
+                text = self._fetched[name]
+                if text is None:
+                    return None
+                if isinstance(text, InputError):
+                    raise text
+            elif self.is_zip:
                 if self.key(*parts) not in self._names:
                     return None
                 with zipfile.ZipFile(self.path) as file:
@@ -309,6 +337,8 @@ class Files:
             content = json.loads(text)
         except (FileNotFoundError, NotADirectoryError):
             return None
+        except InputError:
+            raise
         except (OSError, ValueError, RecursionError, zipfile.BadZipFile) as error:
             raise InputError(name, f"cannot be read ({error})", "copy the store again") from None
         if not isinstance(content, dict):
@@ -333,8 +363,11 @@ def file_of(path: str | Path) -> str:
 def files_of(path: str | Path) -> list[str]:
     """The files by whose times it is seen that an image has changed: of a store, the metadata of root and levels.
 
-    Chunks are not among them: there may be a hundred thousand.
+    Chunks are not among them: there may be a hundred thousand. Of a store that does not lie on this machine there are
+    none: see `stores.metadata_digest`.
     """
+    if is_remote(path):
+        return []
     found = [file_of(path)]
     if found[0] == str(path).rstrip("/"):
         return found
@@ -351,7 +384,7 @@ def read_image(path: str | Path, pyramid_origin: str = "auto") -> Image:
     Parameters
     ----------
     path : path-like
-        Folder or zip file.
+        Folder, here or in a bucket, or zip file.
     pyramid_origin : {"auto", "declared"}
         Whether coarser levels that say nothing of where they begin are taken for averages of the finest one, whose
         outer edges agree; or as the metadata has it, with the centres of the first voxels in one place.
@@ -376,9 +409,10 @@ def read_image(path: str | Path, pyramid_origin: str = "auto") -> Image:
 
 
 def _read_image(path: str, pyramid_origin: str) -> Image:
-    if not os.path.exists(path):
+    if not is_remote(path) and not os.path.exists(path):
         raise InputError(path, "is not there", "check the path (it is taken from the working directory)")
     files = Files(path)
+    files.fetch(ROOTS.values())
     if (root := files.json("zarr.json")) is not None:
         version, attributes = "0.5", root.get("attributes", {}).get("ome", {})
         if not attributes and "multiscales" in root.get("attributes", {}):
@@ -403,6 +437,7 @@ def _read_image(path: str, pyramid_origin: str) -> Image:
         fits = "zarr v3" if version == "0.5" else "zarr v2"
         raise InputError(path, f"is NGFF {given} on {fits}", "write it as NGFF 0.4 (zarr v2) or 0.5 (zarr v3)")
     axes, scales, no_unit = _axes(path, multiscale)
+    files.fetch(f"{dataset['path']}/{ARRAYS[version]}" for dataset in multiscale["datasets"])
     levels, declared = [], []
     for dataset in multiscale["datasets"]:
         transforms = [*dataset["coordinateTransformations"], *multiscale.get("coordinateTransformations", [])]

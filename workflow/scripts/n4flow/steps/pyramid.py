@@ -28,8 +28,9 @@ from n4flow.images.arrays import (
 )
 from n4flow.images.fields import load_field
 from n4flow.images.files import read_json, write_json
-from n4flow.images.ngff import Image, choose_coarse, file_of, is_store, read_image
+from n4flow.images.ngff import ROOTS, Files, Image, choose_coarse, file_of, is_store, read_image
 from n4flow.images.nifti import Grid, Volume, VolumeWriter
+from n4flow.images.remote import is_remote
 from n4flow.study.bids import source_uri
 from n4flow.study.provenance import provenance
 
@@ -74,7 +75,7 @@ def coarse_scan(
     InputError
         The store is unusable.
     """
-    store, output, sidecar = Path(store), Path(output), Path(sidecar)
+    output, sidecar = Path(output), Path(sidecar)
     image = read_image(store, pyramid_origin)
     index = image.channel_index(channel)
     chosen = choose_coarse(image, level, level_voxels)
@@ -117,8 +118,10 @@ def _pixel_sizes_um(image: Image) -> tuple[list[float], list[str]]:
     return [float(f"{1e3 * image.levels[0].scale[axis]:.9g}") for axis in axes], [image.axes[axis] for axis in axes]
 
 
-def _inputs(store: Path) -> dict[str, str]:
-    """The file of a store whose hash is told: the root metadata; of a zip file, none."""
+def _inputs(store: str | Path) -> dict[str, str]:
+    """The file of a store whose hash is told: the root metadata; of a zip file or in a bucket, none."""
+    if is_remote(store):
+        return {}
     root = file_of(store)
     return {} if os.path.samefile(root, store) else {"image": root}
 
@@ -400,8 +403,8 @@ def describe_store(
             "SelfCheck": max(part["SelfCheck"] for part in seen),
             "Levels": levels,
             **(notes or {}),
-            "Sources": [source_uri(Path(store), output)],
-            "Provenance": provenance(_inputs(Path(store)), PACKAGES),
+            "Sources": [source_uri(store, output)],
+            "Provenance": provenance(_inputs(store), PACKAGES),
         },
     )
 
@@ -440,5 +443,7 @@ def finish_store(store: str | Path, sidecar: str | Path, output: str | Path, *, 
         for name in ["", *groups]:
             write_json(target / name / ".zgroup", {"zarr_format": 2})
         write_json(output, {**image.attributes, "multiscales": multiscales, **ours})
-    if os.path.isdir(Path(store) / "labels"):
+    if os.path.isdir(Path(store) / "labels") or (
+        is_remote(store) and Files(store).json("labels", ROOTS[image.version]) is not None
+    ):
         log.warning("%s: its labels are not copied; they fit the corrected store as well", store)

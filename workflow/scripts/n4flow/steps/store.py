@@ -13,6 +13,7 @@ from n4flow.errors import InputError
 from n4flow.images.fields import load_field, save_field
 from n4flow.images.files import read_json
 from n4flow.images.ngff import is_store, read_image
+from n4flow.images.remote import is_remote
 from n4flow.parameters import N4Parameters
 from n4flow.steps.correct import correct_scan
 from n4flow.steps.derivatives import CorrectionFiles
@@ -58,7 +59,8 @@ def correct_store(
     Parameters
     ----------
     store, output : path-like
-        ``.ome.zarr``; the output is a folder, of the version of NGFF of the input, and must not be there yet.
+        ``.ome.zarr``; the input may lie in a bucket (``s3://``), the output is a folder on this machine, of the version
+        of NGFF of the input, and must not be there yet.
     channels : sequence of str
         Labels or indices of those that are corrected; all by default. The others are copied.
     field_from : str, optional
@@ -79,11 +81,13 @@ def correct_store(
     InputError
         The store, the mask or a channel is unusable, the output is there, or something cannot be written.
     """
-    store, output = Path(store), Path(output)
+    if is_remote(output):
+        raise InputError(output, "does not lie on this machine", "give a folder here")
+    output = Path(output)
     if not is_store(output) or output.suffix != ".zarr":
         raise InputError(output, "is no name of an OME-Zarr folder", "give one that ends in .ome.zarr")
     image = read_image(store, pyramid_origin)
-    here, there = output.resolve(), store.resolve()
+    here, there = output.resolve(), Path(store).resolve()
     if here in (there, *there.parents) or there in here.parents:
         raise InputError(output, "is the input, or lies in it", "give another place")
     if output.is_file() or (output.is_dir() and any(output.iterdir())):
@@ -94,7 +98,7 @@ def correct_store(
     source = image.channel_index(field_from) if field_from else None
     sidecar, fields = files_beside(output, indices.values() if source is None else [source])
     # the volumes that a field names as its sources are not kept
-    sources = [source_uri(path, output) for path in (store, *([Path(mask)] if mask else []))]
+    sources = [source_uri(path, output) for path in (store, *([mask] if mask else []))]
     threads = threads or available_cores()
     with tempfile.TemporaryDirectory(prefix="n4flow_") as temporary:
         folder = Path(temporary)

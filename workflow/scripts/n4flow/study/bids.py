@@ -24,6 +24,7 @@ from n4flow.images.files import (
     write_json,
 )
 from n4flow.images.ngff import is_store, read_image
+from n4flow.images.remote import is_remote
 
 log = logging.getLogger(__name__)
 
@@ -398,6 +399,8 @@ def dataset_root(path: str | Path) -> Path | None:
 
     Links are not followed: in a DataLad dataset they lead out of it.
     """
+    if is_remote(path):
+        return None
     for folder in Path(os.path.abspath(path)).parents:
         if (folder / "dataset_description.json").is_file():
             return folder
@@ -414,7 +417,7 @@ CARRIED_WITH = {"dwi": ("bval", "bvec"), "asl": ("aslcontext",)}
 
 def beside_image(image: str | Path, what: str) -> Path | None:
     """Of one of `CARRIED` the nearest file that says something of an image; None if there is none."""
-    found = sidecars_of(Path(image), *CARRIED[what])
+    found = sidecars_of(image, *CARRIED[what])
     return found[-1] if found else None
 
 
@@ -428,20 +431,23 @@ def counted_beside(scan: Scan) -> list[str]:
     return [*headers, *([str(b_values)] if b_values else [])]
 
 
-def sidecars_of(image: Path, suffix: str = "", end: str = ".json") -> list[Path]:
+def sidecars_of(image: str | Path, suffix: str = "", end: str = ".json") -> list[Path]:
     """The files that say something of an image, from the most general to its own.
 
     By BIDS' inheritance principle these are, in its folder and those above it up to the dataset's, the files of its
     suffix whose entities are all among its own: ``task-rest_bold.json`` of the dataset, ``sub-01_task-rest_bold.json``.
-    Outside of a dataset, only the one of its own name is.
+    Outside of a dataset, only the one of its own name is; of an image that does not lie on this machine, none.
 
     Parameters
     ----------
-    image : Path
+    image : path-like
     suffix : str
         Of their names; that of the image by default.
     end : str
     """
+    if is_remote(image):
+        return []
+    image = Path(image)
     *entities, own_suffix = IMAGE.sub("", image.name).split("_")
     suffix = suffix or own_suffix
     root = dataset_root(image)
@@ -514,12 +520,16 @@ def check_magnitude(image: Path) -> None:
         )
 
 
-def source_uri(path: Path, output: Path) -> str:
+def source_uri(path: str | Path, output: Path) -> str:
     """How a sidecar of an output names a file, raw or of the outputs: by its BIDS URI, without a dataset by its name.
+
+    What does not lie on this machine is named by its address.
 
     Where the output lies in no dataset, no URI would lead anywhere: it is the path from the sidecar.
     """
-    root = _output_root(output)
+    if is_remote(path):
+        return str(path)
+    path, root = Path(path), _output_root(output)
     if root is None:
         # of the folder that a link leads to, whose parent is another one
         return Path(os.path.relpath(os.path.realpath(path), os.path.realpath(output.parent))).as_posix()

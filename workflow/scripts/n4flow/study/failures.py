@@ -20,7 +20,7 @@ from n4flow.study.bids import Scan, counted_beside, sidecars_of
 from n4flow.study.config import page_settings
 from n4flow.study.outputs import output_of
 from n4flow.study.provenance import package_digest
-from n4flow.study.stores import entities_of_store, rows_of_stores
+from n4flow.study.stores import entities_of_store, metadata_digest, rows_of_stores
 
 #: The steps of a scan, in their order, with the modules that they stand on.
 STEPS = {
@@ -150,8 +150,9 @@ def fingerprint(scan: Scan, step: str, config: Mapping[str, Any], scans: Mapping
     """What a failed step depends on: while it is the same, the step fails again.
 
     The row counts as it stands, and that of the scan whose field it takes; of an OME-Zarr image that could not be
-    written, all of its rows. Their files and what tells of them (headers, sidecars, b values; the metadata of OME-Zarr
-    images) count by path, size and time; further the settings, and the code with that of the steps before.
+    written, all of its rows. Their files and what tells of them (headers, sidecars, b values; the metadata of OME-
+    Zarr images) count by path, size and time, or by content if they do not lie on this machine; further the
+    settings, and the code with that of the steps before.
 
     Parameters
     ----------
@@ -170,7 +171,10 @@ def fingerprint(scan: Scan, step: str, config: Mapping[str, Any], scans: Mapping
         source for row in rows if row.field_from and (source := scans.get(row.field_source)) and source not in rows
     ]
     cells = [asdict(replace(row, groups=())) for row in rows]
-    files = [[path, *_size_and_time(path)] for row in rows for path in _inputs(row)]
+    files: list[list[Any]] = [[path, *_size_and_time(path)] for row in rows for path in _inputs(row)]
+    origin = config["zarr"]["pyramid_origin"] if scan.is_store else ""
+    digests = ((path, metadata_digest(path, origin)) for row in rows for path in row.paths if scan.is_store)
+    files += [[path, digest] for path, digest in digests if digest]
     settings = {key: config[key] for key in ("mask", "n4", "output", "device")}
     if scan.is_store:
         settings["zarr"] = config["zarr"]
@@ -196,7 +200,7 @@ def _code_of(step: str) -> str:
 def _inputs(scan: Scan) -> list[str]:
     """The files that a row names, with headers apart from their voxels, and what tells of the image."""
     named = [file for path in scan.paths for file in files_of(path)]
-    return [*named, *counted_beside(scan), *map(str, sidecars_of(Path(scan.image)))]
+    return [*named, *counted_beside(scan), *map(str, sidecars_of(scan.image))]
 
 
 def _size_and_time(path: str) -> list[int]:

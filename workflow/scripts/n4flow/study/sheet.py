@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 from n4flow.errors import InputError
 from n4flow.images.files import atomic_text, header_file, locked, missing_file, of_other_format, shortened
 from n4flow.images.ngff import file_of, is_store
+from n4flow.images.remote import is_remote
 from n4flow.study.bids import Scan
 from n4flow.study.config import schema_problems
 
@@ -257,7 +258,7 @@ def place_problem(name: str, place: str) -> str:
 def results_problem(results: str | Path, scans: Sequence[Scan]) -> str:
     """What is wrong with the folder of the results beside the sheet: it may hold no image that goes in."""
     root = os.path.realpath(results) + os.sep
-    folders = {os.path.dirname(scan.image): scan.image for scan in scans}
+    folders = {os.path.dirname(scan.image): scan.image for scan in scans if not is_remote(scan.image)}
     for folder, image in folders.items():
         if f"{os.path.realpath(folder)}{os.sep}".startswith(root):
             return (
@@ -312,7 +313,9 @@ def _read_row(
             found.append(f"mask {shortened(path)} is OME-Zarr, and the image is not; give a .nii or .nii.gz file")
         elif role in ("mask_image", "weights") and path and scan.is_store:
             found.append(f"{role} {shortened(path)}: an OME-Zarr image takes none; give a mask, or leave it empty")
-        elif role == "image" and is_store(path):
+        elif is_remote(path) and not is_store(path):
+            found.append(f"{role} {shortened(path)} does not lie on this machine; copy it here (OME-Zarr can stay)")
+        elif (role == "image" or is_remote(path)) and is_store(path):
             continue  # read with the others of its kind, see stores.py
         elif path and path not in to_be_made:
             found += [

@@ -7,8 +7,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
-from n4flow.errors import InputError
+from n4flow.errors import InputError, MachineError
 from n4flow.images.ngff import Image, read_image
+from n4flow.images.remote import is_remote
 from n4flow.study.bids import Scan
 
 #: The metadata of a store, read once a run.
@@ -61,7 +62,8 @@ def stores_of(scans: Sequence[Scan], pyramid_origin: str, other_channels: str) -
     Raises
     ------
     InputError
-        A store cannot be used, or its rows do not go together: a line for each.
+        A store cannot be used, or its rows do not go together: a line for each. What no store is at fault for (there is
+        no network) is a line alone.
     """
     stores: dict[str, Store] = {}
     others = {scan.name: scan for scan in scans if not scan.is_store}
@@ -82,6 +84,8 @@ def stores_of(scans: Sequence[Scan], pyramid_origin: str, other_channels: str) -
                     "tell them apart by session or modality (sample-1_SPIM, sample-2_SPIM)",
                 )
             stores[store.name] = store
+        except MachineError:  # no network, no credentials: the others would wait for the same
+            raise
         except InputError as error:
             problems.append(str(error))
     if problems:
@@ -89,12 +93,23 @@ def stores_of(scans: Sequence[Scan], pyramid_origin: str, other_channels: str) -
     return list(stores.values())
 
 
+def metadata_digest(path: str, pyramid_origin: str) -> str:
+    """By what it is seen that a store has changed that does not lie on this machine.
+
+    Empty for what lies on it, as its files have times, and for what cannot be read: whoever reads it says so.
+    """
+    try:
+        return image_of_store(path, pyramid_origin).digest if is_remote(path) else ""
+    except InputError:
+        return ""
+
+
 def rows_of_stores(scans: Iterable[Scan]) -> list[tuple[Scan, ...]]:
     """Of the rows of a sheet those of each OME-Zarr image."""
     rows: dict[str, list[Scan]] = {}
     for scan in scans:
         if scan.is_store:
-            rows.setdefault(os.path.realpath(scan.image), []).append(scan)
+            rows.setdefault(scan.image if is_remote(scan.image) else os.path.realpath(scan.image), []).append(scan)
     return list(map(tuple, rows.values()))
 
 
