@@ -12,7 +12,7 @@ from n4flow.images.arrays import open_level, read_coarse
 from n4flow.images.ngff import choose_coarse, read_image
 from n4flow.steps.store import correct_store
 from n4flow.study.bids import Scan
-from n4flow.study.stores import metadata_digest, stores_of
+from n4flow.study.stores import check_write_to, metadata_digest, stores_of
 from tests.buckets import put, server
 from tests.pyramids import binned, sheet_volume, write_store
 
@@ -170,6 +170,18 @@ def test_a_zip_file_is_not_read_from_a_bucket():
 def test_nothing_is_written_to_an_address_by_the_command(tmp_path):
     with pytest.raises(InputError, match="does not lie on this machine"):
         correct_store(tmp_path / "in.ome.zarr", "s3://results/out.ome.zarr")
+
+
+def test_an_image_that_goes_in_is_not_written_over(tmp_path):
+    _, there = stored(tmp_path, "v3")
+    with pytest.raises(InputError, match=r"holds s3://bucket/v3/in\.ome\.zarr, which goes in"):
+        check_write_to("s3://bucket/v3", [read_image(there)])
+    check_write_to("s3://bucket/v", [read_image(there)])
+
+
+def test_a_bucket_that_is_not_there_is_a_line_when_it_is_written_to():
+    with pytest.raises(MachineError, match=r"cannot be written \(.*check the name of the bucket"):
+        remote.write("s3://no-such-bucket/zarr.json", b"{}")
 
 
 def test_the_digest_of_metadata_is_of_what_does_not_lie_here(tmp_path):

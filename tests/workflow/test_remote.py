@@ -1,5 +1,6 @@
 """OME-Zarr images in a bucket through the workflow, with a server that is cut off while they are divided."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -8,10 +9,14 @@ import time
 
 import numpy as np
 import pytest
+import zarr
 from study import ROOT, snakemake, write_config
 
+from n4flow.errors import InputError
 from n4flow.images.arrays import open_level
 from n4flow.images.ngff import read_image
+from n4flow.study.manifest import verify
+from n4flow.study.voxels import verify_voxels
 from tests.buckets import put, server
 from tests.pyramids import binned, sheet_volume, write_store
 
@@ -24,11 +29,12 @@ STORE = "results/sub-01/micr/sub-01_desc-N4_SPIM.ome.zarr"
 PARTS = 24
 
 
-def prepare(folder, image):
+def prepare(folder, image, write_to=""):
     (folder / "config").mkdir(parents=True)
     rows = [["subject", "image"], ["01", image]]
     (folder / "config/samples.tsv").write_text("\n".join("\t".join(row) for row in rows) + "\n")
-    write_config(folder, {"zarr": {"job_gb": VALUES.nbytes / PARTS / 1e9}, "reference": {"scans": 0}})
+    zarr = {"job_gb": VALUES.nbytes / PARTS / 1e9, "write_to": write_to}
+    write_config(folder, {"zarr": zarr, "reference": {"scans": 0}})
 
 
 @pytest.fixture(scope="module")
@@ -52,14 +58,14 @@ def parts_of(folder):
     return list(folder.glob("results/parts/sub-01/**/level-*.json"))
 
 
-def test_cut_off_while_it_is_divided_it_is_completed_with_the_same_voxels(server, raw, of_folder, tmp_path):
-    prepare(tmp_path, "s3://bucket/in.ome.zarr")
-    command = [sys.executable, "-m", "snakemake", "-s", ROOT / "Snakefile", "--directory", tmp_path, "--cores", "2"]
-    with open(tmp_path / "cut.log", "w") as log:
+def cut_off_while_it_is_divided(folder, server):
+    """A run whose server is gone once a part is done."""
+    command = [sys.executable, "-m", "snakemake", "-s", ROOT / "Snakefile", "--directory", folder, "--cores", "2"]
+    with open(folder / "cut.log", "w") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log)
         end = time.monotonic() + 300
-        while not parts_of(tmp_path):
-            assert process.poll() is None, (tmp_path / "cut.log").read_text()
+        while not parts_of(folder):
+            assert process.poll() is None, (folder / "cut.log").read_text()
             assert time.monotonic() < end
             time.sleep(0.02)
         server.say("stop")
@@ -67,11 +73,23 @@ def test_cut_off_while_it_is_divided_it_is_completed_with_the_same_voxels(server
             assert process.wait(300) == 1
         finally:
             server.say("start")
-    told = (tmp_path / "cut.log").read_text()
+    told = (folder / "cut.log").read_text()
     assert "check the network and the address of the server" in told
     assert "Traceback" not in told
     assert "Unclosed" not in told
-    assert 0 < len(parts_of(tmp_path)) < PARTS
+    assert 0 < len(parts_of(folder)) < PARTS
+
+
+def assert_same_voxels(one, other):
+    first, second = read_image(one), read_image(other)
+    assert (first.levels, first.attributes) == (second.levels, second.attributes)
+    for level in first.levels:
+        np.testing.assert_array_equal(open_level(first, level)[...], open_level(second, level)[...])
+
+
+def test_cut_off_while_it_is_divided_it_is_completed_with_the_same_voxels(server, raw, of_folder, tmp_path):
+    prepare(tmp_path, "s3://bucket/in.ome.zarr")
+    cut_off_while_it_is_divided(tmp_path, server)
     assert not (tmp_path / STORE / "zarr.json").exists()
     before = {path: path.stat().st_mtime_ns for path in parts_of(tmp_path)}
 
@@ -79,9 +97,7 @@ def test_cut_off_while_it_is_divided_it_is_completed_with_the_same_voxels(server
     assert done.returncode == 0, done.stdout
     assert "Unclosed" not in done.stdout
     assert {path: path.stat().st_mtime_ns for path in before} == before, "what was complete stays"
-    first, second = (read_image(folder / STORE) for folder in (of_folder, tmp_path))
-    for level in first.levels:
-        np.testing.assert_array_equal(open_level(first, level)[...], open_level(second, level)[...])
+    assert_same_voxels(of_folder / STORE, tmp_path / STORE)
     assert "s3://bucket/in.ome.zarr" in (tmp_path / STORE.replace(".ome.zarr", ".json")).read_text()
 
     again = snakemake(tmp_path, "--cores", 2, "--dry-run")
@@ -93,6 +109,39 @@ def test_cut_off_while_it_is_divided_it_is_completed_with_the_same_voxels(server
     changed = snakemake(tmp_path, "--cores", 2, "--dry-run")
     put(raw, "s3://bucket/in.ome.zarr")
     assert "coarse" in changed.stdout, changed.stdout
+
+
+def test_a_store_is_written_to_a_bucket_and_is_none_before_it_is_complete(server, raw, of_folder, tmp_path):
+    prepare(tmp_path, str(raw), "s3://results/study")
+    there = STORE.replace("results", "s3://results/study", 1)
+    cut_off_while_it_is_divided(tmp_path, server)
+    with pytest.raises(InputError, match="holds neither"):
+        read_image(there)
+
+    done = snakemake(tmp_path, "--cores", 2)
+    assert done.returncode == 0, done.stdout
+    assert_same_voxels(of_folder / STORE, there)
+    assert not (tmp_path / STORE).exists()
+    sidecar = tmp_path / STORE.replace(".ome.zarr", ".json")
+    assert json.loads(sidecar.read_text())["Store"] == there
+    again = snakemake(tmp_path, "--cores", 2, "--dry-run")
+    assert "Nothing to be done" in again.stdout, again.stdout
+    results = tmp_path / "results"
+    assert {verdict.verdict for verdict in verify(results, results / "manifest.json")} == {"equal"}
+    assert verify_voxels(results, results / "manifest.json") == ([], [])
+
+    image = read_image(there)
+    zarr.open_array(f"{there}/0", mode="r+")[0, 0, 0] += 1
+    assert "the voxels of level 0 have changed (1 units" in verify_voxels(results, results / "manifest.json")[0][0]
+    write_config(tmp_path, {"zarr": {"dtype": "float32", "write_to": "s3://results/study"}})
+    plan = snakemake(tmp_path, "--cores", 2, "--forcerun", "plan", "--until", "plan")
+    assert plan.returncode == 0, plan.stdout
+    with pytest.raises(InputError, match="holds neither"):
+        read_image(there)
+    written = zarr.open_array(f"{there}/0", mode="r")
+    assert written.dtype == np.float32
+    assert written.nchunks_initialized == 0
+    assert image.levels[0].dtype == "uint16"
 
 
 @pytest.mark.parametrize("why", ["credentials", "package"])

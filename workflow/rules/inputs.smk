@@ -3,11 +3,16 @@
 from n4flow.images.ngff import file_of, files_of
 from n4flow.images.remote import is_remote
 from n4flow.study.outputs import STORE_NAMES, store_output
-from n4flow.study.stores import check_offset, metadata_digest, stores_of
+from n4flow.study.stores import check_offset, check_write_to, metadata_digest, stores_of
+
+# Where corrected stores are written, if not into the results; what is declared then is a copy of their root metadata.
+WRITE_TO = config["zarr"]["write_to"].rstrip("/")
+ROOT = "finished" if WRITE_TO else "root"
 
 try:
     STORES = stores_of(SHEET, config["zarr"]["pyramid_origin"], config["zarr"]["other_channels"])
     check_offset(config["zarr"]["offset"], [store.image for store in STORES])
+    check_write_to(WRITE_TO, [store.image for store in STORES])
 except InputError as error:
     raise WorkflowError(str(error)) from None
 
@@ -16,7 +21,7 @@ except InputError as error:
 STORE_FILES = {
     scan.name: {
         "store_sidecar": f"<results>/{store_output(store, 'store_sidecar')}",
-        "store": f"<results>/{store_output(store, 'root')}",
+        "store": f"<results>/{store_output(store, ROOT)}",
         "crops": f"<results>/{output_of(scan, 'crops')}",
     }
     for store in STORES
@@ -55,7 +60,11 @@ def parts_of(store):
 
 def target_of(wildcards):
     """Folder of the corrected store."""
-    return workflow.pathvars.apply(f"<results>/{store_output(store_of(wildcards), 'store')}")
+    return target_of_store(store_of(wildcards))
+
+
+def target_of_store(store):
+    return f"{WRITE_TO or workflow.pathvars.apply('<results>')}/{store_output(store, 'store')}"
 
 
 def fields_of(wildcards):

@@ -128,6 +128,8 @@ rule describe:
         mem_mb=1000,
     params:
         store=lambda wildcards: store_of(wildcards).image.path,
+        # of a store that lies elsewhere the sidecar says where
+        notes=lambda wildcards: {"Store": target_of(wildcards)} if WRITE_TO else {},
         channels=lambda wildcards: store_of(wildcards).channels(),
         pyramid_origin=config["zarr"]["pyramid_origin"],
         package=package_digest("steps.pyramid"),
@@ -140,7 +142,7 @@ rule finish:
     input:
         sidecar=rules.describe.output.sidecar,
     output:
-        root=STORE_OUTPUT["root"],
+        root=STORE_OUTPUT[ROOT],
     log:
         "<logs>/finish/{folder}/{entities}_{suffix}_{root}.log",
     benchmark:
@@ -153,6 +155,7 @@ rule finish:
         mem_mb=500,
     params:
         store=lambda wildcards: store_of(wildcards).image.path,
+        target=target_of,
         pyramid_origin=config["zarr"]["pyramid_origin"],
         package=package_digest("steps.pyramid"),
     script:
@@ -175,6 +178,7 @@ rule crops:
         mem_mb=lambda wildcards, attempt: (SNAKEMAKE_MB + 900 + 8 * config["zarr"]["level_voxels"] // 10**6) * attempt,
     params:
         image=lambda wildcards: scan_of(wildcards).image,
+        corrected=lambda wildcards: target_of_store(STORE_OF_SCAN[scan_of(wildcards).name]),
         channel=lambda wildcards: scan_of(wildcards).channel,
         pyramid_origin=config["zarr"]["pyramid_origin"],
         package=package_digest("qc.crops"),

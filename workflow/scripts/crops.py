@@ -1,7 +1,5 @@
 """Rule crops: an OME-Zarr image at full resolution, before and after."""
 
-from pathlib import Path
-
 from n4flow.worker import do_step
 
 
@@ -10,7 +8,7 @@ def main(snakemake):
         "n4flow.qc.crops:draw_crops",
         snakemake.log[0],
         store=snakemake.params.image,
-        corrected=str(Path(snakemake.input.store).parent),
+        corrected=snakemake.params.corrected,
         plan=snakemake.input.plan,
         mask=snakemake.input.mask,
         sidecar=snakemake.input.sidecar,

@@ -14,6 +14,7 @@ def main(snakemake):
         fields=list(snakemake.input.fields),
         coarse=list(snakemake.input.coarse),
         pyramid_origin=snakemake.params.pyramid_origin,
+        notes=snakemake.params.notes,
     )
 
 

@@ -8,6 +8,7 @@ def main(snakemake):
         "n4flow.steps.pyramid:finish_store",
         snakemake.log[0],
         store=snakemake.params.store,
+        target=snakemake.params.target,
         sidecar=snakemake.input.sidecar,
         output=snakemake.output.root,
         pyramid_origin=snakemake.params.pyramid_origin,

@@ -284,6 +284,8 @@ def _correct_store(given: argparse.Namespace) -> None:
         log.warning(
             "%s: zarr.other_channels: copy counts for sheets alone: every channel is corrected here", given.config
         )
+    if settings.pop("write_to"):
+        log.warning("%s: zarr.write_to counts for sheets alone: OUT is what is written here", given.config)
     correct_store(
         given.image,
         given.output,

@@ -30,7 +30,7 @@ from n4flow.images.fields import load_field
 from n4flow.images.files import read_json, write_json
 from n4flow.images.ngff import ROOTS, Files, Image, choose_coarse, file_of, is_store, read_image
 from n4flow.images.nifti import Grid, Volume, VolumeWriter
-from n4flow.images.remote import is_remote
+from n4flow.images.remote import is_remote, remove, remove_all, write
 from n4flow.study.bids import source_uri
 from n4flow.study.provenance import provenance
 
@@ -206,18 +206,22 @@ def plan_store(
     InputError
         The store is unusable, or nothing can be written.
     """
-    target = Path(target)
     image = read_image(store, pyramid_origin)
     hide(target)
     wanted = {}
     for level in image.levels:
         metadata = dict(level.metadata) if dtype == "same" else _as_float32(image, dict(level.metadata))
         wanted[f"{level.path}/{image.array_metadata}"] = metadata
-    if target.exists() and any(read_json(target / file) != metadata for file, metadata in wanted.items()):
+    if is_remote(target):
+        there = Files(target)
+        there.fetch(wanted)
+        found = {file: there.json(file) for file in wanted}
+        if any(found.values()) and found != wanted:
+            remove_all(str(target))
+    elif os.path.exists(target) and any(read_json(Path(target, file)) != wanted[file] for file in wanted):
         shutil.rmtree(target)
     for file, metadata in wanted.items():
-        (target / file).parent.mkdir(parents=True, exist_ok=True)
-        write_json(target / file, metadata)
+        _write_in(target, file, metadata)
     write_json(
         output,
         {
@@ -237,10 +241,21 @@ def plan_store(
     )
 
 
-def hide(target: Path) -> None:
+def _write_in(target: str | Path, name: str, content: Mapping[str, Any]) -> None:
+    """Write a JSON file of a store."""
+    if is_remote(target):
+        write(f"{target}/{name}", f"{json.dumps(content, indent=2, allow_nan=False)}\n".encode())
+    else:
+        write_json(Path(target, name), content)
+
+
+def hide(target: str | Path) -> None:
     """Remove the root metadata of a store, so that no reader takes it for complete."""
     for name in ROOT_NAMES:
-        (target / name).unlink(missing_ok=True)
+        if is_remote(target):
+            remove(f"{target}/{name}")
+        else:
+            Path(target, name).unlink(missing_ok=True)
 
 
 def _as_float32(image: Image, metadata: dict[str, Any]) -> dict[str, Any]:
@@ -303,7 +318,6 @@ def divide_part(
         The store is unusable, or something cannot be written.
     """
     start = time.perf_counter()
-    target = Path(target)
     hide(target)
     image = read_image(store, pyramid_origin)
     planned, source = read_json(plan)["Levels"][level], image.levels[level]
@@ -318,7 +332,7 @@ def divide_part(
     tally = divide_units(
         image,
         source,
-        target / source.path,
+        os.path.join(target, source.path),
         divisions,
         units,
         keep_saturated=keep_saturated,
@@ -409,21 +423,23 @@ def describe_store(
     )
 
 
-def finish_store(store: str | Path, sidecar: str | Path, output: str | Path, *, pyramid_origin: str) -> None:
+def finish_store(
+    store: str | Path, target: str | Path, sidecar: str | Path, output: str | Path, *, pyramid_origin: str
+) -> None:
     """Write the root metadata of a corrected store, with which it becomes one.
 
     Parameters
     ----------
-    store : path-like
-        The input.
+    store, target : path-like
+        Input and output.
     sidecar : path-like
         As `describe_store` wrote it.
     output : path-like
-        ``zarr.json`` (NGFF 0.5) or ``.zattrs`` (0.4) in the folder of the corrected store.
+        ``zarr.json`` (NGFF 0.5) or ``.zattrs`` (0.4) in the folder of the corrected store; if that does not lie on this
+        machine, a copy of it here, which tells that the store is complete.
     pyramid_origin : {"auto", "declared"}
     """
     image, output = read_image(store, pyramid_origin), Path(output)
-    target = output.parent
     for folder, _, names in os.walk(target):  # of writers that were killed
         for name in names:
             if name.endswith(".partial"):
@@ -437,12 +453,15 @@ def finish_store(store: str | Path, sidecar: str | Path, output: str | Path, *, 
         ome = {"version": "0.5", **image.attributes, "multiscales": multiscales}
         group: dict[str, Any] = {"zarr_format": 3, "node_type": "group", "attributes": {}}
         for name in groups:
-            write_json(target / name / "zarr.json", group)
-        write_json(output, {**group, "attributes": {"ome": ome, **ours}})
+            _write_in(target, f"{name}/zarr.json", group)
+        root = {**group, "attributes": {"ome": ome, **ours}}
     else:
         for name in ["", *groups]:
-            write_json(target / name / ".zgroup", {"zarr_format": 2})
-        write_json(output, {**image.attributes, "multiscales": multiscales, **ours})
+            _write_in(target, os.path.join(name, ".zgroup"), {"zarr_format": 2})
+        root = {**image.attributes, "multiscales": multiscales, **ours}
+    _write_in(target, image.root, root)
+    if is_remote(target):
+        write_json(output, root)
     if os.path.isdir(Path(store) / "labels") or (
         is_remote(store) and Files(store).json("labels", ROOTS[image.version]) is not None
     ):

@@ -165,7 +165,7 @@ def correct_store(
             for index, path in fields.items():
                 save_field(load_field(estimated[index]), path, Sources=sources)
                 beside.append(path)
-            finish_store(store, sidecar, output / image.root, pyramid_origin=pyramid_origin)
+            finish_store(store, output, sidecar, output / image.root, pyramid_origin=pyramid_origin)
         except BaseException:  # by hand, too: half a store is of no use
             shutil.rmtree(output, ignore_errors=True)
             for path in beside:

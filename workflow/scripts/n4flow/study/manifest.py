@@ -19,7 +19,7 @@ from n4flow.errors import InputError
 from n4flow.images.fields import load_field
 from n4flow.images.files import atomic_text
 from n4flow.study.failures import Failure
-from n4flow.study.outputs import beside, scan_and_role
+from n4flow.study.outputs import beside, scan_and_role, store_of_root
 
 log = logging.getLogger(__name__)
 
@@ -32,7 +32,16 @@ MADE_WITH = {"field": ("corrected", "sidecar", "field_image"), "reference_field"
 CLOSE_LOG = 1e-5
 
 #: Keys of the outputs' JSON, at any depth, that hang on the clock, the machine or where folders lie.
-VOLATILE = {"Provenance", "GeneratedBy", "Sources", "DatasetLinks", "Device", "DeviceReason", "WallTimeSeconds"}
+VOLATILE = {
+    "Provenance",
+    "GeneratedBy",
+    "Sources",
+    "Store",
+    "DatasetLinks",
+    "Device",
+    "DeviceReason",
+    "WallTimeSeconds",
+}
 VOLATILE |= {"wall_time_s", "reference_wall_time_s"}
 
 #: Decimals of the control points in the manifest: far below `CLOSE_LOG`.
@@ -345,8 +354,8 @@ def _of_field(file: str) -> list[str]:
 
 def _of_store(files: Sequence[str]) -> set[str]:
     """Of these files those of a corrected OME-Zarr image: root metadata, and the sidecar with the voxels' digests."""
-    roots = {file for file in files if ".ome.zarr/" in file}
-    return roots | {f"{root.partition('.ome.zarr/')[0]}.json" for root in roots}
+    made = {file: store_of_root(file) for file in files}
+    return {name for file, names in made.items() if names for name in (file, names["store_sidecar"])}
 
 
 def _list(files: Sequence[str]) -> str:

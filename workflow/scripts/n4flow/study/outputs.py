@@ -44,12 +44,14 @@ NAMES = {
     "crops": "qc/data/{entities}_{suffix}_crops.webp",
 }
 
-#: Of an OME-Zarr image, whose rows in the sheet are its channels; level and part are numbers, root is its metadata.
+#: Of an OME-Zarr image, whose rows in the sheet are its channels; level and part are numbers, root is its metadata, and
+#: finished a copy of that, of a store that is written elsewhere (zarr.write_to).
 STORE_NAMES = {
     "store": "{folder}/{entities}_desc-N4_{suffix}.ome.zarr",
     "root": "{folder}/{entities}_desc-N4_{suffix}.ome.zarr/{root}",
     "store_sidecar": "{folder}/{entities}_desc-N4_{suffix}.json",
     "plan": "parts/{folder}/{entities}_{suffix}/plan.json",
+    "finished": "parts/{folder}/{entities}_{suffix}/finished_{root}",
     "part": "parts/{folder}/{entities}_{suffix}/level-{level}_part-{part}.json",
 }
 
@@ -91,14 +93,14 @@ def store_output(store: Store, role: str, **numbers: int) -> str:
 
 
 def store_of_root(path: str) -> dict[str, str]:
-    """Paths of what is made of an OME-Zarr image, by role, if this is the root metadata of one; else nothing.
+    """Paths of what is made of an OME-Zarr image, by role, if this is its root metadata or a copy; else nothing.
 
     Parameters
     ----------
     path : str
         In the folder of the results.
     """
-    found = _ROOT.fullmatch(path)
+    found = _ROOT.fullmatch(path) or _FINISHED.fullmatch(path)
     return {role: STORE_NAMES[role].format(**found.groupdict()) for role in _OF_ROOT} if found else {}
 
 
@@ -159,7 +161,7 @@ def _pattern(name: str) -> re.Pattern[str]:
 
 
 _PATTERNS = {role: _pattern(name.rpartition("/")[2]) for role, name in NAMES.items()}
-_ROOT = _pattern(STORE_NAMES["root"])
+_ROOT, _FINISHED = _pattern(STORE_NAMES["root"]), _pattern(STORE_NAMES["finished"])
 _OF_ROOT = ("store", "store_sidecar", "plan")
 
 

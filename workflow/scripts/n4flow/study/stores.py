@@ -142,6 +142,25 @@ def _store_of(scans: Sequence[Scan], pyramid_origin: str, other_channels: str) -
     return Store(image, tuple(scans), entities_of_store(scans), first.folder, first.suffix)
 
 
+def check_write_to(write_to: str, images: Sequence[Image]) -> None:
+    """Refuse a folder for what is written that holds an image that goes in.
+
+    Parameters
+    ----------
+    write_to : str
+        As config's ``zarr.write_to`` has it.
+    images : sequence of Image
+
+    Raises
+    ------
+    InputError
+        It holds one.
+    """
+    for image in images:
+        if write_to and image.path.startswith(f"{write_to.rstrip('/')}/"):
+            raise InputError("zarr.write_to", f"{write_to} holds {image.path}, which goes in", "give another folder")
+
+
 def check_offset(offset: object, images: Sequence[Image]) -> None:
     """Refuse pedestals of channels that no image has: a mistyped label would leave the pedestal in.
 

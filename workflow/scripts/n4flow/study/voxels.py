@@ -59,7 +59,9 @@ def verify_voxels(results: str | Path, manifest: str | Path) -> tuple[list[str],
 
 def _verify_store(results: Path, root: str, wrong: list[str], notes: list[str]) -> None:
     names = store_of_root(root)
-    store, sidecar, plan = (results / names[role] for role in ("store", "store_sidecar", "plan"))
+    sidecar, plan = (results / names[role] for role in ("store_sidecar", "plan"))
+    # of one that was written elsewhere, the sidecar says where
+    store = _told(sidecar, lambda told: {"Store": told.get("Store", results / names["store"])})["Store"]
     image = read_image(store)
     digests = _told(sidecar, lambda told: {level["Path"]: level["SHA256"] for level in told["Levels"]})
     parts = _told_if_there(plan, lambda told: {level["Path"]: int(level["Parts"]) for level in told["Levels"]}, wrong)
