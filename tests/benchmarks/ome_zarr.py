@@ -260,7 +260,7 @@ def picture(output, folder):
             places = {"level": number, "part": part, "keep_saturated": True}
             divide_part(store, target, folder / "plan.json", parts[-1], **places, **common)
     describe_store(store, parts, folder / "out.json", **common)
-    finish_store(store, folder / "out.json", target / image.root, pyramid_origin="auto")
+    finish_store(store, target, folder / "out.json", target / image.root, pyramid_origin="auto")
     draw_crops(
         store, target, folder / "plan.json", mask, told, folder / "out.json", output, channel="", pyramid_origin="auto"
     )

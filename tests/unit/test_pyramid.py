@@ -96,7 +96,7 @@ def divide(folder, store, field, *, job_gb=64.0, threads=1, offset=0.0, dtype="s
             )
     assert not (target / image.root).exists()
     describe_store(store, parts, folder / "out.json", **common)
-    finish_store(store, folder / "out.json", target / image.root, pyramid_origin="auto")
+    finish_store(store, target, folder / "out.json", target / image.root, pyramid_origin="auto")
     return target
 
 
@@ -817,7 +817,7 @@ class TestFaults:
         process = self.start(tmp_path, parts)
         assert (process.wait(), process.stderr.read()) == (0, "")
         process.stderr.close()
-        finish_store(parts["store"], tmp_path / "out.json", out / "zarr.json", pyramid_origin="auto")
+        finish_store(parts["store"], out, tmp_path / "out.json", out / "zarr.json", pyramid_origin="auto")
         assert {path: path.read_bytes() for path in (out / "0").rglob("*") if path.is_file()} == before
 
     def test_no_room(self, tmp_path, parts):
@@ -844,6 +844,6 @@ class TestFaults:
 
         monkeypatch.setattr(pyramid, "write_json", killed)
         with pytest.raises(KeyboardInterrupt):
-            finish_store(store, told, out / ".zattrs", pyramid_origin="auto")
+            finish_store(store, out, told, out / ".zattrs", pyramid_origin="auto")
         with pytest.raises(InputError, match="holds neither"):
             read_image(out)
