@@ -474,6 +474,22 @@ class TestMask:
             place_mask(coarse, tmp_path / "m.nii", tmp_path / "m.nii.gz", pyramid_origin="auto")
         assert not (tmp_path / "m.nii.gz").exists()
 
+    @pytest.mark.parametrize("times", [1000, 0.001], ids=["µm taken for mm", "mm taken for µm"])
+    def test_on_another_scale(self, tmp_path, coarse, times):
+        affine = nib.load(coarse).affine @ np.diag([times, times, times, 1])
+        mask = nib.Nifti1Image(np.ones(nib.load(coarse).shape, np.uint8), affine)
+        mask.header.set_xyzt_units("mm")
+        nib.save(mask, tmp_path / "m.nii")
+        with pytest.raises(InputError, match=r"m\.nii: is [\d.e+-]+ mm long, and c\.nii\.gz [\d.]+ mm; .*µm"):
+            place_mask(coarse, tmp_path / "m.nii", tmp_path / "m.nii.gz", pyramid_origin="auto")
+        assert not (tmp_path / "m.nii.gz").exists()
+
+    def test_label_on_another_scale(self, tmp_path, coarse):
+        scale_um = [1000 * each for each in SCALE_UM]
+        label = write_store(tmp_path / "brain.ome.zarr", [self.INSIDE.astype(np.uint8)], scale_um=scale_um)
+        with pytest.raises(InputError, match=r"brain\.ome\.zarr: is \d+ mm long, and c\.nii\.gz"):
+            place_mask(coarse, label, tmp_path / "m.nii.gz", pyramid_origin="auto")
+
 
 def test_arrays_of_another_plan_are_made_anew(tmp_path):
     store = write_store(tmp_path / "in.ome.zarr", LEVELS, scale_um=SCALE_UM)

@@ -214,6 +214,28 @@ def test_an_image_with_a_damaged_chunk_is_set_aside_with_its_channels(tmp_path):
     assert (rules["n4"], rules["manifest"]) == (1, 1)
 
 
+@pytest.mark.parametrize("file", ["zarr.json", "1/zarr.json"])
+def test_an_image_with_damaged_metadata_is_set_aside_alone(tmp_path, file):
+    write_store(tmp_path / "raw/bad.ome.zarr", pyramid(AUTO))
+    text = (tmp_path / "raw/bad.ome.zarr" / file).read_text()
+    (tmp_path / "raw/bad.ome.zarr" / file).write_text(text[:60])
+    save(tmp_path / "raw/02.nii.gz", head())
+    write_config(tmp_path, {"reference": {"scans": 0}})
+    rows = [["subject", "image", "modality"], ["01", "raw/bad.ome.zarr", "SPIM"], ["02", "raw/02.nii.gz", "T1w"]]
+    (tmp_path / "config/samples.tsv").write_text("\n".join("\t".join(row) for row in rows) + "\n")
+    done = snakemake(tmp_path, "--cores", 2, "--until", "coarse", "mask")
+    assert done.returncode != 0
+    assert f"sub-01_res-coarse_SPIM: coarse failed: raw/bad.ome.zarr/{file}: cannot be read (" in done.stdout
+    assert (tmp_path / "results/sub-02/anat/sub-02_desc-foregroundT1w_mask.nii.gz").exists()
+    rules, said = rules_to_run(tmp_path)
+    assert "1 left out that failed before: sub-01_res-coarse_SPIM" in said
+    assert not rules.keys() & {"coarse", "plan", "divide", "describe", "finish"}
+    assert (rules["n4"], rules["manifest"]) == (1, 1)
+    (tmp_path / "raw/bad.ome.zarr" / file).write_text(text)
+    rules, said = rules_to_run(tmp_path)
+    assert (rules["coarse"], rules["finish"]) == (1, 1)
+
+
 BAD = {
     "several channels, none named": (
         "01\traw/two.ome.zarr\t\tSPIM\t\t",

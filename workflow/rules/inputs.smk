@@ -11,7 +11,9 @@ ROOT = "finished" if WRITE_TO else "root"
 
 try:
     STORES = stores_of(SHEET, config["zarr"]["pyramid_origin"], config["zarr"]["other_channels"])
-    check_offset(config["zarr"]["offset"], [store.image for store in STORES])
+    # of one that is damaged nobody knows the channels
+    if {scan for scan in SHEET if scan.is_store} == {scan for store in STORES for scan in store.scans}:
+        check_offset(config["zarr"]["offset"], [store.image for store in STORES])
     check_write_to(WRITE_TO, [store.image for store in STORES])
 except InputError as error:
     raise WorkflowError(str(error)) from None
@@ -92,7 +94,7 @@ def crops_inputs(wildcards):
 def crops_of(wildcards):
     """Where the crops for the page of a scan will be, if it is a channel of an OME-Zarr image."""
     scan = scan_of(wildcards)
-    return workflow.pathvars.apply(made_of(scan, "crops")) if scan.is_store else None
+    return workflow.pathvars.apply(made_of(scan, "crops")) if scan.name in STORE_FILES else None
 
 
 def divide_mb(wildcards, attempt, threads):

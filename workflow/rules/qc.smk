@@ -32,7 +32,7 @@ rule index:
         # by its path: see manifest.smk
         guide="<results>/qc/guide.html",
         pictures=[made_of(scan, "pictures") for scan in SCANS],
-        crops=[made_of(scan, "crops") for scan in SCANS if scan.is_store],
+        crops=[made_of(scan, "crops") for scan in SCANS if scan.name in STORE_FILES],
         ratings=RATINGS_FILE,
     output:
         page="<results>/qc/index.html",

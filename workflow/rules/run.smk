@@ -195,6 +195,8 @@ def end_run(success):
 def is_done_now(failure):
     """Whether this run made what failed before."""
     if failure.step in (*STORE_STEPS, NO_STORE):
+        if failure.scan not in STORE_FILES:  # its metadata are damaged now
+            return False
         made = STORE_FILES[failure.scan]["store"]
     else:
         made = made_of(SCAN_OF[failure.scan], failure.step if failure.step in ("reference", "crops") else "metrics")

@@ -23,5 +23,9 @@ class InputError(ValueError):
         return error
 
 
+class DamagedError(InputError):
+    """A file that is there and damaged: a matter of its own scan, not of the sheet."""
+
+
 class MachineError(InputError):
     """One that another machine or moment would not raise (a full disk, no GPU): the input is not at fault."""

@@ -18,7 +18,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from n4flow.errors import InputError
+from n4flow.errors import DamagedError, InputError
 from n4flow.images.remote import is_remote, read_all
 
 #: What names an OME-Zarr image: a folder, also one in it, or such a folder in a zip file.
@@ -339,10 +339,12 @@ class Files:
             return None
         except InputError:
             raise
-        except (OSError, ValueError, RecursionError, zipfile.BadZipFile) as error:
+        except OSError as error:
             raise InputError(name, f"cannot be read ({error})", "copy the store again") from None
+        except (ValueError, RecursionError, zipfile.BadZipFile) as error:
+            raise DamagedError(name, f"cannot be read ({error})", "copy the store again") from None
         if not isinstance(content, dict):
-            raise InputError(name, "holds no JSON object", "copy the store again")
+            raise DamagedError(name, "holds no JSON object", "copy the store again")
         return content
 
 
@@ -373,8 +375,8 @@ def files_of(path: str | Path) -> list[str]:
         return found
     try:
         image = read_image(path)
-    except InputError:  # whoever reads it says so
-        return found
+    except InputError:  # whoever reads it says so; until it is mended, by what may be the metadata of levels
+        return found + sorted(str(file) for name in set(ARRAYS.values()) for file in Path(path).glob(f"*/{name}"))
     return found + [os.path.join(image.path, level.path, image.array_metadata) for level in image.levels]
 
 
@@ -403,7 +405,7 @@ def read_image(path: str | Path, pyramid_origin: str = "auto") -> Image:
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
         if isinstance(error, InputError):
             raise
-        raise InputError(
+        raise DamagedError(
             path, f"has metadata that are not understood ({error!r})", "write it again, and check it"
         ) from None
 
@@ -445,7 +447,7 @@ def _read_image(path: str, pyramid_origin: str) -> Image:
         declared.append(any(step["type"] == "translation" for step in dataset["coordinateTransformations"]))
         metadata = files.json(dataset["path"], ARRAYS[version])
         if metadata is None:
-            raise InputError(path, f"lacks the metadata of its level {dataset['path']}", "copy it again")
+            raise DamagedError(path, f"lacks the metadata of its level {dataset['path']}", "copy it again")
         shape, chunks, unit, dtype = (_array_v3 if version == "0.5" else _array_v2)(path, metadata)
         if len(shape) != len(axes):
             raise InputError(

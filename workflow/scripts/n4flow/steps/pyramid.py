@@ -41,6 +41,9 @@ ROOT_NAMES = ("zarr.json", ".zattrs", ".zgroup")
 
 FORMAT = "n4flow plan of a store, version 1"
 
+#: A mask whose longest edge is so many times that of the image, or the image's that of the mask, is on another scale.
+OTHER_SCALE = 50.0
+
 PACKAGES = ("numpy", "zarr", "numcodecs")
 
 
@@ -142,7 +145,7 @@ def place_mask(image: str | Path, mask: str | Path, output: str | Path, *, pyram
     Raises
     ------
     InputError
-        The mask is unusable, or lies outside of the image.
+        The mask is unusable, on another scale, or lies outside of the image.
     """
     volume = Volume(image)
     if is_store(mask):
@@ -150,15 +153,35 @@ def place_mask(image: str | Path, mask: str | Path, output: str | Path, *, pyram
         # the coarsest of no fewer voxels than the volume: of label images, averages mean nothing
         enough = [level for level in labels.levels if labels.voxels(level) >= math.prod(volume.shape)]
         level = (enough or labels.levels[:1])[-1]
-        to_label = np.linalg.solve(np.array(labels.grid(level)[1]), volume.affine_mm)
+        shape, affine = labels.grid(level)
+        _check_scale(mask, _edge_mm(shape, np.array(affine)), volume)
+        to_label = np.linalg.solve(np.array(affine), volume.affine_mm)
         inside = read_nearest(labels, level, to_label, volume.shape) != 0
     else:
-        inside = _nearest_of_nifti(Volume(mask), volume)
+        given = Volume(mask)
+        _check_scale(mask, _edge_mm(given.shape, given.affine_mm), volume)
+        inside = _nearest_of_nifti(given, volume)
     if not inside.any():
         raise InputError(mask, f"has no voxel in {Path(image).name}", "give a mask in the same space, in mm")
     with VolumeWriter(output, volume, np.uint8, frames=1) as writer:
         for k in range(volume.shape[2]):
             writer.write(inside[:, :, k : k + 1].astype(np.uint8))
+
+
+def _edge_mm(shape: Sequence[int], affine_mm: np.ndarray) -> float:
+    """The longest edge of a grid."""
+    return float(max(np.linalg.norm(affine_mm[:3, :3], axis=0) * shape[:3]))
+
+
+def _check_scale(mask: str | Path, edge_mm: float, volume: Volume) -> None:
+    """Refuse a mask in other units than its image: a corner of it may lie in the image all the same."""
+    of_volume_mm = _edge_mm(volume.shape, volume.affine_mm)
+    if not 1 / OTHER_SCALE <= edge_mm / of_volume_mm <= OTHER_SCALE:
+        raise InputError(
+            mask,
+            f"is {edge_mm:.3g} mm long, and {volume.path.name} {of_volume_mm:.3g} mm",
+            "give a mask in the same space, in mm (µm taken for mm?)",
+        )
 
 
 def _nearest_of_nifti(mask: Volume, volume: Volume) -> np.ndarray:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
-from n4flow.errors import InputError, MachineError
+from n4flow.errors import DamagedError, InputError, MachineError
 from n4flow.images.ngff import Image, read_image
 from n4flow.images.remote import is_remote
 from n4flow.study.bids import Scan
@@ -45,7 +45,7 @@ class Store:
 
 
 def stores_of(scans: Sequence[Scan], pyramid_origin: str, other_channels: str) -> list[Store]:
-    """The OME-Zarr images of a sheet.
+    """The OME-Zarr images of a sheet, but for those whose metadata are damaged: their first step says so.
 
     Parameters
     ----------
@@ -86,6 +86,8 @@ def stores_of(scans: Sequence[Scan], pyramid_origin: str, other_channels: str) -
             stores[store.name] = store
         except MachineError:  # no network, no credentials: the others would wait for the same
             raise
+        except DamagedError:
+            continue
         except InputError as error:
             problems.append(str(error))
     if problems:
