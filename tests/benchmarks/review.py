@@ -4,10 +4,10 @@
 
 Makes the pages of so many phantoms of the head that ships with the workflow, with the viewer (in a folder that is
 given, those that are there are kept), and goes through them in the system's Chromium, headless, from file://. Between
-two scans it waits until the neighbours have loaded, as they have while a person looks, and then presses `j`: the time
-runs from the key until all pictures of the next page are decoded and a frame is drawn, with what it takes to ask the
-page for that. So for a page that is read, for a viewer that is open, and for a key that is pressed again at once, of
-which the page is not loaded yet.
+two scans it waits until the neighbours have loaded, with the viewer's data once the viewer is open, as they have while
+a person looks, and then presses `j`: the time runs from the key until all pictures of the next page are decoded and a
+frame is drawn, with what it takes to ask the page for that. So for a page that is read, for a viewer that is open, and
+for a key that is pressed again at once, of which the page is not loaded yet.
 """
 
 import argparse
@@ -55,6 +55,8 @@ VIEWER_SHOWN = """async () => {
   await new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)));
   return performance.timeOrigin + performance.now();
 }"""
+
+LOADED = """() => [...review.frames.keys()].every((scan) => (review.viewed ? review.loaded : review.ready).has(scan))"""
 
 
 def make_page(number, case, folder):
@@ -107,6 +109,11 @@ def make_report(folder, scans):
     return folder / "qc/index.html", cases
 
 
+def open_viewer(page):
+    page.keyboard.press("v")
+    page.wait_for_function("review.viewed")
+
+
 def review(page, index, action, shown):
     """Milliseconds from each key to the next scan on show, after an action on the first; and those of keys at once."""
     page.goto(index.as_uri())
@@ -117,7 +124,7 @@ def review(page, index, action, shown):
     count = page.evaluate("review.order.length")
     while page.evaluate("review.at") + 1 < count:
         # a person looks meanwhile
-        page.wait_for_function("[...review.frames.keys()].every((scan) => review.ready.has(scan))")
+        page.wait_for_function(LOADED)
         page.wait_for_timeout(300)
         soon = len(waited) % 5 == 4 and len(at_once) < len(waited) // 5 + 1
         page.keyboard.press("j")
@@ -145,7 +152,7 @@ def main():
         page = browser.new_page(viewport={"width": 1280, "height": 900})
         page.add_init_script(KEY_TIME)
         waited, at_once = review(page, index, lambda page: None, SHOWN)
-        viewer, _ = review(page, index, lambda page: page.keyboard.press("v"), VIEWER_SHOWN)
+        viewer, _ = review(page, index, open_viewer, VIEWER_SHOWN)
         for what, took in (("page", waited), ("page, two keys at once", at_once), ("viewer", viewer)):
             print(f"| {what} | {len(took)} | {statistics.median(took):.0f} ms | {max(took):.0f} ms |")
         browser.close()

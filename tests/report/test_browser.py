@@ -6,7 +6,7 @@ import os
 import re
 import shutil
 import time
-from urllib.parse import quote
+from urllib.parse import quote, unquote
 
 import nibabel as nib
 import numpy as np
@@ -693,6 +693,56 @@ def test_the_viewer_stays_as_it_was_left_from_scan_to_scan(qc, visit):
     page.locator("#position", has_text="2 of 4").wait_for()
     page.wait_for_timeout(300)
     assert state()[3] is False
+
+
+def test_who_uses_the_viewer_finds_the_data_of_neighbours_loaded(qc, visit):
+    page = visit(qc / "index.html").page
+    names = order_of(page)
+    page.keyboard.press("Enter")
+
+    def wait_for(known, *scans):
+        page.wait_for_function(f"(scans) => scans.every((scan) => review.{known}.has(scan))", arg=scans)
+
+    def asked():
+        """Pages that have asked for their data."""
+        frames = [iframe.content_frame() for iframe in page.query_selector_all("#frames iframe")]
+        return sum(frame.evaluate("viewer.querySelector('script') !== null || scan !== null") for frame in frames)
+
+    wait_for("ready", *names[:2])
+    page.keyboard.press("j")
+    wait_for("ready", *names[:3])
+    page.wait_for_timeout(300)
+    assert asked() == 0  # who never opens the viewer loads nothing
+    page.keyboard.press("v")
+    shown_page(page).locator("#viewer canvas").first.wait_for()
+    wait_for("loaded", *names[:3])
+    assert asked() == 3
+    page.keyboard.press("v")
+    page.keyboard.press("j")
+    page.locator("#position", has_text="3 of 4").wait_for()
+    page.keyboard.press("v")
+    shown_page(page).locator("#viewer canvas").first.wait_for()
+    wait_for("loaded", *names[1:])
+    assert not page.evaluate("(scan) => review.loaded.has(scan)", names[0])  # gone with its frame
+    assert page.locator("#frames iframe").count() == 3
+
+
+def test_what_cannot_be_loaded_ahead_keeps_nothing_waiting(qc, visit, tmp_path):
+    shutil.copytree(qc, tmp_path / "qc")
+    page = visit(tmp_path / "qc" / "index.html").page
+    first, second, third, _ = order_of(page)
+    source = unquote(page.evaluate("(name) => rows[rowOf.get(name)][1]", second))
+    (tmp_path / "qc" / "data" / source.replace(".html", ".js")).unlink()
+    page.keyboard.press("Enter")
+    shown_page(page).locator("h1", has_text=first).wait_for()
+    page.wait_for_function("review.ready.has(scanShown())")
+    page.keyboard.press("v")
+    page.wait_for_function("(scan) => review.loaded.has(scan)", arg=second)
+    page.keyboard.press("j")
+    page.keyboard.press("j")
+    page.wait_for_function("(scan) => review.loaded.has(scan)", arg=third)
+    page.keyboard.press("k")
+    shown_page(page).locator("#viewer", has_text="are not beside this page").wait_for()
 
 
 def test_the_viewer_tells_what_a_coarse_voxel_is_of_and_what_is_cut_off(visit, tmp_path):

@@ -1,7 +1,10 @@
 "use strict";
 // The review: pages of scans, one after the other, in frames below a bar. Where a key says what is on show next, it is on
 // show at once: what is typed after it may not reach the scan before it.
-const review = { order: [], at: -1, frames: new Map(), ready: new Set(), since: 0, spent: new Map(), arrived: -Infinity, viewer: null, before: "" };
+const review = {
+  order: [], at: -1, frames: new Map(), ready: new Set(), since: 0, spent: new Map(), arrived: -Infinity, before: "",
+  viewer: null, viewed: false, asked: new Set(), loaded: new Set(),
+};
 const reviewing = () => review.at >= 0;
 const scanShown = () => rows[review.order[review.at]][0];
 const frameShown = () => review.frames.get(scanShown());
@@ -58,24 +61,42 @@ function show(at) {
     if (names.includes(name)) continue;
     frame.remove();
     review.frames.delete(name);
-    review.ready.delete(name);
+    for (const set of [review.ready, review.asked, review.loaded]) set.delete(name);
   }
-  for (const name of names) {
+  const frameOf = (name) => {
     if (!review.frames.has(name)) {
-      // neighbours too, so that the next scan is there at once
-      const frame = made("iframe", { title: `page of ${name}`, src: rows[rowOf.get(name)][1] });
+      const frame = made("iframe", { title: `page of ${name}`, src: rows[rowOf.get(name)][1], className: "away", inert: true });
       review.frames.set(name, frame);
       $("frames").append(frame);
     }
-    review.frames.get(name).classList.toggle("away", name !== names[0]);
-    review.frames.get(name).inert = name !== names[0];
+    return review.frames.get(name);
+  };
+  for (const name of names.filter((name) => review.frames.has(name) || name === names[0])) {
+    frameOf(name).classList.toggle("away", name !== names[0]);
+    frameOf(name).inert = name !== names[0];
   }
+  // neighbours too, so that the next scan is there at once; but this one is drawn first
+  requestAnimationFrame(() => setTimeout(() => {
+    if (reviewing() && review.at === at) names.forEach(frameOf);
+  }));
   $("review").hidden = false;
   document.body.classList.add("reviewing");
   countTime();
   drawReview();
   tellPage({ viewer: review.viewer }); // it opens as that of the scan before was left; null: closed
   focusPage();
+  loadAhead();
+}
+
+// Who has used the viewer finds its data loaded on the next scans too; nobody else loads them. One after the other, what is on
+// show first; a frame that goes takes them with it.
+function loadAhead() {
+  if (!reviewing() || !review.viewed || [...review.asked].some((scan) => !review.loaded.has(scan))) return;
+  const next = [review.at, review.at + 1, review.at - 1].map((n) => rows[review.order[n]]?.[0])
+    .find((scan) => review.frames.has(scan) && !review.loaded.has(scan));
+  if (next === undefined || !review.ready.has(next)) return;
+  review.asked.add(next);
+  tellPage({ load: true }, next);
 }
 
 // What was being written is of the scan that goes.
@@ -95,15 +116,14 @@ function focusPage() {
   else if (!typing) document.activeElement.blur();
 }
 
-const tellPage = (message) => frameShown().contentWindow.postMessage({ n4flow: message }, "*");
+const tellPage = (message, scan = scanShown()) => review.frames.get(scan).contentWindow.postMessage({ n4flow: message }, "*");
 
 function closeReview() {
   if (!reviewing()) return;
   leaveScan();
   const last = state.kept.indexOf(review.order[review.at]);
   for (const frame of review.frames.values()) frame.remove();
-  review.frames.clear();
-  review.ready.clear();
+  for (const known of [review.frames, review.ready, review.asked, review.loaded]) known.clear();
   review.at = -1;
   review.since = 0;
   review.viewer = null; // what a page says after the key that left it is not heard
@@ -242,9 +262,16 @@ window.addEventListener("message", (event) => {
     keepComment(scan, said.comment, said.before);
     event.source.postMessage({ n4flow: { kept: true } }, "*");
   } else if (said.viewer !== undefined) {
-    if (reviewing() && scan === scanShown()) review.viewer = said.viewer;
+    if (!reviewing() || scan !== scanShown()) return;
+    review.viewer = said.viewer;
+    review.viewed ||= said.viewer !== null;
+    loadAhead();
+  } else if (said === "loaded") {
+    review.loaded.add(scan);
+    loadAhead();
   } else if (said === "ready") {
     review.ready.add(scan);
+    loadAhead();
     if (scan !== scanShown()) return;
     if (review.viewer) tellPage({ viewer: review.viewer }); // closed it is, unless a key came first
     tellPage({ comment: ratings.note(scan).comment });

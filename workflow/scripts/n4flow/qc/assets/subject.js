@@ -83,11 +83,19 @@ document.addEventListener("keydown", (event) => {
   if (event.key === "Escape" && document.querySelector("dialog[open]")) return;
   if (act(event.key)) event.preventDefault();
 });
+// The viewer's data, before they are asked for: when nothing else is to be done.
+function loadAhead() {
+  const done = () => tellReview("loaded");
+  if (!window.loadViewer) done();
+  else if (window.requestIdleCallback) requestIdleCallback(() => loadViewer(done));
+  else setTimeout(() => loadViewer(done), 200);
+}
 window.addEventListener("message", (event) => {
   const said = event.data?.n4flow;
   if (!framed || event.source !== parent || said === undefined) return;
   if (typeof said === "string") act(said);
   else if (said.viewer !== undefined) window.followViewer?.(said.viewer);
+  else if (said.load) loadAhead();
   else if (said.leave) keepNote();
   else if (said.kept) unanswered -= 1;
   else if (typeof said.comment === "string" && !note.open && !unanswered) comment = said.comment;

@@ -1,6 +1,6 @@
 "use strict";
 // The viewer: three planes on 2-D canvases with a crosshair, a window, and the bias field over them. Its data are a script
-// beside the page, loaded when it is first opened: the corrected image as pictures, and the fields as control points. The
+// beside the page, loaded when it is first opened, or ahead of that: the corrected image as pictures, and the fields as control points. The
 // original is the corrected image times the field, which is evaluated slice by slice.
 const viewer = document.getElementById("viewer");
 const part = (name) => viewer.querySelector(`[data-part=${name}]`);
@@ -21,6 +21,14 @@ function openViewer(state) {
     if (wanted) takeState();
     return arrange();
   }
+  loadViewer();
+  return undefined;
+}
+
+// Calls back when there is no more to wait for: the data are here, or cannot be had.
+function loadViewer(done) {
+  if (done) whenLoaded.push(done);
+  if (scan) return endLoading();
   if (viewer.querySelector("script")) return undefined;
   part("told").textContent = "loading…";
   const script = document.createElement("script");
@@ -28,10 +36,13 @@ function openViewer(state) {
   script.onerror = () => {
     script.remove(); // so that it can be tried again
     part("told").textContent = `The viewer's data (${decodeURIComponent(document.body.dataset.viewer)}) are not beside this page: an archive leaves them out`;
+    endLoading();
   };
   viewer.append(script);
   return undefined;
 }
+const whenLoaded = [];
+const endLoading = () => whenLoaded.splice(0).forEach((call) => call());
 const closeViewer = () => viewer.close();
 // As the viewer of the scan before was left; null: closed.
 function followViewer(state) {
@@ -78,6 +89,7 @@ async function showVolumes(content) {
     [mask] = await Promise.all([inflated(content.mask), ...content.sheets.map((sheet, n) => readSheet(sheet, n, content, volume))]);
   } catch (error) {
     part("told").textContent = `This browser cannot unpack the viewer's data (${error.message})`;
+    endLoading();
     return;
   }
   scan = { ...content, mask, volume, sheets: null };
@@ -97,6 +109,7 @@ async function showVolumes(content) {
   part("legend").style.background = `linear-gradient(to right, ${scan.colours.join(", ")})`;
   takeState();
   if (viewer.open) arrange();
+  endLoading();
 }
 
 function takeState() {
