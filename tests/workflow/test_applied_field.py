@@ -251,6 +251,6 @@ def test_image_of_another_space_ends_with_one_line(tmp_path):
     done = snakemake(tmp_path, results_of(taking)["corrected"], "--cores", 2)
     assert done.returncode == 1
     line = (tmp_path / log_of(taking, "apply")).read_text().splitlines()[-1]
-    assert line.startswith(f"n4flow: {taking.image}: lies outside of the image that its field was estimated on; ")
+    assert line.startswith(f"n4flow: {taking.image}: lies outside of the image that its field was estimated on (")
     assert f"apply failed: {line.removeprefix('n4flow: ')}\n" in done.stdout
     assert not (tmp_path / results_of(taking)["corrected"]).exists()

@@ -25,6 +25,10 @@ ALIGNMENT_TOLERANCE = 1e-5
 #: Points evaluated at a time on a grid that is oblique to the mesh.
 BLOCK_POINTS = 2**14
 
+#: An image of which a larger share lies outside of the field's is of another space: a whole head with a field of a slab of
+#: it has a tenth in common.
+MOST_OUTSIDE = 0.95
+
 FORMAT = "n4flow log bias field, version 1"
 
 
@@ -222,7 +226,7 @@ class BiasField:
         Raises
         ------
         InputError
-            The image does not meet that of the field anywhere.
+            The image does not meet that of the field, or with less of it than `MOST_OUTSIDE` leaves.
         ValueError
             A shape without voxels, or an affine that cannot be inverted.
         """
@@ -232,15 +236,18 @@ class BiasField:
         if min(shape) < 1:
             raise ValueError(f"a grid of shape {tuple(shape)} holds no voxel")
         shape, to_own = _three_axes(shape), self._to_own(affine)
-        if not (
-            _boxes_meet(to_own, shape, self.image_shape) and _boxes_meet(np.linalg.inv(to_own), self.image_shape, shape)
-        ):
+        meet = _boxes_meet(to_own, shape, self.image_shape) and _boxes_meet(
+            np.linalg.inv(to_own), self.image_shape, shape
+        )
+        outside = _share_outside(to_own, shape, self.image_shape) if meet else 1.0
+        if outside > MOST_OUTSIDE:
             raise InputError(
                 source,
-                "lies outside of the image that its field was estimated on",
+                f"lies {f'to {100 * outside:.0f} % ' if meet else ''}outside of the image that its field was estimated on"
+                f" ({_extent_text(affine, shape)}; that one {_extent_text(self.affine, self.image_shape)})",
                 "take the field from an image of the same space, or mend qform and sform",
             )
-        if outside := _share_outside(to_own, shape, self.image_shape):
+        if outside:
             log.warning(
                 "%s: %s of it lies outside of the image that its field was estimated on; there the field is "
                 "extrapolated",
@@ -506,6 +513,14 @@ def _boxes_meet(matrix: np.ndarray, shape: Sequence[int], own_shape: Sequence[in
     ends = np.array([[*corner, 1] for corner in np.ndindex(2, 2, 2)]) * [*shape, 1] - [0.5, 0.5, 0.5, 0]
     corners = (ends @ matrix.T)[:, :3]
     return bool((corners.max(axis=0) > -0.5).all() and (corners.min(axis=0) < np.array(own_shape) - 0.5).all())
+
+
+def _extent_text(affine: np.ndarray, shape: Sequence[int]) -> str:
+    """From where to where a grid reaches, in mm of the world."""
+    ends = np.array([[*corner, 1] for corner in np.ndindex(2, 2, 2)]) * [*shape, 1] - [0.5, 0.5, 0.5, 0]
+    world = (ends @ affine.T)[:, :3]
+    places = zip("xyz", world.min(axis=0), world.max(axis=0), strict=True)
+    return ", ".join(f"{axis} {low:.0f} to {high:.0f}" for axis, low, high in places) + " mm"
 
 
 def _share_outside(matrix: np.ndarray, shape: Sequence[int], own_shape: Sequence[int]) -> float:
