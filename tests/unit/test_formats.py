@@ -155,6 +155,12 @@ def test_a_damaged_one_is_one_line(tmp_path, kind, spoil, problem):
     assert "\n" not in str(error.value)
 
 
+def test_the_header_of_a_pair_leads_to_its_image(tmp_path):
+    path = write("NIfTI pair", np.ones((5, 6, 7), np.float32), tmp_path)
+    with pytest.raises(InputError, match=r"sub-01_T1w\.hdr: is the header of a pair of files; give .*sub-01_T1w\.img$"):
+        Volume(path.with_suffix(".hdr"))
+
+
 def test_scans_in_these_formats_are_found_once_each_with_their_sidecars(tmp_path, caplog):
     (tmp_path / "dataset_description.json").write_text("{}")
     ends = {

@@ -113,6 +113,10 @@ class Volume:
         self.path = Path(path)
         if missing := missing_file(path):
             raise InputError(path, *missing)
+        if self.path.suffix == ".hdr":
+            raise InputError(
+                path, "is the header of a pair of files", f"give the other one: {self.path.with_suffix('.img')}"
+            )
         if missing := missing_file(header_file(path)):
             raise InputError(header_file(path), missing[0], f"copy it beside {self.path.name}, whose header it holds")
         self._kept = b""
