@@ -258,6 +258,24 @@ def test_a_good_correction_has_no_line_but_the_last(image, tmp_path, capsys):
     assert line.startswith("n4flow: done in ")
 
 
+def test_the_page_of_one_file_has_the_flag_of_its_size_whatever_it_is_called(image, tmp_path, capsys):
+    tiny = tmp_path / "head.nii"  # of a thousandth: mm that are said to be µm
+    nib.save(nib.Nifti1Image(np.asarray(nib.load(image).dataobj), np.diag([4e-3, 4e-3, 4e-3, 1])), tiny)
+    n4flow("correct", tiny, tmp_path / "x.nii", "--report", tmp_path / "p.html", "--device", "cpu")
+    assert "flagged: size: the longest edge" in capsys.readouterr().err
+    assert "the longest edge of the image is" in (tmp_path / "p.html").read_text()
+
+
+def test_a_warning_of_several_steps_is_one_line(tmp_path, capsys, head):
+    values = np.stack([head.image[::2, ::2, ::2].astype(np.float32)] * 3, axis=-1)
+    values[..., 1] = np.nan
+    nib.save(nib.Nifti1Image(values, np.diag([4.0, 4, 4, 1])), tmp_path / "series.nii")
+    n4flow("correct", tmp_path / "series.nii", tmp_path / "x.nii", "--device", "cpu")
+    said = [line for line in capsys.readouterr().err.splitlines() if "not finite" in line]
+    assert len(said) == 1
+    assert "1 of 3 frames" in said[0]
+
+
 def test_what_a_report_needs_is_named_before_any_work(image, tmp_path, monkeypatch):
     monkeypatch.setattr(cli, "find_spec", lambda name: None if name == "matplotlib" else name)
     line = failure("correct", image, tmp_path / "x.nii.gz", "--report", tmp_path / "p.html")

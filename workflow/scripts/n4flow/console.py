@@ -42,13 +42,19 @@ TYPED, PARTICIPANTS = "N4FLOW_TYPED", "N4FLOW_PARTICIPANTS"
 class Terminal(logging.Handler):
     """The log of a command: warnings are lines; where there is a terminal, the rest is one line that changes."""
 
-    shown = False
+    def __init__(self) -> None:
+        super().__init__()
+        self.shown = False
+        self.warned: set[str] = set()  # each step that reads an image says what is wrong with it
 
     def emit(self, record: logging.LogRecord) -> None:
         """Show a message."""
         if record.levelno >= logging.WARNING:
-            self.clear()
-            say(f"{PREFIX}{record.getMessage()}\n", sys.stderr)
+            message = record.getMessage()
+            if message not in self.warned:
+                self.warned.add(message)
+                self.clear()
+                say(f"{PREFIX}{message}\n", sys.stderr)
         elif sys.stderr.isatty():
             self.clear()
             # without the folders of the file that it begins with: what happens is to be seen

@@ -224,7 +224,7 @@ def measure_subject(
     fields = {"bias field": load_field(field)}
     if reference_field:
         fields["reference field"] = load_field(reference_field)
-    datatype = DATATYPE_OF.get(name.rpartition("_")[2])
+    datatype = DATATYPE_OF.get(name.rpartition("_")[2], "")
     grid, raw, divided = Volume(mask), open_scan(image), Volume(corrected)
     divided.averaged = raw.averaged
     grid.check_same_grid(raw, "image")
