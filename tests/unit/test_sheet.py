@@ -7,7 +7,7 @@ import pytest
 from n4flow.errors import InputError
 from n4flow.study.bids import Scan
 from n4flow.study.config import load_schema
-from n4flow.study.sheet import place_problem, read_sheet, results_problem, with_least_hash
+from n4flow.study.sheet import place_problem, read_sheet, results_problem, with_least_hash, zeros_problem
 
 ROOT = Path(__file__).resolve().parents[2]
 SHEET_SCHEMA = load_schema(ROOT / "workflow/schemas/samples.schema.yaml")
@@ -288,3 +288,29 @@ def test_a_further_name_takes_the_place_of_one_at_most():
 def test_choice_hangs_on_the_names_alone():
     # SHA-256 of the name: the same on every machine and in every version
     assert sorted(with_least_hash(NAMES[:20][::-1], 4)) == [f"sub-{n:04d}_T1w" for n in (6, 15, 16, 19)]
+
+
+@pytest.mark.parametrize(
+    ("rows", "said"),
+    [
+        (
+            [("1", "", "raw/sub-01/anat/sub-01_T1w.nii"), ("2", "", "raw/sub-02_T1w.nii")],
+            ("sub-1", "sub-01", " (and 1"),
+        ),
+        ([("01", "1", "raw/sub-01/ses-01/anat/sub-01_ses-01_T1w.nii")], ("ses-1", "ses-01", "")),
+        ([("007", "", "a.nii"), ("7", "", "b.nii")], ("sub-7", "sub-007", "")),
+        ([("3", "", "c.nii")], ("sub-3", "sub-03", "")),  # an earlier run has it
+        ([("01", "1", "raw/sub-01_ses-1_T1w.nii"), ("10", "", "a.nii"), ("0", "", "b.nii")], None),
+        ([("1", "", "raw/sub-101/sub-101_T1w.nii"), ("2", "", "raw/sub-a2_T1w.nii"), ("03", "", "sub-3.nii")], None),
+    ],
+)
+def test_labels_that_have_lost_their_zeros_are_told(tmp_path, rows, said):
+    (tmp_path / "sub-03").mkdir()
+    scans = [Scan(subject, session, "T1w", image) for subject, session, image in rows]
+    line = zeros_problem("study.tsv", scans, tmp_path)
+    if said is None:
+        assert line == ""
+        return
+    label, other, more = said
+    assert line.startswith(f"study.tsv: {label} is taken for another one than {other}{more}")
+    assert zeros_problem("study.tsv", scans, tmp_path / "no") != "" or label == "sub-3"

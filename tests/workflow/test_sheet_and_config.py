@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 from study import ROOT, head, raw_scan, save, snakemake, write_config, write_sheet
@@ -70,6 +71,18 @@ def test_unknown_scan_as_target_is_named(tmp_path):
     done = snakemake(tmp_path, "results/sub-02/anat/sub-02_desc-N4_T1w.nii.gz", "--cores", 1)
     assert done.returncode == 1
     assert f"sub-02_T1w: no such scan in {tmp_path}/config/samples.tsv; add a line for it" in done.stdout
+
+
+def test_a_label_that_has_lost_its_zeros_is_a_line(tmp_path):
+    write_config(tmp_path)
+    scan = raw_scan("01")
+    save(tmp_path / scan.image, head())
+    write_sheet(tmp_path / "config/samples.tsv", [replace(scan, subject="1")])
+    done = snakemake(tmp_path, "--dry-run", "--cores", 1)
+    assert done.returncode == 0
+    assert (
+        done.stdout.count("samples.tsv: sub-1 is taken for another one than sub-01; if a spreadsheet has removed") == 1
+    )
 
 
 @pytest.mark.parametrize(("subjects", "over_all"), [("01", False), ("01 02", True)])

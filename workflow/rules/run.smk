@@ -13,6 +13,7 @@ from n4flow.console import TOLD, last_error
 from n4flow.images.files import remove_abandoned, why_not_writable
 from n4flow.study.failures import NO_STORE, STORE_STEPS, failed_scans, made_since, write_failed
 from n4flow.study.progress import Progress
+from n4flow.study.sheet import zeros_problem
 from n4flow.worker import begin_run
 
 RUN_START = time.time()
@@ -45,6 +46,10 @@ if FAILED_NOW and workflow.is_main_process:
         f"{len(FAILED_NOW)} left out that failed before: {names_of(FAILED_NOW)}. To try one again, mend it or remove its "
         f"row from {shown(FAILED_FILE)}"
     )
+
+
+if workflow.is_main_process and (problem := zeros_problem(SHEET_FILE, CHOSEN, place_of("<results>"))):
+    logger.warning(problem)
 
 
 class ScanLines(logging.Handler):

@@ -25,8 +25,8 @@ ALIGNMENT_TOLERANCE = 1e-5
 #: Points evaluated at a time on a grid that is oblique to the mesh.
 BLOCK_POINTS = 2**14
 
-#: An image of which a larger share lies outside of the field's is of another space: a whole head with a field of a slab of
-#: it has a tenth in common.
+#: An image of which a larger share lies outside of the field's is of another space: a whole head and a slab of it have
+#: a tenth in common.
 MOST_OUTSIDE = 0.95
 
 FORMAT = "n4flow log bias field, version 1"
@@ -241,10 +241,11 @@ class BiasField:
         )
         outside = _share_outside(to_own, shape, self.image_shape) if meet else 1.0
         if outside > MOST_OUTSIDE:
+            share = f"to {100 * outside:.0f} % " if meet else ""
             raise InputError(
                 source,
-                f"lies {f'to {100 * outside:.0f} % ' if meet else ''}outside of the image that its field was estimated on"
-                f" ({_extent_text(affine, shape)}; that one {_extent_text(self.affine, self.image_shape)})",
+                f"lies {share}outside of the image that its field was estimated on "
+                f"({_extent_text(affine, shape)}; that one {_extent_text(self.affine, self.image_shape)})",
                 "take the field from an image of the same space, or mend qform and sform",
             )
         if outside:

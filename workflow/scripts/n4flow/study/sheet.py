@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 import os
+import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import fields
 from functools import cache
@@ -266,6 +268,34 @@ def results_problem(results: str | Path, scans: Sequence[Scan]) -> str:
                 "give them a folder of their own"
             )
     return ""
+
+
+def zeros_problem(sheet: str | Path, scans: Sequence[Scan], results: str | Path) -> str:
+    """What is wrong with labels that spreadsheets made numbers of, 01 to 1; empty if nothing is.
+
+    A label is taken for one of these where another one differs from it by nothing but zeros at the front: in the path
+    of the row's own image, in another row, or in a folder of the results.
+    """
+    there: list[str] = []
+    with contextlib.suppress(OSError):
+        there = [name.removeprefix("sub-") for name in os.listdir(results) if name.startswith("sub-")]
+    by_number = {label.lstrip("0"): label for label in sorted((*there, *(scan.subject for scan in scans)), key=len)}
+    found = {}
+    for scan in scans:
+        for key, label in (("sub", scan.subject), ("ses", scan.session)):
+            own = re.findall(rf"(?:^|[/_]){key}-([A-Za-z0-9+]+)(?=[/_]|$)", scan.image) if label else []
+            others = [*own, by_number[label.lstrip("0")]] if key == "sub" else own
+            longer = [other for other in others if len(other) > len(label) and other.endswith(label)]
+            if other := next((other for other in longer if other.lstrip("0") == label.lstrip("0")), ""):
+                found[f"{key}-{label}"] = f"{key}-{other}"
+    if not found:
+        return ""
+    label, other = next(iter(found.items()))
+    more = f" (and {len(found) - 1} more of this kind)" if len(found) > 1 else ""
+    return (
+        f"{sheet}: {label} is taken for another one than {other}{more}; if a spreadsheet has removed the zeros, write "
+        "them again, with the column as text"
+    )
 
 
 def _field_source_problem(scan: Scan, scans: Mapping[str, Scan]) -> str:
