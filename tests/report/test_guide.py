@@ -119,3 +119,23 @@ def test_a_case_that_no_flag_catches_says_so_and_a_good_one_that_is_flagged_too(
 @pytest.mark.parametrize("browser", ["chromium"], indirect=True)
 def test_the_guide_is_accessible(guide_file, visit, violations):
     assert violations(visit(guide_file).page) == []
+
+
+#: Rows of figures that are not full, but for the last one of a section, and how far the page is wider than the window.
+LAYOUT = """() => [[...document.querySelectorAll(".grid")].flatMap((grid) => {
+  const isBox = (one) => getComputedStyle(one).display !== "contents";
+  const figures = [...grid.children].flatMap((one) => (isBox(one) ? one : [...one.children]));
+  const rows = Map.groupBy(figures, (figure) => figure.offsetTop);
+  return [...rows.keys()].sort((a, b) => a - b).slice(0, -1).filter((top) => {
+    const ends = rows.get(top).map((figure) => figure.getBoundingClientRect().right);
+    return Math.max(...ends) < grid.getBoundingClientRect().right - 2;
+  });
+}), document.documentElement.scrollWidth - innerWidth]"""
+
+
+def test_the_guide_fits_every_width_without_gaps(guide_file, visit):
+    page = visit(guide_file).page
+    for width in (360, 820, 1280, 1920, 2560):
+        page.set_viewport_size({"width": width, "height": 900})
+        gaps, over = page.evaluate(LAYOUT)
+        assert (width, gaps, max(0, over)) == (width, [], 0)
