@@ -51,7 +51,7 @@ def test_metadata_and_voxels_are_those_of_the_folder(tmp_path, layout):
     assert volumes[0][1:] == volumes[1][1:]
 
 
-@layouts
+@pytest.mark.parametrize("layout", ["v2", "sharded"])
 def test_a_store_is_corrected_to_the_same_voxels(tmp_path, layout):
     here, there = stored(tmp_path, layout)
     for source, name in ((here, "of_folder"), (there, "of_bucket")):
