@@ -6,6 +6,7 @@ every change of a setting, so that no setting can have been chosen by them. Besi
 light-sheet microscope.
 """
 
+import functools
 import zlib
 from dataclasses import astuple, dataclass
 from itertools import product
@@ -163,6 +164,63 @@ def light_sheet(contrast, field_sd, seed, *, levels=None, noise_percent=3):
         image = np.rint(np.minimum(image / top, 1) * (levels - 1)).astype(np.float32)
     nothing = np.zeros(shape, dtype=bool)
     return Scan(image, image > otsu_threshold(image.ravel()), inside, nothing, nothing, log_bias, (0.04,) * 3)
+
+
+def serial_sections(seed, *, axis=2, sections=8, gain_sd=0.25, attenuation=0.6, field_sd=0.15, what="light-sheet"):
+    """An object that was cut into sections, each with a gain and an attenuation with depth of its own.
+
+    Parameters
+    ----------
+    seed : int
+        Odd ones are for reporting, as of `Case`.
+    axis : int
+        Along which it was cut.
+    sections : int, optional
+        Of equal thickness; by default each plane is one, without attenuation.
+    gain_sd : float
+        Of the log gain, from section to section.
+    attenuation : float
+        Mean fall of the log intensity from a section's first face to its last; from half of it to one and a half.
+    field_sd : float
+        Of the smooth log field in the object.
+    what : {"light-sheet", "head", "brain"}
+        The object of `light_sheet`, or that of the average head, whose tissues change along any axis.
+
+    Returns
+    -------
+    Scan
+        Its truth, `log_bias`, is the gains and the field together.
+    """
+    rng = _lot((axis, sections, gain_sd, attenuation, field_sd, what, seed), seed % 2 == 0)
+    truth, inside, size_mm = _object(what)
+    planes = np.flatnonzero(inside.any(axis=tuple(n for n in range(3) if n != axis)))
+    count = len(planes) if sections is None else sections
+    place = np.arange(len(planes)) * count / len(planes)
+    section = place.astype(int)
+    falls = attenuation * rng.uniform(0.5, 1.5, count) * (sections is not None)
+    log_gains = np.zeros(inside.shape[axis])
+    log_gains[planes] = rng.normal(0, gain_sd, count)[section] - falls[section] * (place - section - 0.5)
+    log_gains[: planes[0]], log_gains[planes[-1] :] = log_gains[planes[0]], log_gains[planes[-1]]
+    log_bias = log_bias_field("legendre", 40, inside, rng)
+    log_bias *= field_sd / log_bias[inside].std()
+    log_bias = log_bias + np.moveaxis(log_gains[:, None, None], 0, axis)
+    image = _with_noise(truth * np.exp(log_bias), 30, rng)
+    nothing = np.zeros(inside.shape, dtype=bool)
+    return Scan(image, image > otsu_threshold(image.ravel()), inside, nothing, nothing, log_bias, (size_mm,) * 3)
+
+
+@functools.cache
+def _object(what):
+    """Intensities without noise or field, where the object is, and the size of a voxel in mm."""
+    if what == "light-sheet":
+        scan = light_sheet(1, 1e-9, 0, noise_percent=0)
+        truth, inside = (
+            values[:249, :198].reshape(83, 3, 66, 3, 50, 3).mean(axis=(1, 3, 5)) for values in (scan.image, scan.brain)
+        )
+        return truth, inside > 0.5, 0.12
+    head = anatomy("mni_2mm")
+    truth = sum(np.float32(CONTRASTS["T1"][name]) * share for name, share in head.shares.items())
+    return (truth * head.brain if what == "brain" else truth), head.brain, 2.0
 
 
 def sparse_stain(scan, ground, seed):

@@ -23,6 +23,7 @@ rule mask:
         mem_mb=memory_mb(baseline=300, per_voxel=2),
     params:
         settings=config["mask"],
+        plane_gains=config["plane_gains"],
         package=package_digest("steps.mask"),
     script:
         "../scripts/mask.py"

@@ -26,6 +26,7 @@ rule n4:
     params:
         settings=config["n4"],
         keep_dtype=config["output"]["keep_dtype"],
+        plane_gains=config["plane_gains"],
         package=package_digest("steps.correct"),
     script:
         "../scripts/n4.py"

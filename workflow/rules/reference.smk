@@ -24,6 +24,7 @@ rule reference:
         mem_mb=memory_mb(baseline=500, per_voxel=8),
     params:
         keep_dtype=config["output"]["keep_dtype"],
+        plane_gains=config["plane_gains"],
         package=package_digest("steps.reference"),
     script:
         "../scripts/reference.py"

@@ -31,6 +31,7 @@ rule tune_n4:
     params:
         settings=tune_settings,
         keep_dtype=False,
+        plane_gains=config["plane_gains"],
         package=package_digest("steps.correct"),
     script:
         "../scripts/n4.py"

@@ -12,6 +12,7 @@ def main(snakemake):
         found_on=snakemake.input.get("found_on"),
         output=snakemake.output.mask,
         sidecar=snakemake.output.sidecar,
+        plane_gains=snakemake.params.plane_gains,
         **snakemake.params.settings,
     )
 

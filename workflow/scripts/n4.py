@@ -18,6 +18,7 @@ def main(snakemake):
         device=device,
         threads=snakemake.threads,
         keep_dtype=snakemake.params.keep_dtype,
+        plane_gains=snakemake.params.plane_gains,
     )
 
 

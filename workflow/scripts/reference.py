@@ -11,6 +11,7 @@ def main(snakemake):
         mask=snakemake.input.mask,
         files=dict(snakemake.output.items()),
         keep_dtype=snakemake.params.keep_dtype,
+        plane_gains=snakemake.params.plane_gains,
     )
 
 

@@ -240,7 +240,8 @@ def correct(given: argparse.Namespace) -> None:
         Thread(target=preload).start()
     with tempfile.TemporaryDirectory(prefix="n4flow-") as folder:
         mask, mask_sidecar = Path(folder, "mask.nii.gz"), Path(folder, "mask.json")
-        mask_scan(given.image, given.mask, mask, mask_sidecar, **config["mask"])
+        levelled = {"plane_gains": config["plane_gains"]}
+        mask_scan(given.image, given.mask, mask, mask_sidecar, **config["mask"], **levelled)
         correct_scan(
             given.image,
             mask,
@@ -251,6 +252,7 @@ def correct(given: argparse.Namespace) -> None:
             weights=given.weights,
             keep_dtype=config["output"]["keep_dtype"],
             sources=[path for path in (given.mask, given.weights) if path],
+            **levelled,
         )
         if given.report:
             flags = _report(given, {"mask": mask, **files}, config["qc"], Path(folder))
@@ -292,6 +294,7 @@ def _correct_store(given: argparse.Namespace) -> None:
         mask=given.mask,
         mask_method=config["mask"]["method"],
         percentile=config["mask"]["percentile"],
+        plane_gains=config["plane_gains"],
         parameters=config["n4"],
         device=config["device"],
         **settings,

@@ -45,6 +45,7 @@ class FieldTiles:
         scale, offset = field.voxel_to_mesh[axis, 0], field.voxel_to_mesh[axis, 3]
         steepest = float(np.abs(np.diff(self._lattice, axis=2)).max(initial=0))
         smooth = field.mesh.span_voxels[axis] >= LONG_SPAN * abs(scale) and steepest <= STEEPEST
+        smooth = smooth and (field.gains is None or field.gains.axis != axis)  # steps are no polynomial
         nodes = (EDGE - 1) / 2 * (1 + np.cos((2 * np.arange(NODES) + 1) * np.pi / (2 * NODES)))
         self._weights = _lagrange(nodes, np.arange(EDGE))
         self._columns, self._interpolated = [], []
@@ -56,7 +57,7 @@ class FieldTiles:
             inside = inside and bool(ends.min() > 0) and bool(ends.max() < field.mesh.spans[axis])
             self._interpolated.append(inside)
             places = start + nodes if inside else voxels
-            self._columns.append(np.ascontiguousarray(field.mesh.basis(axis, scale * places + offset).T))
+            self._columns.append(np.ascontiguousarray(field.basis_along(0, places).T))
 
     def tiles(self, block: Sequence[slice]) -> Iterator[tuple[tuple[slice, slice, slice], np.ndarray]]:
         """``exp(B)`` on the tiles of a block.

@@ -12,6 +12,7 @@ import numpy as np
 
 from n4flow.core.affine import LARGEST_LENGTH, affine_problem
 from n4flow.core.bspline import basis_matrix, control_points, evaluate_at, expand
+from n4flow.core.planes import PlaneGains
 from n4flow.errors import InputError
 
 log = logging.getLogger(__name__)
@@ -30,6 +31,9 @@ BLOCK_POINTS = 2**14
 MOST_OUTSIDE = 0.95
 
 FORMAT = "n4flow log bias field, version 1"
+
+#: With gains of planes, which a reader of version 1 would leave out.
+FORMAT_WITH_GAINS = "n4flow log bias field, version 2"
 
 
 @dataclass(frozen=True)
@@ -192,6 +196,8 @@ class BiasField:
     has_spatial_reference : bool
         Whether the affine says where the image lies. False for one that a reader made up, of an image whose header
         names no space: nothing but that very grid can be related to it.
+    gains : PlaneGains, optional
+        What is added to the spline, plane by plane of the image that the field was estimated on.
     """
 
     lattice: np.ndarray
@@ -200,6 +206,7 @@ class BiasField:
     affine: np.ndarray
     voxel_to_mesh: np.ndarray = field(default_factory=lambda: np.eye(4))
     has_spatial_reference: bool = True
+    gains: PlaneGains | None = None
 
     def on_grid(self, shape: Sequence[int], affine: np.ndarray, source: object = "image") -> BiasField:
         """The same field, seen on the grid of another image of the same space: of another contrast, echo or resolution.
@@ -291,17 +298,49 @@ class BiasField:
 
     def _separated(self, positions: Positions) -> list[np.ndarray]:
         """Basis matrices at these voxel indices of an aligned grid, per axis of the grid."""
+        return [self.basis_along(axis, index) for axis, index in enumerate(positions)]
+
+    def basis_along(self, axis: int, index: np.ndarray) -> np.ndarray:
+        """Weights of `lattice_on_grid` along an axis of an aligned grid.
+
+        Parameters
+        ----------
+        axis : int
+            Of the grid.
+        index : (n,) array
+            Voxel indices along it: any real numbers.
+
+        Returns
+        -------
+        (n, lattice_on_grid.shape[axis]) float64 array
+        """
         assert self._mesh_axes is not None
-        bases = []
-        for axis, mesh_axis in enumerate(self._mesh_axes):
-            scale, offset = self.voxel_to_mesh[mesh_axis, axis], self.voxel_to_mesh[mesh_axis, 3]
-            bases.append(self.mesh.basis(mesh_axis, scale * np.asarray(positions[axis]) + offset))
-        return bases
+        mesh_axis = self._mesh_axes[axis]
+        scale, offset = self.voxel_to_mesh[mesh_axis, axis], self.voxel_to_mesh[mesh_axis, 3]
+        place = scale * np.asarray(index) + offset
+        basis = self.mesh.basis(mesh_axis, place)
+        if self.gains is not None and mesh_axis == self.gains.axis:
+            basis = np.column_stack([basis, self.gains.at(place, self._thickness)])
+        return basis
+
+    @cached_property
+    def _thickness(self) -> float:
+        """What a voxel of the grid covers of the planes that have gains, in these."""
+        assert self.gains is not None
+        return float(np.abs(self.voxel_to_mesh[self.gains.axis, :3]).sum())
 
     @cached_property
     def lattice_on_grid(self) -> np.ndarray:
-        """The lattice with its axes in the order of an aligned grid's."""
-        return np.ascontiguousarray(self.lattice.transpose(self._mesh_axes))
+        """The lattice with its axes in the order of an aligned grid's.
+
+        Gains stand beside it as control points of 1, of which `image_bases` has a column: the bases of the other axes
+        add up to 1.
+        """
+        lattice = self.lattice
+        if self.gains is not None:
+            width = [(0, int(axis == self.gains.axis)) for axis in range(3)]
+            lattice = np.pad(lattice, width, constant_values=1.0)
+        return np.ascontiguousarray(lattice.transpose(self._mesh_axes))
 
     @cached_property
     def image_bases(self) -> list[np.ndarray]:
@@ -342,6 +381,10 @@ class BiasField:
                 for axis, (a, b, c, offset) in enumerate(self.voxel_to_mesh[:3])
             ]
             rows[start : start + count] = evaluate_at(self.lattice, coordinates, self.mesh.spans)
+            if self.gains is not None:
+                a, b, c, offset = self.voxel_to_mesh[self.gains.axis]
+                index = (b * y[j] + c * z[k] + offset)[:, None] + a * x
+                rows[start : start + count] += self.gains.at(index, self._thickness)
         return rows.reshape(len(z), len(y), len(x)).T
 
     def log_tile(self, tile: Sequence[slice]) -> np.ndarray:
@@ -379,7 +422,7 @@ class BiasField:
         return np.exp(log_field, out=log_field).astype(np.float32)
 
     def along_image(self, spans: int) -> BiasField:
-        """The same field on a mesh along the axes of its grid, for what evaluates no other.
+        """The same field on a mesh along the axes of its grid, for what evaluates no other; without gains of planes.
 
         Parameters
         ----------
@@ -391,6 +434,8 @@ class BiasField:
         -------
         BiasField
         """
+        if self.gains is not None:
+            return self.smooth.along_image(spans)
         if self._mesh_axes is None:
             mesh = Mesh.of_grid(self.image_shape, 3 * (spans,))
             places = [np.linspace(0, n - 1, 3 * spans + 1 if n > 1 else 1) for n in self.image_shape]
@@ -416,6 +461,18 @@ class BiasField:
         mesh = Mesh(tuple(counts), tuple(start), tuple(span_voxels))
         return replace(self, lattice=lattice, mesh=mesh, voxel_to_mesh=np.eye(4))
 
+    @property
+    def smooth(self) -> BiasField:
+        """The same field without gains of planes: the spline alone."""
+        return replace(self, gains=None)
+
+    def gains_along(self) -> tuple[int, np.ndarray] | None:
+        """The axis of the grid along which gains lie, and the log gain of each plane; None without any, or oblique."""
+        if self.gains is None or self._mesh_axes is None:
+            return None
+        axis = self._mesh_axes.index(self.gains.axis)
+        return axis, self.image_bases[axis][:, -1]
+
     def shifted(self, log_offset: float) -> BiasField:
         """The same field plus a constant, which moves every control point alike."""
         return replace(self, lattice=self.lattice + log_offset)
@@ -428,10 +485,12 @@ class BiasField:
         dict
             What `from_mapping` reads. Floats keep all their digits: the field comes back to the last bit. ``Spans``,
             ``MeshStartVoxel`` and ``SpanVoxels`` are those of the `Mesh`, in voxels; ``Affine`` is in mm; ``Lattice``
-            is nested as its axes are, in natural log.
+            is nested as its axes are, in natural log. ``PlaneGains`` is there where planes have gains: the axis of the
+            image that was estimated on, and their natural log.
         """
+        gains = self.gains
         return {
-            "Format": FORMAT,
+            "Format": FORMAT if gains is None else FORMAT_WITH_GAINS,
             "ImageShape": list(self.image_shape),
             "Affine": np.asarray(self.affine).tolist(),
             "Spans": list(self.mesh.spans),
@@ -440,7 +499,7 @@ class BiasField:
             "VoxelToMesh": np.asarray(self.voxel_to_mesh).tolist(),
             "HasSpatialReference": self.has_spatial_reference,
             "Lattice": self.lattice.tolist(),
-        }
+        } | ({} if gains is None else {"PlaneGains": {"Axis": gains.axis, "LogGains": gains.log_gains.tolist()}})
 
     @classmethod
     def from_mapping(cls, content: Mapping[str, Any]) -> BiasField:
@@ -460,7 +519,7 @@ class BiasField:
         ValueError, KeyError, TypeError
             It does not hold a field of this format.
         """
-        if content["Format"] != FORMAT:
+        if content["Format"] not in (FORMAT, FORMAT_WITH_GAINS):
             raise ValueError(f"format {content['Format']!r}")
         if not isinstance(content["HasSpatialReference"], bool):
             raise ValueError("HasSpatialReference is neither true nor false")
@@ -477,6 +536,7 @@ class BiasField:
             _matrix(content, "Affine"),
             _matrix(content, "VoxelToMesh"),
             content["HasSpatialReference"],
+            _gains(content["PlaneGains"]) if content["Format"] == FORMAT_WITH_GAINS else None,
         )
 
 
@@ -486,6 +546,14 @@ def _numbers(content: Mapping[str, Any], name: str, shape: tuple[int, ...]) -> n
     if numbers.dtype.kind not in "iuf" or numbers.shape != shape or not np.isfinite(numbers).all():
         raise ValueError(f"{name} does not hold {' x '.join(map(str, shape))} numbers")
     return numbers.astype(np.float64)
+
+
+def _gains(content: Mapping[str, Any]) -> PlaneGains:
+    """Gains of planes out of JSON."""
+    axis, count = content["Axis"], len(content["LogGains"])
+    if axis not in (0, 1, 2) or isinstance(axis, bool) or not count:
+        raise ValueError("PlaneGains names no axis from 0 to 2, or no plane")
+    return PlaneGains(int(axis), _numbers(content, "LogGains", (count,)))
 
 
 def _counts(content: Mapping[str, Any], name: str, least: int) -> tuple[int, ...]:

@@ -124,7 +124,8 @@ Slab = tuple[slice, int, np.ndarray, np.ndarray, np.ndarray]
 
 def _corrected_slabs(volume: Volume, field: BiasField, xp: Any) -> Iterator[Slab]:
     """Slab by slab: where it is, its frame, values, values divided by the field, and the field."""
-    return _ahead(_corrected_on_host(volume, field)) if xp is np else _corrected_on_gpu(volume, field, xp)
+    on_host = xp is np or field.gains is not None  # the GPU knows splines alone
+    return _ahead(_corrected_on_host(volume, field)) if on_host else _corrected_on_gpu(volume, field, xp)
 
 
 def _corrected_on_gpu(volume: Volume, field: BiasField, xp: Any) -> Iterator[Slab]:

@@ -85,6 +85,9 @@ class Volume:
         1 for 2-D and 3-D images.
     averaged : tuple of int
         Frames, counted from 0, that `mean_slabs` takes the mean of: all, unless it is set.
+    gains : array, optional
+        What `mean_slabs` divides by, with the length of the image along one axis and 1 along the others; None unless it
+        is set.
     affine : (4, 4) float64 array
     affine_mm : (4, 4) float64 array
         The affine with world coordinates in mm, whatever the header's units.
@@ -135,6 +138,7 @@ class Volume:
         n0, n1, n2, self.frames = (*shape, 1, 1)[:4]
         self.shape = (n0, n1, n2)
         self.averaged = tuple(range(self.frames))
+        self.gains: np.ndarray | None = None
         scale = MM_PER_UNIT.get(self._unit(), 1.0)
         self.affine_mm = self.affine * [[scale], [scale], [scale], [1.0]]
         if problem := affine_problem(self.affine_mm):
@@ -289,7 +293,7 @@ class Volume:
         """
         if len(self.averaged) == 1:
             for slab, _, values in self.slabs(planes, self.averaged):
-                yield slab, values
+                yield slab, self._levelled(slab, values)
             return
         total = np.zeros(self.shape)
         used: Any = len(self.averaged)
@@ -316,7 +320,13 @@ class Volume:
         with np.errstate(invalid="ignore"):  # where all are lost
             total /= used
         for slab in self._slab_slices(planes):
-            yield slab, total[:, :, slab]
+            yield slab, self._levelled(slab, total[:, :, slab])
+
+    def _levelled(self, slab: slice, values: np.ndarray) -> np.ndarray:
+        """Values divided by the gains of their planes, if there are any."""
+        if self.gains is None:
+            return values
+        return values / (self.gains if self.gains.shape[2] == 1 else self.gains[:, :, slab])
 
     def mean(self) -> np.ndarray:
         """The mean over the frames in `averaged` as one float32 array (n0, n1, n2)."""

@@ -123,7 +123,8 @@ class View:
         """Change of the log field per mm along each axis of the file, on a coarse grid in the mask."""
         steps = [max(1, n // 48) for n in self.mask.shape]
         inside = self.mask[tuple(slice(None, None, step) for step in steps)]
-        log_field = field.log_at([np.arange(0, n, step) for n, step in zip(self.mask.shape, steps, strict=True)])
+        # steps between planes are no slope
+        log_field = field.smooth.log_at([np.arange(0, n, step) for n, step in zip(self.mask.shape, steps, strict=True)])
         return np.array(
             [
                 np.gradient(log_field, step * size, axis=axis)[inside]

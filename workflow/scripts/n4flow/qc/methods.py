@@ -19,6 +19,8 @@ Metrics = Mapping[str, Any]
 
 #: In full, by how the text cites them.
 REFERENCES = {
+    "Beaton & Tukey 1974": "The fitting of power series, meaning polynomials, illustrated on band-spectroscopic data. "
+    "doi:10.1080/00401706.1974.10489171",
     "Cohen 1960": "A coefficient of agreement for nominal scales. doi:10.1177/001316446002000104",
     "Esteban et al. 2017": "MRIQC: advancing the automatic prediction of image quality in MRI from unseen sites. "
     "doi:10.1371/journal.pone.0184661",
@@ -90,6 +92,14 @@ def _correction(subjects: Sequence[Metrics], failed: int) -> Iterator[str]:
         yield f"The field of a series ({_scans(len(series))}) was that of the mean of its frames{low}."
     if weighted := sum(bool(s.get("weights")) for s in own):
         yield f"Of {_scans(weighted)}, voxels were weighted by given maps of confidence."
+    levelled = [s["plane_gains"] for s in own if (s.get("plane_gains") or {}).get("Levelled")]
+    if levelled:
+        axes = " or ".join(sorted({str(gains["Axis"]) for gains in levelled}))
+        yield (
+            f"Before, planes along {axes} {_of(len(levelled), len(own))}were levelled: their gains, found from the "
+            "most frequent change of the log intensity from plane to plane (biweight, Beaton & Tukey 1974) less a "
+            "parabola along the axis, are part of the field."
+        )
     yield from _settings(own)
     yield (
         "Images were divided by their field, which was scaled so that the mean intensity in the mask stays; nothing "

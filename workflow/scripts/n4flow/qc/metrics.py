@@ -743,7 +743,7 @@ def run_metrics(facts: Mapping[str, Any], reference: Mapping[str, Any], mask_vox
         "outside_fraction": run.get("ShareOutside"),
         "halves": any("Half" in line for line in history),
         "parameters": parameters or None,
-    }
+    } | ({"plane_gains": run["PlaneGains"]} if run.get("PlaneGains") else {})
 
 
 def _scan_of_field(uri: str) -> str:

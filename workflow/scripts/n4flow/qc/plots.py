@@ -99,6 +99,27 @@ def profile_plot(profile: Profile) -> Image.Image:
     return picture_of(figure)
 
 
+def gains_plot(gains: np.ndarray, axis: str) -> Image.Image:
+    """Gains plane by plane, on a scale of logs.
+
+    Parameters
+    ----------
+    gains : (n,) array
+    axis : str
+        That of the file along which the planes lie.
+    """
+    figure, axes = _plot()
+    axes.axhline(1, color=FAINT, linewidth=0.7)
+    axes.stairs(gains, np.arange(len(gains) + 1) - 0.5, baseline=None, color=AFTER, linewidth=1.2)
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter(_PlainNumbers())
+    axes.yaxis.set_minor_formatter(_PlainNumbers())
+    axes.set_position((0.26, 0.2, 0.71, 0.77))  # its tick labels are wide
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set(xlabel=f"plane along {axis}", ylabel="gain", xlim=(-0.5, len(gains) - 0.5))
+    return picture_of(figure)
+
+
 class _PlainNumbers(LogFormatter):
     """0.002 for 2 x 10^-3: the grammar of mathematical text takes 0.2 s to build."""
 

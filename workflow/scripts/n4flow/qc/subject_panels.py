@@ -310,6 +310,16 @@ def plot_panels(subject: Subject, titles: Collection[str] | None = None) -> list
             "the corrected line is flatter.",
             "it still follows the field, or turns against it.",
         )
+    if along := subject.field.gains_along():
+        axis, log_gains = along
+        low, high = np.exp([log_gains.min(), log_gains.max()])
+        add(
+            "Gains of planes",
+            lambda: plots.gains_plot(np.exp(log_gains), "ijk"[axis]),
+            f"×{low:.2f} to ×{high:.2f}, part of the field",
+            "one level a section, or its fall with depth.",
+            "it follows the anatomy: a plane of another tissue that is given its neighbours' brightness.",
+        )
     run = subject.facts.get("N4") or {}
     if history := run.get("History"):
         threshold = (run.get("Parameters") or {}).get("convergence_threshold")

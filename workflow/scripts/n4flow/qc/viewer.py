@@ -226,10 +226,15 @@ def _sheets(levels: np.ndarray, quality: int) -> Iterator[bytes]:
 
 
 def _lattice(field: BiasField) -> dict[str, Any]:
-    """The field on a mesh along the axes of the image: its own, or one that is fine enough."""
+    """The field on a mesh along the axes of the image, its own or one fine enough; gains by plane of the file."""
+    gains = field.gains_along()
     field = field.along_image(OBLIQUE_SPANS)
+    lattice = field.lattice
+    if gains:  # a control point of 1 takes them
+        lattice = np.pad(lattice, [(0, int(axis == gains[0])) for axis in range(3)], constant_values=1.0)
     return {
-        "lattice": field.lattice.ravel().tolist(),
+        **({"gains": {"axis": gains[0], "log": gains[1].tolist()}} if gains else {}),
+        "lattice": lattice.ravel().tolist(),
         "spans": field.mesh.spans,
         "start": field.mesh.start,
         "spanVoxels": field.mesh.span_voxels,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from n4flow.core.samples import Samples
 from n4flow.device import DeviceChoice, select_device
 from n4flow.estimate import Estimate, estimate_twice
 from n4flow.images.nifti import Volume
+from n4flow.images.planes import level_planes
 from n4flow.images.sampling import read_samples
 from n4flow.parameters import N4Parameters
 from n4flow.steps import preload as preload  # what the worker looks for
@@ -33,6 +35,7 @@ def correct_scan(
     threads: int = 1,
     weights: str | Path | None = None,
     keep_dtype: bool = False,
+    plane_gains: str | None = None,
     sources: Sequence[Path] | None = None,
 ) -> None:
     """Estimate the field of a scan, divide the scan by it and write what came about.
@@ -51,6 +54,8 @@ def correct_scan(
         Confidence of each voxel of the mask, see `images.sampling.read_samples`.
     keep_dtype : bool
         See `images.division.write_corrected`.
+    plane_gains : {"i", "j", "k"}, optional
+        The axis along which single planes are levelled before the field is estimated, see `images.planes`.
     sources : sequence of Path, optional
         What the sidecars name in place of the mask, where that is not kept: the mask that it was made from, if any.
 
@@ -67,6 +72,7 @@ def correct_scan(
     log.info("%s: computing on %s (%s)", image, chosen.name, chosen.reason)
     volume, inside = open_scan(image), Volume(mask)
     inputs = {"mask": mask} | series_files(volume) | ({"weights": Path(weights)} if weights else {})
+    levelled = level_planes(volume, plane_gains, inside)
     samples, intensity = read_samples(volume, inside, parameters, inputs.get("weights"))
     estimate = estimate_twice(samples, parameters, xp=chosen.xp, threads=threads)
     field = keep_mean_intensity(estimate.field, intensity, image)
@@ -76,6 +82,9 @@ def correct_scan(
         "Device": chosen.name,
         "DeviceReason": chosen.reason,
     }
+    if levelled:
+        field = replace(field, gains=levelled.gains)
+        facts["PlaneGains"] = levelled.facts()
     packages = ("cupy",) if chosen.kind == "gpu" else ("numba",)
     if len(volume.averaged) < volume.frames:
         facts["AveragedFrames"] = [frame + 1 for frame in volume.averaged]

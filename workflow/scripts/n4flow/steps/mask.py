@@ -17,6 +17,7 @@ from n4flow.errors import InputError
 from n4flow.estimate import estimate_field
 from n4flow.images.files import write_json
 from n4flow.images.nifti import Volume, VolumeWriter
+from n4flow.images.planes import level_planes
 from n4flow.parameters import N4Parameters
 from n4flow.steps import preload as preload  # what the worker looks for
 from n4flow.study.bids import check_magnitude, is_called_magnitude, source_uri
@@ -413,6 +414,7 @@ def make_mask(
     method: MaskMethod = "otsu",
     percentile: float = 50.0,
     found_on: str | Path | None = None,
+    plane_gains: str | None = None,
 ) -> dict[str, Any]:
     """Write a foreground mask (uint8, 0 and 1) on the image's grid.
 
@@ -427,6 +429,8 @@ def make_mask(
         ``head`` makes one filled piece of the foreground, see `head_from_foreground`.
     percentile : float
         See `find_foreground`.
+    plane_gains : {"i", "j", "k"}, optional
+        The axis along which single planes are levelled before.
 
     Returns
     -------
@@ -442,6 +446,7 @@ def make_mask(
     if found_on:
         volume = open_scan(found_on)
         like.check_same_grid(volume, "mask image")
+    level_planes(volume, plane_gains, threshold=otsu_threshold)
     found = find_foreground(volume, method, percentile)
     slabs: Iterable[np.ndarray] = (found.inside(values, slab) for slab, values in volume.mean_slabs())
     if method == "head":
@@ -499,6 +504,7 @@ def mask_scan(
     method: MaskMethod,
     percentile: float,
     found_on: str | Path | None = None,
+    plane_gains: str | None = None,
 ) -> None:
     """Write the mask of a scan and its sidecar; the user's own mask wins over `method`.
 
@@ -507,7 +513,7 @@ def mask_scan(
     image : path-like
     own_mask : path-like, optional
     output, sidecar : path-like
-    method, percentile, found_on
+    method, percentile, found_on, plane_gains
         As `make_mask`.
 
     Raises
@@ -522,7 +528,9 @@ def mask_scan(
     if own_mask:
         facts = adopt_mask(image, own_mask, output)
     else:
-        facts = make_mask(image, output, method=method, percentile=percentile, found_on=found_on)
+        facts = make_mask(
+            image, output, method=method, percentile=percentile, found_on=found_on, plane_gains=plane_gains
+        )
     write_json(
         sidecar,
         {

@@ -7,6 +7,7 @@ import math
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,6 +20,7 @@ from n4flow.core.samples import Samples, inside_mask, sample_positions, shrink_p
 from n4flow.errors import InputError
 from n4flow.estimate import Estimate, Iteration, estimate_field
 from n4flow.images.nifti import Volume
+from n4flow.images.planes import level_planes
 from n4flow.images.sampling import read_samples
 from n4flow.parameters import N4Parameters
 from n4flow.steps import preload as preload  # what the worker looks for
@@ -182,7 +184,12 @@ def mesh_of_samples(samples: Samples) -> Mesh:
 
 
 def reference_scan(
-    image: str | Path, mask: str | Path, files: CorrectionFiles | Mapping[str, str | Path], *, keep_dtype: bool = False
+    image: str | Path,
+    mask: str | Path,
+    files: CorrectionFiles | Mapping[str, str | Path],
+    *,
+    keep_dtype: bool = False,
+    plane_gains: str | None = None,
 ) -> None:
     """As `correct.correct_scan`, with the field that SimpleITK estimates at its defaults.
 
@@ -195,6 +202,8 @@ def reference_scan(
         A mapping by the names of `CorrectionFiles`.
     keep_dtype : bool
         See `images.division.write_corrected`.
+    plane_gains : {"i", "j", "k"}, optional
+        As of `correct.correct_scan`: SimpleITK gets the same planes.
 
     Raises
     ------
@@ -206,6 +215,7 @@ def reference_scan(
     volume, inside = open_scan(image), Volume(mask)
     mask_voxels = sum(int(np.count_nonzero(inside_mask(values))) for _, values in inside.mean_slabs())
     parameters = reference_parameters(volume.shape, mask_voxels)
+    levelled = level_planes(volume, plane_gains, inside)
     samples, intensity = read_samples(volume, inside, parameters)
     estimate = reference_field(samples, parameters)
     facts: dict[str, Any] = {
@@ -216,6 +226,8 @@ def reference_scan(
     }
     # its mesh begins and ends with the samples, not the voxels: the mean is right to some 1e-5, of thick slices
     field = keep_mean_intensity(estimate.field, intensity, image)
+    if levelled:
+        field = replace(field, gains=levelled.gains)
     write_derivatives(
         volume,
         {"mask": mask} | series_files(volume),

@@ -39,6 +39,7 @@ def correct_store(
     mask: str | Path | None = None,
     mask_method: MaskMethod = "otsu",
     percentile: float = 50.0,
+    plane_gains: str | None = None,
     parameters: N4Parameters | Mapping[str, Any] | None = None,
     device: DeviceChoice = "auto",
     level: int | str = "auto",
@@ -69,6 +70,8 @@ def correct_store(
         See `pyramid.place_mask`; found in each channel by default.
     mask_method, percentile
         See `mask.find_foreground`.
+    plane_gains : {"i", "j", "k"}, optional
+        The axis along which single planes are levelled before all else, see `images.planes`.
     parameters : N4Parameters or mapping, optional
     device : {"auto", "gpu", "cpu"}
     level, level_voxels, offset, dtype, saturated, pyramid_origin, job_gb
@@ -127,10 +130,16 @@ def correct_store(
                 place_mask(place / "coarse.nii.gz", mask, own, pyramid_origin=pyramid_origin)
             inside = place / "mask.nii.gz"
             how: dict[str, Any] = {"method": mask_method, "percentile": percentile}
-            mask_scan(place / "coarse.nii.gz", own, inside, place / "mask.json", **how)
+            mask_scan(place / "coarse.nii.gz", own, inside, place / "mask.json", **how, plane_gains=plane_gains)
             made = CorrectionFiles(place / "n4.nii.gz", place / "n4_SPIM.json", place / "field.json")
             correct_scan(
-                place / "coarse.nii.gz", inside, made, parameters=parameters or {}, device=device, threads=threads
+                place / "coarse.nii.gz",
+                inside,
+                made,
+                parameters=parameters or {},
+                device=device,
+                threads=threads,
+                plane_gains=plane_gains,
             )
             estimated[index] = made.field
             found[index] = {"Mask": {"Given": sources[1]} if mask else how, **read_json(made.sidecar)["N4"]}

@@ -175,7 +175,7 @@ def fingerprint(scan: Scan, step: str, config: Mapping[str, Any], scans: Mapping
     origin = config["zarr"]["pyramid_origin"] if scan.is_store else ""
     digests = ((path, metadata_digest(path, origin)) for row in rows for path in row.paths if scan.is_store)
     files += [[path, digest] for path, digest in digests if digest]
-    settings = {key: config[key] for key in ("mask", "n4", "output", "device")}
+    settings = {key: config[key] for key in ("mask", "plane_gains", "n4", "output", "device")}
     if scan.is_store:
         settings["zarr"] = config["zarr"]
     if step == "qc":

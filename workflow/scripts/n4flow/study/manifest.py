@@ -150,7 +150,7 @@ def _made_with(folder: Path, files: Sequence[str]) -> dict[str, Any]:
             if "Lattice" in content:
                 found.setdefault("Fields", {})[file] = _field(load_field(folder / file))
             elif "N4" in content:
-                known = ("Parameters", "FieldFrom", "Device")
+                known = ("Parameters", "PlaneGains", "FieldFrom", "Device")
                 found.setdefault("Made", {})[file] = {
                     **{key: content["N4"][key] for key in known if key in content["N4"]},
                     **content["Provenance"],

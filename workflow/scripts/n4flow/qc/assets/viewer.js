@@ -160,12 +160,18 @@ function lengthText(mm) {
   return `${Number((mm / size).toPrecision(4))} ${unit}`;
 }
 
-// Weights of all control points at the centre of each voxel of an axis: uniform cubic B-splines, as in bspline.py.
-function basis({ spans, start, spanVoxels }, axis) {
+// Weights of all control points at the centre of each voxel of an axis: uniform cubic B-splines, as in bspline.py. Where planes
+// have gains, these are the weights of one more.
+function basis({ spans, start, spanVoxels, gains }, axis) {
   const points = spans[axis] ? spans[axis] + 3 : 1;
+  const own = gains?.axis === axis ? gains.log : null;
   return Array.from({ length: scan.shape[axis] }, (_, n) => {
-    const weights = new Float64Array(points);
-    if (!spans[axis]) return weights.fill(1);
+    const weights = new Float64Array(points + (own ? 1 : 0));
+    if (own) weights[points] = own[Math.floor(middle(n, axis))];
+    if (!spans[axis]) {
+      weights[0] = 1;
+      return weights;
+    }
     const p = clamp((middle(n, axis) - start[axis]) / spanVoxels[axis], 0, spans[axis]);
     const column = Math.min(Math.floor(p), spans[axis] - 1);
     const t = p - column;
