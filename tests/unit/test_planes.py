@@ -5,6 +5,7 @@ import json
 import nibabel as nib
 import numpy as np
 import pytest
+import zarr
 from numpy.testing import assert_allclose, assert_array_equal
 
 from n4flow.core import planes
@@ -12,11 +13,18 @@ from n4flow.core.blocks import FieldTiles
 from n4flow.core.field import BiasField, Mesh
 from n4flow.core.planes import PlaneGains, find_gains, most_frequent
 from n4flow.images.fields import load_field, save_field
+from n4flow.images.ngff import read_image
+from n4flow.qc.measuring import measure_subject
+from n4flow.qc.methods import methods_text
+from n4flow.qc.subject_panels import plot_panels
+from n4flow.qc.viewer import _lattice
 from n4flow.steps.apply import apply_scan
 from n4flow.steps.correct import correct_scan
 from n4flow.steps.mask import mask_scan
 from n4flow.steps.reference import reference_scan
+from n4flow.steps.store import correct_store
 from tests.phantoms import serial_sections
+from tests.pyramids import write_store
 
 WHOLE = (slice(None),) * 3
 AFFINE = np.diag([0.12, 0.12, 0.12, 1.0])
@@ -256,3 +264,47 @@ def test_without_the_limit_little_would_be_found_where_there_is_nothing(tmp_path
     files, found = corrected(tmp_path, scan.image, "k", scan.brain)
     assert json.loads(files["sidecar"].read_text())["N4"]["PlaneGains"]["LargestSteps"] < 0.05
     assert np.std((found - scan.log_bias)[scan.brain]) < 0.03
+
+
+def test_a_store_is_levelled_on_all_its_levels(tmp_path):
+    """By the coarse level, the fine one is divided by the gain of the plane that it lies in."""
+    scan = serial_sections(2, sections=10)
+    coarse = np.rint(scan.image[16:66, 9:57]).clip(0, 65535).astype(np.uint16).T
+    fine = coarse.repeat(2, axis=0).repeat(2, axis=1).repeat(2, axis=2)
+    store = write_store(tmp_path / "a.ome.zarr", [fine, coarse], scale_um=(60, 60, 60))
+    correct_store(store, tmp_path / "out.ome.zarr", level=1, plane_gains="k", device="cpu", dtype="float32")
+    field = load_field(tmp_path / "out_channel-0_biasfield.json")
+    assert np.ptp(field.gains.log_gains) > 0.3
+    image = read_image(tmp_path / "out.ome.zarr")
+    for level, before in zip(image.levels, (fine, coarse), strict=True):
+        shape, affine = image.grid(level)
+        ratio = np.exp(field.on_grid(shape, np.array(affine)).log_tile(WHOLE)).T
+        after = zarr.open_array(tmp_path / "out.ome.zarr" / level.path, mode="r")[...]
+        assert_allclose(after, before / ratio, rtol=1e-6)
+    told = json.loads((tmp_path / "out.json").read_text())["N4"]["channel 0"]["PlaneGains"]
+    assert told["Axis"] == "k"
+    assert told["Levelled"]
+
+
+def test_the_page_and_the_methods_tell_of_them(tmp_path):
+    scan = serial_sections(2)
+    files, _ = corrected(tmp_path, scan.image, "k", scan.brain)
+    made = {role: files[role] for role in ("corrected", "sidecar", "field")}
+    subject = measure_subject(
+        name="sub-1_SPIM",
+        image=tmp_path / "x.nii.gz",
+        mask=tmp_path / "m.nii.gz",
+        mask_sidecar=tmp_path / "m.json",
+        field_window_log=0.4,
+        keep_volume=True,
+        **made,
+    )
+    (panel,) = plot_panels(subject, ["Gains of planes"])
+    assert panel["source"].startswith("data:image/webp")
+    assert not [flag for flag in subject.values["flags"] if flag.startswith("field_steep")]
+    assert "planes along k were levelled" in methods_text([subject.values])
+    drawn = _lattice(subject.field)
+    assert drawn["gains"]["axis"] == 2
+    lattice = np.reshape(drawn["lattice"], [s + 3 + (axis == 2) for axis, s in enumerate(drawn["spans"])])
+    assert (lattice[:, :, -1] == 1).all()
+    assert_allclose(drawn["gains"]["log"], subject.field.gains.log_gains, atol=1e-12)
