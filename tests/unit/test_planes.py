@@ -1,6 +1,7 @@
 """Gains of single planes: found, applied on every grid, and left alone where there are none."""
 
 import json
+from dataclasses import replace
 
 import nibabel as nib
 import numpy as np
@@ -12,8 +13,10 @@ from n4flow.core import planes
 from n4flow.core.blocks import FieldTiles
 from n4flow.core.field import BiasField, Mesh
 from n4flow.core.planes import PlaneGains, find_gains, most_frequent
+from n4flow.images.division import write_corrected
 from n4flow.images.fields import load_field, save_field
 from n4flow.images.ngff import read_image
+from n4flow.images.nifti import Volume
 from n4flow.qc.measuring import measure_subject
 from n4flow.qc.methods import methods_text
 from n4flow.qc.subject_panels import plot_panels
@@ -23,6 +26,7 @@ from n4flow.steps.correct import correct_scan
 from n4flow.steps.mask import mask_scan
 from n4flow.steps.reference import reference_scan
 from n4flow.steps.store import correct_store
+from n4flow.study.manifest import _field, _largest_difference
 from tests.phantoms import serial_sections
 from tests.pyramids import write_store
 
@@ -204,6 +208,21 @@ def test_gains_that_make_no_sense_are_refused(gains, tmp_path):
         load_field(tmp_path / "f.json")
 
 
+def test_fields_are_compared_with_their_gains(tmp_path):
+    field = field_with_gains(2)
+    save_field(field, tmp_path / "f.json")
+
+    def difference(other):
+        content = _field(other)
+        return _largest_difference(tmp_path / "f.json", content | {"Lattice": np.array(content["Lattice"])})
+
+    moved = PlaneGains(2, field.gains.log_gains + 1e-3)
+    assert difference(field) == 0
+    assert difference(replace(field, gains=moved)) == pytest.approx(1e-3, abs=1e-6)
+    assert difference(replace(field, gains=PlaneGains(1, moved.log_gains))) is None
+    assert difference(field.smooth) is None
+
+
 # ---------------------------------------------------------------- from file to file
 
 
@@ -239,6 +258,15 @@ def test_what_outputs_are_does_not_depend_on_threads_or_slabs(tmp_path, monkeypa
         files, _ = corrected(tmp_path, scan.image, "k", scan.brain, threads=threads)
         lattices.append(files["field"].read_bytes())
     assert lattices[0] == lattices[1]
+
+
+def test_a_gpu_leaves_the_division_to_the_host(tmp_path):
+    """Its kernel knows splines alone: here there is none at all."""
+    field = field_with_gains(2)
+    image = np.random.default_rng(6).uniform(1, 2, field.image_shape).astype(np.float32)
+    nib.save(nib.Nifti1Image(image, AFFINE), tmp_path / "x.nii.gz")
+    write_corrected(Volume(tmp_path / "x.nii.gz"), field, tmp_path / "y.nii.gz", xp=object())
+    assert_allclose(nib.load(tmp_path / "y.nii.gz").get_fdata(), image / field.ratio_tile(WHOLE), rtol=1e-6)
 
 
 def test_another_scan_gets_them_with_the_field(tmp_path):

@@ -161,6 +161,8 @@ def _made_with(folder: Path, files: Sequence[str]) -> dict[str, Any]:
 def _field(field: BiasField) -> dict[str, Any]:
     """The field as the manifest holds it: what two fields must share to be compared, and the rounded control points."""
     content = field.to_mapping()
+    if field.gains is not None:
+        content["PlaneGains"] = {"Axis": field.gains.axis, "LogGains": field.gains.log_gains.round(DECIMALS).tolist()}
     return {**content, "Lattice": np.round(field.lattice, DECIMALS).tolist()}
 
 
@@ -327,11 +329,16 @@ def _largest_difference(path: Path, wanted: Mapping[str, Any]) -> float | None:
     except InputError:
         return None
     for key, value in here.items():
-        if key != "Lattice" and not _same_numbers(value, wanted.get(key)):
+        if key not in ("Lattice", "PlaneGains") and not _same_numbers(value, wanted.get(key)):
             return None
     if np.shape(here["Lattice"]) != wanted["Lattice"].shape:
         return None
-    return float(np.abs(here["Lattice"] - wanted["Lattice"]).max())
+    difference = float(np.abs(here["Lattice"] - wanted["Lattice"]).max())
+    gains, others = (each.get("PlaneGains") or {"Axis": None, "LogGains": [0.0]} for each in (here, wanted))
+    if gains["Axis"] != others["Axis"] or len(gains["LogGains"]) != len(others["LogGains"]):
+        return None
+    of_gains = float(np.abs(np.subtract(gains["LogGains"], others["LogGains"])).max())
+    return max(difference, of_gains) if np.isfinite(of_gains) else None
 
 
 def _same_numbers(first: Any, second: Any) -> bool:
