@@ -127,6 +127,19 @@ def test_a_comment_that_the_page_does_not_know_yet_is_not_lost(qc, visit):
     page.wait_for_function("(scan) => ratings.note(scan).comment === 'ringb c, d'", arg=SCANS[0])
 
 
+def test_a_comment_is_kept_while_another_window_is_in_front_and_can_be_changed_then(qc, visit):
+    page = visit(qc / "index.html").page
+    open_scan(page, SCANS[0])
+    page.fill("#comment", "foo")
+    for keys, kept in ((["Backspace"], "fo"), (["x", "y"], "foxy"), (["Backspace"] * 4, "")):
+        page.evaluate("$('comment').dispatchEvent(new FocusEvent('blur')); $('comment').focus()")
+        page.keyboard.press("End")
+        for key in keys:
+            page.keyboard.press(key)
+        page.evaluate("$('comment').dispatchEvent(new FocusEvent('blur'))")
+        assert page.evaluate("(scan) => ratings.note(scan).comment", SCANS[0]) == kept
+
+
 def test_a_comment_on_a_page_of_its_own_is_text_too(qc, visit):
     page = visit(qc / f"{SCANS[0]}.html").page
     page.keyboard.type(f"c{COMMENT}/&#")

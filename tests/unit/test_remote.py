@@ -10,9 +10,10 @@ from n4flow.errors import InputError, MachineError
 from n4flow.images import remote
 from n4flow.images.arrays import open_level, read_coarse
 from n4flow.images.ngff import choose_coarse, read_image
+from n4flow.steps.pyramid import plan_store
 from n4flow.steps.store import correct_store
 from n4flow.study.bids import Scan
-from n4flow.study.stores import check_write_to, metadata_digest, stores_of
+from n4flow.study.stores import check_write_to, image_of_store, metadata_digest, stores_of
 from tests.buckets import put, server
 from tests.pyramids import binned, sheet_volume, write_store
 
@@ -80,12 +81,9 @@ def test_a_unit_is_read_with_one_request(tmp_path, server):
     assert len(server.requests(before)) == 1
 
 
-@pytest.mark.parametrize(
-    "address", ["s3://bucket/none.ome.zarr", "s3://no-such-bucket/in.ome.zarr"], ids=["store", "bucket"]
-)
-def test_what_is_not_there_is_a_line(address):
+def test_what_is_not_there_is_a_line():
     with pytest.raises(InputError, match=r"holds neither zarr.json nor .zattrs.*check the path"):
-        read_image(address)
+        read_image("s3://bucket/none.ome.zarr")
 
 
 def test_without_credentials_a_line_says_what_to_give(monkeypatch, tmp_path):
@@ -189,3 +187,59 @@ def test_the_digest_of_metadata_is_of_what_does_not_lie_here(tmp_path):
     assert metadata_digest(str(here), "auto") == ""
     assert metadata_digest(there, "auto") == read_image(here).digest
     assert metadata_digest("s3://bucket/none.ome.zarr", "auto") == ""
+
+
+def test_another_studys_store_in_the_bucket_is_refused_and_stays(tmp_path):
+    here, _ = stored(tmp_path, "v3")
+    target = "s3://results/shared/out.ome.zarr"
+    settings = {"job_gb": 1, "dtype": "same", "pyramid_origin": "auto"}
+    plans = [tmp_path / study / "plan.json" for study in "ab"]
+    for plan in plans:
+        plan.parent.mkdir()
+    plan_store(here, target, plans[0], **settings)
+    remote.write(f"{target}/zarr.json", b"{}")
+    with pytest.raises(InputError, match=r"is there, and not of this results folder.*another folder for each study"):
+        plan_store(here, target, plans[1], **settings)
+    assert "zarr.json" in remote.names_in(target)
+    plan_store(here, target, plans[0], **settings)  # its own is planned again
+    assert "zarr.json" not in remote.names_in(target)
+    foreign = "s3://results/foreign/out.ome.zarr"
+    remote.write(f"{foreign}/0/zarr.json", b"{}")
+    with pytest.raises(InputError, match="is there, and not of this results folder"):
+        plan_store(here, foreign, plans[0], **settings)
+
+
+@pytest.mark.parametrize("change", [{"dtype": "float32"}, {"levels": LEVELS[:1]}, {"version": "0.4"}])
+def test_nothing_is_left_in_the_bucket_of_another_plan_but_labels(tmp_path, change):
+    target, plan = f"s3://results/{next(iter(change))}/out.ome.zarr", tmp_path / "plan.json"
+    settings = {"job_gb": 1, "dtype": "same", "pyramid_origin": "auto"}
+    plan_store(write_store(tmp_path / "old.ome.zarr", LEVELS), target, plan, **settings)
+    remote.write(f"{target}/labels/brain/zarr.json", b"{}")
+    remote.write(f"{target}/1/c/0/0/0", b"old")
+    settings["dtype"] = change.pop("dtype", "same")
+    plan_store(write_store(tmp_path / "new.ome.zarr", change.pop("levels", LEVELS), **change), target, plan, **settings)
+    assert "brain" in remote.names_in(f"{target}/labels")
+    assert "c" not in remote.names_in(f"{target}/1")
+
+
+def test_no_user_is_named_in_an_address():
+    with pytest.raises(InputError, match="has a user's name in its address") as raised:
+        read_image("https://ann:secret@host/in.ome.zarr")
+    assert "secret" not in str(raised.value)
+    assert "ann" not in str(raised.value)
+
+
+def test_a_bucket_that_is_not_there_is_a_line_when_it_is_read():
+    with pytest.raises(MachineError, match="check the name of the bucket"):
+        read_image("s3://no-such-bucket/in.ome.zarr")
+
+
+def test_a_digest_does_not_change_where_the_store_cannot_be_reached(tmp_path, server):
+    _, there = stored(tmp_path, "v3")
+    image_of_store.cache_clear()
+    server.say("stop")
+    try:
+        with pytest.raises(MachineError):
+            metadata_digest(there, "auto")
+    finally:
+        server.say("start")

@@ -25,7 +25,10 @@ def run_started(arguments, environment):
 
 @cache
 def _server():
-    return subprocess.Popen([sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}  # each run has its own
+    return subprocess.Popen(
+        [sys.executable, __file__], env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
 
 
 def _serve():
@@ -45,6 +48,7 @@ def _serve():
             os.environ.clear()
             os.environ.update(request["environment"])
             os.chdir(request["folder"])
+            sys.path[1:1] = filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))
             for path, descriptors in ((os.devnull, [0]), (request["terminal"], [1, 2])):
                 opened = os.open(path, os.O_RDWR)
                 for descriptor in descriptors:

@@ -11,10 +11,17 @@ ROOT = "finished" if WRITE_TO else "root"
 
 try:
     STORES = stores_of(SHEET, config["zarr"]["pyramid_origin"], config["zarr"]["other_channels"])
-    # of one that is damaged nobody knows the channels
-    if {scan for scan in SHEET if scan.is_store} == {scan for store in STORES for scan in store.scans}:
-        check_offset(config["zarr"]["offset"], [store.image for store in STORES])
+    read = {scan for store in STORES for scan in store.scans}
+    damaged = [scan.image for scan in SHEET if scan.is_store and scan not in read]
+    check_offset(config["zarr"]["offset"], [store.image for store in STORES], damaged)
     check_write_to(WRITE_TO, [store.image for store in STORES])
+    for before in (Path(workflow.pathvars.apply(f"<results>/{store_output(store, 'root')}")) for store in STORES):
+        if WRITE_TO and before.exists():
+            raise InputError(before, "is from before zarr.write_to was set, and would stay as it is", "remove the store")
+    # in time for a line of its own, if one cannot be reached
+    MASK_DIGESTS = {
+        scan.mask: metadata_digest(scan.mask, config["zarr"]["pyramid_origin"]) for scan in SHEET if is_remote(scan.mask)
+    }
 except InputError as error:
     raise WorkflowError(str(error)) from None
 
@@ -40,7 +47,7 @@ files_of = cache(files_of)
 
 def metadata_of(path):
     """What a job depends on in place of files, if the store does not lie on this machine."""
-    return metadata_digest(path, config["zarr"]["pyramid_origin"])
+    return MASK_DIGESTS.get(path) or metadata_digest(path, config["zarr"]["pyramid_origin"])
 
 
 def store_of(wildcards):

@@ -28,7 +28,7 @@ BLOCK_POINTS = 2**14
 
 #: An image of which a larger share lies outside of the field's is of another space: a whole head and a slab of it have
 #: a tenth in common.
-MOST_OUTSIDE = 0.95
+MOST_OUTSIDE = 0.99
 
 FORMAT = "n4flow log bias field, version 1"
 
@@ -233,7 +233,7 @@ class BiasField:
         Raises
         ------
         InputError
-            The image does not meet that of the field, or with less of it than `MOST_OUTSIDE` leaves.
+            The image does not meet that of the field, or both lie outside of the other to more than `MOST_OUTSIDE`.
         ValueError
             A shape without voxels, or an affine that cannot be inverted.
         """
@@ -247,7 +247,9 @@ class BiasField:
             np.linalg.inv(to_own), self.image_shape, shape
         )
         outside = _share_outside(to_own, shape, self.image_shape) if meet else 1.0
-        if outside > MOST_OUTSIDE:
+        # a plane's field may go to a volume, and a volume's to a plane: then one of the two lies within the other
+        apart = not meet or min(outside, _share_outside(np.linalg.inv(to_own), self.image_shape, shape)) > MOST_OUTSIDE
+        if apart:
             share = f"to {100 * outside:.0f} % " if meet else ""
             raise InputError(
                 source,
@@ -589,7 +591,7 @@ def _extent_text(affine: np.ndarray, shape: Sequence[int]) -> str:
     ends = np.array([[*corner, 1] for corner in np.ndindex(2, 2, 2)]) * [*shape, 1] - [0.5, 0.5, 0.5, 0]
     world = (ends @ affine.T)[:, :3]
     places = zip("xyz", world.min(axis=0), world.max(axis=0), strict=True)
-    return ", ".join(f"{axis} {low:.0f} to {high:.0f}" for axis, low, high in places) + " mm"
+    return ", ".join(f"{axis} {low:.4g} to {high:.4g}" for axis, low, high in places) + " mm"
 
 
 def _share_outside(matrix: np.ndarray, shape: Sequence[int], own_shape: Sequence[int]) -> float:

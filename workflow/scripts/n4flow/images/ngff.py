@@ -21,6 +21,9 @@ from typing import Any
 from n4flow.errors import DamagedError, InputError
 from n4flow.images.remote import is_remote, read_all
 
+#: The user, and perhaps the password, in an address.
+USER = re.compile(r"([^/]+://)[^/]*@")
+
 #: What names an OME-Zarr image: a folder, also one in it, or such a folder in a zip file.
 STORE = re.compile(r"\.zarr(/.*)?$|\.ozx$|\.zarr\.zip$", re.IGNORECASE)
 
@@ -286,6 +289,12 @@ class Files:
         self.is_zip = self.path.lower().endswith((".zip", ".ozx"))
         self.is_remote = is_remote(self.path)
         self._fetched: dict[str, bytes | InputError | None] = {}
+        if self.is_remote and (secret := USER.match(self.path)):
+            raise InputError(
+                f"{secret[1]}…@{self.path[secret.end() :]}",
+                "has a user's name in its address, which would be written into logs and sidecars",
+                "give it by the environment or ~/.netrc",
+            )
         if self.is_zip and self.is_remote:
             raise InputError(
                 path, "is a zip file that does not lie on this machine", "copy it here, or unpack it there"
@@ -439,6 +448,10 @@ def _read_image(path: str, pyramid_origin: str) -> Image:
         fits = "zarr v3" if version == "0.5" else "zarr v2"
         raise InputError(path, f"is NGFF {given} on {fits}", "write it as NGFF 0.4 (zarr v2) or 0.5 (zarr v3)")
     axes, scales, no_unit = _axes(path, multiscale)
+    for dataset in multiscale["datasets"]:
+        # what is written goes by it too
+        if os.path.isabs(dataset["path"]) or ".." in dataset["path"].split("/"):
+            raise DamagedError(path, f"has a level outside of it ({dataset['path']})", "write it again, and check it")
     files.fetch(f"{dataset['path']}/{ARRAYS[version]}" for dataset in multiscale["datasets"])
     levels, declared = [], []
     for dataset in multiscale["datasets"]:

@@ -69,8 +69,8 @@ def _read(system: Any, address: str) -> bytes | Exception | None:
     try:
         content: bytes = system.cat_file(address)
         return content
-    except ABSENT:
-        return None
+    except ABSENT as error:
+        return error if "bucket" in str(error) else None  # the bucket itself is not there
     except Exception as error:  # every file system has errors of its own
         return error
 
@@ -97,6 +97,20 @@ def remove(address: str) -> None:
     """
     with _writing(address), contextlib.suppress(*ABSENT):
         _file_system(address).rm_file(address)
+
+
+def names_in(address: str) -> list[str]:
+    """Names of the files and folders in a folder; none if it is not there.
+
+    Raises
+    ------
+    MachineError
+        It cannot be read.
+    """
+    with _writing(address), contextlib.suppress(*ABSENT):
+        found = _file_system(address).ls(address, detail=False, refresh=True)
+        return sorted({str(name).rstrip("/").rpartition("/")[2] for name in found})
+    return []
 
 
 def remove_all(address: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import math
@@ -30,7 +31,7 @@ from n4flow.images.fields import load_field
 from n4flow.images.files import read_json, write_json
 from n4flow.images.ngff import ROOTS, Files, Image, choose_coarse, file_of, is_store, read_image
 from n4flow.images.nifti import Grid, Volume, VolumeWriter
-from n4flow.images.remote import is_remote, remove, remove_all, write
+from n4flow.images.remote import is_remote, names_in, remove, remove_all, write
 from n4flow.study.bids import source_uri
 from n4flow.study.provenance import provenance
 
@@ -40,6 +41,9 @@ log = logging.getLogger(__name__)
 ROOT_NAMES = ("zarr.json", ".zattrs", ".zgroup")
 
 FORMAT = "n4flow plan of a store, version 1"
+
+#: File of a store in a bucket that says whose it is.
+OWNER = "n4flow.json"
 
 #: A mask whose longest edge is so many times that of the image, or the image's that of the mask, is on another scale.
 OTHER_SCALE = 50.0
@@ -227,9 +231,11 @@ def plan_store(
     Raises
     ------
     InputError
-        The store is unusable, or nothing can be written.
+        The store is unusable, or nothing can be written; or what lies in a bucket is another study's.
     """
     image = read_image(store, pyramid_origin)
+    if is_remote(target):
+        _claim(str(target), output)
     hide(target)
     wanted = {}
     for level in image.levels:
@@ -238,9 +244,11 @@ def plan_store(
     if is_remote(target):
         there = Files(target)
         there.fetch(wanted)
-        found = {file: there.json(file) for file in wanted}
-        if any(found.values()) and found != wanted:
-            remove_all(str(target))
+        names = set(names_in(str(target))) - {OWNER, "labels"}
+        same = all(there.json(file) == metadata for file, metadata in wanted.items())
+        if names and not (same and names == {level.path.partition("/")[0] for level in image.levels}):
+            for name in names:
+                remove_all(f"{target}/{name}")
     elif os.path.exists(target) and any(read_json(Path(target, file)) != wanted[file] for file in wanted):
         shutil.rmtree(target)
     for file, metadata in wanted.items():
@@ -262,6 +270,25 @@ def plan_store(
             ],
         },
     )
+
+
+def _claim(target: str, plan: str | Path) -> None:
+    """Say in a bucket whose store this will be, by where its plan lies: nothing else tells two studies there apart.
+
+    Raises
+    ------
+    InputError
+        It is another's.
+    """
+    study = hashlib.sha256(os.path.abspath(plan).encode()).hexdigest()[:16]
+    owner = (Files(target).json(OWNER) or {}).get("Study")
+    if owner != study and (owner is not None or names_in(target)):
+        raise InputError(
+            target,
+            "is there, and not of this results folder (or that was moved)",
+            "give zarr.write_to another folder for each study, or remove what lies there",
+        )
+    _write_in(target, OWNER, {"Study": study})
 
 
 def _write_in(target: str | Path, name: str, content: Mapping[str, Any]) -> None:

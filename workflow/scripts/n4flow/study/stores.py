@@ -98,10 +98,17 @@ def stores_of(scans: Sequence[Scan], pyramid_origin: str, other_channels: str) -
 def metadata_digest(path: str, pyramid_origin: str) -> str:
     """By what it is seen that a store has changed that does not lie on this machine.
 
-    Empty for what lies on it, as its files have times, and for what cannot be read: whoever reads it says so.
+    Empty for what lies on it, as its files have times, and for what is damaged: whoever reads it says so.
+
+    Raises
+    ------
+    MachineError
+        It cannot be reached, which says nothing of whether it has changed.
     """
     try:
         return image_of_store(path, pyramid_origin).digest if is_remote(path) else ""
+    except MachineError:
+        raise
     except InputError:
         return ""
 
@@ -163,7 +170,7 @@ def check_write_to(write_to: str, images: Sequence[Image]) -> None:
             raise InputError("zarr.write_to", f"{write_to} holds {image.path}, which goes in", "give another folder")
 
 
-def check_offset(offset: object, images: Sequence[Image]) -> None:
+def check_offset(offset: object, images: Sequence[Image], damaged: Sequence[str] = ()) -> None:
     """Refuse pedestals of channels that no image has: a mistyped label would leave the pedestal in.
 
     Parameters
@@ -171,6 +178,8 @@ def check_offset(offset: object, images: Sequence[Image]) -> None:
     offset : object
         As config's ``zarr.offset`` has it: of all channels, or a mapping of labels and indices.
     images : sequence of Image
+    damaged : sequence of str
+        Images whose channels nobody knows: a key may be of theirs.
 
     Raises
     ------
@@ -184,5 +193,6 @@ def check_offset(offset: object, images: Sequence[Image]) -> None:
         raise InputError(
             "zarr.offset",
             f"names channels that no image has: {' '.join(unknown)}",
-            f"give labels or numbers of theirs: {' '.join(sorted(known))}",
+            f"give labels or numbers of theirs: {' '.join(sorted(known))}"
+            + (f"; not known are those of {' '.join(damaged)}, which is damaged" if damaged else ""),
         )

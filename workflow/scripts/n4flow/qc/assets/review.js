@@ -195,13 +195,17 @@ function keepComment(scan, text, before) {
   const [written, start] = [cellText(text), cellText(before)];
   let comment = written;
   if (kept !== start && !written.startsWith(kept)) {
-    comment = written.startsWith(start) ? kept + written.slice(start.length) : `${kept}; ${written}`;
+    comment = written.startsWith(start) ? kept + written.slice(start.length) : [kept, written].filter(Boolean).join("; ");
   }
   if (comment !== kept) rate(scan, { comment });
 }
 
 function keepWritten() {
   keepComment(scanShown(), $("comment").value, review.before);
+  // the field may stay the one that is written in, as when another window comes to the front
+  const { comment } = ratings.note(scanShown());
+  if (cellText($("comment").value) !== comment) $("comment").value = comment;
+  review.before = comment;
 }
 
 function giveRating(scan, rating) {
