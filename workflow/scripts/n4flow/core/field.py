@@ -26,8 +26,8 @@ ALIGNMENT_TOLERANCE = 1e-5
 #: Points evaluated at a time on a grid that is oblique to the mesh.
 BLOCK_POINTS = 2**14
 
-#: An image of which a larger share lies outside of the field's is of another space: a whole head and a slab of it have
-#: a tenth in common.
+#: Where a larger share of an image lies outside of the field's, and of the field's outside of it, they are of different
+#: spaces. A slab of a head, or a plane, lies within it.
 MOST_OUTSIDE = 0.99
 
 FORMAT = "n4flow log bias field, version 1"
