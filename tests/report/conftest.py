@@ -10,6 +10,9 @@ from n4flow.study.failures import Failure
 from tests.report.reviewing import SCANS
 from tests.unit.test_qc import HOSTILE, make_files
 
+#: Milliseconds that a browser may take to start, on a machine that other tests keep busy.
+START_MS = 120_000
+
 NAMES = {"chromium": ("chromium", "chromium-browser", "google-chrome"), "firefox": ("firefox-esr", "firefox")}
 
 
@@ -34,12 +37,16 @@ def browser(request, playwright, downloads):
         pytest.skip(f"there is no {request.param} on this machine: apt-get install {package}, and run again")
     if request.param == "chromium":
         arguments = ["--no-sandbox", "--disable-gpu", "--disable-3d-apis"]
-        started = playwright.chromium.launch(executable_path=found, args=arguments)
+        started = playwright.chromium.launch(executable_path=found, args=arguments, timeout=START_MS)
     else:
         # Playwright lets all files of a folder share one storage; as people have it, they do not
         preferences = {"security.fileuri.strict_origin_policy": True, "webgl.disabled": True}
         started = playwright.firefox.launch(
-            channel="moz-firefox", executable_path=found, firefox_user_prefs=preferences, downloads_path=downloads
+            channel="moz-firefox",
+            executable_path=found,
+            firefox_user_prefs=preferences,
+            downloads_path=downloads,
+            timeout=START_MS,
         )
     yield started
     started.close()

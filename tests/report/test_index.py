@@ -140,6 +140,7 @@ def test_groups_split_the_plots_and_the_table(index, visit):
     page.select_option("#group", "suffix")
     assert page.locator("#plots canvas").first.bounding_box()["height"] > height
     page.get_by_role("button", name="suffix").click()
+    page.wait_for_function("document.querySelector('#scans tbody th').innerText.endsWith('FLAIR')")
     assert [name.rpartition("_")[2] for name in order_of(page)] == ["FLAIR"] * 10 + ["T1w"] * 20
 
 

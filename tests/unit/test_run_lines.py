@@ -44,10 +44,13 @@ def run(tmp_path, pytestconfig, monkeypatch):
     workflow = SimpleNamespace(
         dag=SimpleNamespace(needrun_jobs=lambda: jobs),
         is_main_process=True,
+        pathvars=SimpleNamespace(apply=lambda text: str(tmp_path / text.strip("<>"))),
         output_settings=SimpleNamespace(verbose=False, quiet={Quietness.HOST}, dryrun=False),
     )
     scans = {SCAN: None, OTHER: None}
-    names = {"Path": Path, "workflow": workflow, "logger": logger, "FAILED": {}, "SCAN_OF": scans, "CHOSEN": scans}
+    names = {"Path": Path, "workflow": workflow, "logger": logger, "FAILED": {}, "SCAN_OF": scans}
+    names["CHOSEN"] = [SimpleNamespace(name=name, subject=name, session="", image="image.nii") for name in scans]
+    names["SHEET_FILE"] = tmp_path / "samples.tsv"
     names["chosen"] = lambda scan: True
     names["shown"] = Path
     names["STORE_OF"] = {("sub-3/micr", "sub-3_SPIM"): SimpleNamespace(scans=[SimpleNamespace(name=n) for n in "ab"])}

@@ -12,9 +12,9 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import yaml
-from started import run_started
 
 from n4flow.study.bids import Scan
+from tests.workflow.started import run_started
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -17,10 +17,14 @@ try:
     check_write_to(WRITE_TO, [store.image for store in STORES])
     for before in (Path(workflow.pathvars.apply(f"<results>/{store_output(store, 'root')}")) for store in STORES):
         if WRITE_TO and before.exists():
-            raise InputError(before, "is from before zarr.write_to was set, and would stay as it is", "remove the store")
+            raise InputError(
+                before, "is from before zarr.write_to was set, and would stay as it is", "remove the store"
+            )
     # in time for a line of its own, if one cannot be reached
     MASK_DIGESTS = {
-        scan.mask: metadata_digest(scan.mask, config["zarr"]["pyramid_origin"]) for scan in SHEET if is_remote(scan.mask)
+        scan.mask: metadata_digest(scan.mask, config["zarr"]["pyramid_origin"])
+        for scan in SHEET
+        if is_remote(scan.mask)
     }
 except InputError as error:
     raise WorkflowError(str(error)) from None
