@@ -9,23 +9,31 @@ from n4flow.study.stores import check_offset, check_write_to, metadata_digest, s
 WRITE_TO = config["zarr"]["write_to"].rstrip("/")
 ROOT = "finished" if WRITE_TO else "root"
 
+
+# asked for by every part of a store
+files_of = cache(files_of)
+
+
+@cache
+def metadata_of(path):
+    """What a job depends on in place of files, if the store does not lie on this machine."""
+    return metadata_digest(path, config["zarr"]["pyramid_origin"])
+
+
 try:
     STORES = stores_of(SHEET, config["zarr"]["pyramid_origin"], config["zarr"]["other_channels"])
     read = {scan for store in STORES for scan in store.scans}
     damaged = [scan.image for scan in SHEET if scan.is_store and scan not in read]
     check_offset(config["zarr"]["offset"], [store.image for store in STORES], damaged)
     check_write_to(WRITE_TO, [store.image for store in STORES])
-    for before in (Path(workflow.pathvars.apply(f"<results>/{store_output(store, 'root')}")) for store in STORES):
-        if WRITE_TO and before.exists():
+    for store in STORES if WRITE_TO else []:
+        before = Path(workflow.pathvars.apply(f"<results>/{store_output(store, 'root')}"))
+        if before.exists():
             raise InputError(
                 before, "is from before zarr.write_to was set, and would stay as it is", "remove the store"
             )
-    # in time for a line of its own, if one cannot be reached
-    MASK_DIGESTS = {
-        scan.mask: metadata_digest(scan.mask, config["zarr"]["pyramid_origin"])
-        for scan in SHEET
-        if is_remote(scan.mask)
-    }
+    for scan in SHEET:
+        metadata_of(scan.mask)  # in time for a line of its own, if it cannot be reached
 except InputError as error:
     raise WorkflowError(str(error)) from None
 
@@ -44,14 +52,6 @@ STORE_FILES = {
 STORE_OUTPUT = {role: f"<results>/{name}" for role, name in STORE_NAMES.items()}
 STORE_OF = {(store.folder, store.name): store for store in STORES}
 STORE_OF_SCAN = {scan.name: store for store in STORES for scan in store.scans}
-
-# asked for by every part of a store
-files_of = cache(files_of)
-
-
-def metadata_of(path):
-    """What a job depends on in place of files, if the store does not lie on this machine."""
-    return MASK_DIGESTS.get(path) or metadata_digest(path, config["zarr"]["pyramid_origin"])
 
 
 def store_of(wildcards):

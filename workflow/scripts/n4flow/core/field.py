@@ -243,13 +243,11 @@ class BiasField:
         if min(shape) < 1:
             raise ValueError(f"a grid of shape {tuple(shape)} holds no voxel")
         shape, to_own = _three_axes(shape), self._to_own(affine)
-        meet = _boxes_meet(to_own, shape, self.image_shape) and _boxes_meet(
-            np.linalg.inv(to_own), self.image_shape, shape
-        )
+        from_own = np.linalg.inv(to_own)
+        meet = _boxes_meet(to_own, shape, self.image_shape) and _boxes_meet(from_own, self.image_shape, shape)
         outside = _share_outside(to_own, shape, self.image_shape) if meet else 1.0
         # a plane's field may go to a volume, and a volume's to a plane: then one of the two lies within the other
-        apart = not meet or min(outside, _share_outside(np.linalg.inv(to_own), self.image_shape, shape)) > MOST_OUTSIDE
-        if apart:
+        if outside > MOST_OUTSIDE and (not meet or _share_outside(from_own, self.image_shape, shape) > MOST_OUTSIDE):
             share = f"to {100 * outside:.0f} % " if meet else ""
             raise InputError(
                 source,
