@@ -117,7 +117,8 @@ def test_second_run_on_a_folder_is_told_of_the_first(folder):
     command += [*targets, "--forcerun", "qc"]
     with open(folder / "first.txt", "w") as said:
         first = subprocess.Popen([*map(str, command)], stdin=subprocess.DEVNULL, stdout=said, stderr=said)
-    while not any((folder / ".snakemake/locks").glob("*")):
+    # the lock of inputs comes first, and keeps nobody from anything
+    while not any(lock.stat().st_size for lock in (folder / ".snakemake/locks").glob("*.output.lock")):
         assert first.poll() is None
         time.sleep(0.01)
     first.send_signal(signal.SIGSTOP)  # it holds its lock for as long as the second takes to come
