@@ -125,7 +125,7 @@ def divide(store, target, threads):
     shape, affine = image.grid(level)
     field = a_field(image).on_grid(shape, np.array(affine))
     units = range(int(np.prod(level.unit_grid)))
-    divide_units(image, level, target / level.path, {0: ChannelDivision(field)}, units, threads=threads)
+    divide_units(image, level, target / level.path, {(0, None): ChannelDivision(field)}, units, threads=threads)
 
 
 def read(store, target, threads):
@@ -137,7 +137,7 @@ def read(store, target, threads):
 def coarse(store, target, threads):
     image = read_image(store)
     chosen = choose_coarse(image, "auto", 16_000_000)
-    read_coarse(image, image.levels[chosen.level], chosen.factors, 0, 0.0)
+    read_coarse(image, image.levels[chosen.level], chosen.factors, 0, None, 0.0)
 
 
 def measured(step, *arguments):
@@ -252,14 +252,14 @@ def picture(output, folder):
     correct_scan(coarse, mask, CorrectionFiles(corrected, sidecar, field), parameters={}, device="cpu")
     job_gb = levels[0].nbytes / 4e9
     plan_store(store, target, folder / "plan.json", job_gb=job_gb, dtype="same", pyramid_origin="auto")
-    common = {"channels": {"a": 0}, "fields": [field], "coarse": [told], "pyramid_origin": "auto"}
+    common = {"channels": {"a": (0, None)}, "fields": [field], "coarse": [told], "pyramid_origin": "auto"}
     image, parts = read_image(store), []
     for number, level in enumerate(image.levels):
         for part in range(level.parts(job_gb)):
             parts.append(folder / f"level-{number}_part-{part}.json")
             places = {"level": number, "part": part, "keep_saturated": True}
             divide_part(store, target, folder / "plan.json", parts[-1], **places, **common)
-    describe_store(store, parts, folder / "out.json", **common)
+    describe_store(store, parts, folder / "out.json", masks=[mask], **common)
     finish_store(store, target, folder / "out.json", target / image.root, pyramid_origin="auto")
     draw_crops(
         store, target, folder / "plan.json", mask, told, folder / "out.json", output, channel="", pyramid_origin="auto"

@@ -31,7 +31,7 @@ def files_of(folder, units_per_part, values=VALUES, **options):
         pair[name] = write_store(folder / f"{name}.ome.zarr", levels, chunks=(16, 32, 32), **options)
     write_json(folder / "plan.json", {"Levels": [{"UnitsPerPart": units_per_part}]})
     write_json(folder / "coarse.json", {"Offset": 0})
-    write_json(folder / "out.json", {"Clipped": 0.0009})
+    write_json(folder / "out.json", {"Clipped": 0.0009, "Levels": []})
     image = read_image(pair["store"])
     affine = np.array(image.grid(image.levels[1])[1])
     space = values if values.ndim == 3 else values[0]
@@ -115,13 +115,24 @@ def test_above_them_it_says_that_voxels_were_cut_off(tmp_path):
     files = files_of(tmp_path, 4)
     heights = []
     for clipped in (0.0009, 0.0011):
-        write_json(files["told"], {"Clipped": clipped})
+        write_json(files["told"], {"Clipped": clipped, "Levels": []})
         draw_crops(**files)
         with Picture.open(files["output"]) as sheet:
             heights.append(sheet.height)
             head = np.asarray(sheet)[: crops.LINE].astype(int)
     assert heights[1] == heights[0] + crops.LINE
     assert ((head[..., 0] > 150) & (head[..., 2] < 100)).sum() > 50  # amber
+
+
+def test_above_them_it_says_that_chunks_are_missing(tmp_path):
+    files = files_of(tmp_path, 4)
+    heights = []
+    for missing in ([], ["0.0.0"]):
+        write_json(files["told"], {"Clipped": 0.5, "Levels": [{"MissingUnits": missing}, {"MissingUnits": []}]})
+        draw_crops(**files)
+        with Picture.open(files["output"]) as sheet:
+            heights.append(sheet.height)
+    assert heights[1] == heights[0] + crops.LINE
 
 
 @pytest.mark.parametrize("scale", [(0.01, 4, 4), (4, 0.01, 0.01), (40, 0.01, 40), (1, 1, 1)])

@@ -67,7 +67,9 @@ def ratio_on(field, image, level):
     return np.exp(field.log_at(places)).T
 
 
-def divide(folder, store, field, *, job_gb=64.0, threads=1, offset=0.0, dtype="same", keep=True, channels=None):
+def divide(
+    folder, store, field, *, job_gb=64.0, threads=1, offset=0.0, dtype="same", keep=True, channels=None, masks=None
+):
     """Plan, divide, describe and finish; the folder of the corrected store."""
     folder.mkdir(parents=True, exist_ok=True)
     image = read_image(store)
@@ -76,7 +78,7 @@ def divide(folder, store, field, *, job_gb=64.0, threads=1, offset=0.0, dtype="s
     told = {"Offset": offset, "Channel": "0", "Level": "1"}
     (folder / "coarse.json").write_text(json.dumps(told))
     plan_store(store, target, folder / "plan.json", job_gb=job_gb, dtype=dtype, pyramid_origin="auto")
-    channels = channels or {"sub-01_SPIM": 0}
+    channels = channels or {"sub-01_SPIM": (0, None)}
     common = {"channels": channels, "pyramid_origin": "auto"}
     common |= {"fields": [folder / "field.json"] * len(channels), "coarse": [folder / "coarse.json"] * len(channels)}
     parts = []
@@ -95,7 +97,7 @@ def divide(folder, store, field, *, job_gb=64.0, threads=1, offset=0.0, dtype="s
                 **common,
             )
     assert not (target / image.root).exists()
-    describe_store(store, parts, folder / "out.json", **common)
+    describe_store(store, parts, folder / "out.json", masks=masks or [None] * len(channels), **common)
     finish_store(store, target, folder / "out.json", target / image.root, pyramid_origin="auto")
     return target
 
@@ -276,13 +278,68 @@ def test_channels_and_times_have_the_field_of_their_channel_and_others_are_copie
     values = np.stack([np.stack([VOLUME, VOLUME // 2, VOLUME // 3])] * 2)  # t c z y x
     store = write_store(tmp_path / "in.ome.zarr", [values], axes="tczyx", scale_um=SCALE_UM)
     field = some_field()
-    out = divide(tmp_path, store, field, channels={"one": 0, "other": 2})
+    out = divide(tmp_path, store, field, channels={"one": (0, None), "other": (2, None)})
     after = voxels(out)[0]
     ratio = ratio_on(field, read_image(store), read_image(store).levels[0])
     assert np.array_equal(after[:, 1], values[:, 1])
     for channel in (0, 2):
         assert (after[:, channel] != np.rint(values[:, channel] / ratio)).mean() < 1e-4
     assert np.array_equal(after[0], after[1])
+
+
+def test_time_points_have_the_field_of_their_row_and_others_are_copied(tmp_path):
+    values = np.stack([np.stack([VOLUME, VOLUME // 2])] * 3)  # t c z y x
+    store = write_store(tmp_path / "in.ome.zarr", [values], axes="tczyx", scale_um=SCALE_UM)
+    field = some_field()
+    out = divide(tmp_path, store, field, channels={"one": (0, 1), "other": (1, None)})
+    after = voxels(out)[0]
+    ratio = ratio_on(field, read_image(store), read_image(store).levels[0])
+    assert np.array_equal(after[[0, 2], 0], values[[0, 2], 0])
+    assert (after[1, 0] != np.rint(values[1, 0] / ratio)).mean() < 1e-4
+    assert all((after[time, 1] != np.rint(values[time, 1] / ratio)).mean() < 1e-4 for time in range(3))
+    rows = told(tmp_path)["Channels"]
+    assert (rows["one"]["Time"], "Time" in rows["other"]) == (1, False)
+
+
+@pytest.mark.parametrize("version", ["0.4", "0.5"])
+class TestMissingUnits:
+    """Chunks that hold nothing are told of where the mask says that there was something."""
+
+    def mask(self, folder, factor=2):
+        inside = binned(sheet_volume(SHAPE)[0], (factor,) * 3) > 600
+        affine = np.diag([*(factor * s / 1000 for s in SCALE_UM[::-1]), 1.0])
+        affine[:3, 3] = [(factor - 1) / 2 * s / 1000 for s in SCALE_UM[::-1]]
+        nib.save(nib.Nifti1Image(inside.T.astype(np.uint8), affine), folder / "mask.nii.gz")
+        return folder / "mask.nii.gz"
+
+    def store(self, folder, version, values):
+        return write_store(
+            folder / "in.ome.zarr",
+            [values, np.rint(binned(values)).astype(np.uint16)],
+            version=version,
+            chunks=(16, 16, 16),
+            scale_um=SCALE_UM,
+        )
+
+    def chunk(self, store, place):
+        """File of a chunk of level 0."""
+        return store / "0" / ("" if (store / ".zattrs").exists() else "c") / place.replace(".", "/")
+
+    def test_lost_ones_are_told(self, tmp_path, version, caplog):
+        store = self.store(tmp_path, version, VOLUME)
+        middle = ".".join(str(n // 32) for n in SHAPE)
+        self.chunk(store, middle).unlink()
+        divide(tmp_path, store, some_field(), masks=[self.mask(tmp_path)])
+        assert [level["MissingUnits"] for level in told(tmp_path)["Levels"]] == [[middle], []]
+        assert f"of its level 0 hold nothing although most of their place is in the mask ({middle})" in caplog.text
+
+    def test_background_that_nobody_wrote_is_none(self, tmp_path, version, caplog):
+        values = np.where(VOLUME > 600, VOLUME, 0).astype(np.uint16)
+        store = self.store(tmp_path, version, values)
+        assert not self.chunk(store, "0.0.0").exists()
+        divide(tmp_path, store, some_field(), masks=[self.mask(tmp_path)])
+        assert not any(level["MissingUnits"] for level in told(tmp_path)["Levels"])
+        assert "hold nothing" not in caplog.text
 
 
 @pytest.mark.parametrize("factors", [(2, 2, 2), (1, 2, 2), (2, 3, 2)])
@@ -394,6 +451,19 @@ class TestCoarse:
         found, _ = self.coarse(tmp_path, store)
         usable = np.maximum((VOLUME > 0).astype(float) + (VOLUME // 2 > 0), 1)
         np.testing.assert_allclose(found.get_fdata(), ((VOLUME + VOLUME // 2) / usable).T, rtol=1e-6)
+
+    def test_one_time_point(self, tmp_path):
+        store = write_store(tmp_path / "a.ome.zarr", [np.stack([VOLUME, VOLUME // 2])], axes="tzyx")
+        found, told = self.coarse(tmp_path, store, t="1")
+        np.testing.assert_array_equal(found.get_fdata(), (VOLUME // 2).T)
+        assert told["Time"] == 1
+
+    def test_a_time_point_that_is_not_there(self, tmp_path):
+        store = write_store(tmp_path / "a.ome.zarr", [np.stack([VOLUME, VOLUME // 2])], axes="tzyx")
+        with pytest.raises(InputError, match="has 2 time points, and no '2'; give one from 0 to 1 in the column t"):
+            self.coarse(tmp_path, store, t="2")
+        with pytest.raises(InputError, match="has no axis of time, and no '1'; leave the column t empty"):
+            self.coarse(tmp_path, write_store(tmp_path / "b.ome.zarr", [VOLUME]), t="1")
 
 
 class TestMask:
@@ -514,7 +584,7 @@ def test_a_store_that_has_changed_since_the_plan(tmp_path):
             tmp_path / "out/out.ome.zarr",
             tmp_path / "out/plan.json",
             tmp_path / "out/x.json",
-            channels={"a": 0},
+            channels={"a": (0, None)},
             fields=[tmp_path / "out/field.json"],
             coarse=[tmp_path / "out/coarse.json"],
             level=0,
@@ -799,7 +869,7 @@ class TestFaults:
             "target": str(out),
             "plan": str(tmp_path / "plan.json"),
             "output": str(tmp_path / "level-0_part-0.json"),
-            "channels": {"sub-01_SPIM": 0},
+            "channels": {"sub-01_SPIM": (0, None)},
             "fields": [str(tmp_path / "field.json")],
             "coarse": [str(tmp_path / "coarse.json")],
             "level": 0,

@@ -47,7 +47,7 @@ def test_metadata_and_voxels_are_those_of_the_folder(tmp_path, layout):
     for level, values in zip(there.levels, LEVELS, strict=True):
         np.testing.assert_array_equal(open_level(there, level)[...], values)
     chosen = choose_coarse(here, 1, 10**6)
-    volumes = [read_coarse(image, image.levels[1], chosen.factors, 0, "auto") for image in (here, there)]
+    volumes = [read_coarse(image, image.levels[1], chosen.factors, 0, None, "auto") for image in (here, there)]
     np.testing.assert_array_equal(volumes[0][0], volumes[1][0])
     assert volumes[0][1:] == volumes[1][1:]
 
@@ -116,7 +116,7 @@ def test_voxels_that_cannot_be_reached_are_no_fill_values(tmp_path, server):
     server.say("stop")
     try:
         with pytest.raises(MachineError, match="check the network"):
-            read_coarse(image, image.levels[0], (1, 1, 1), 0, 0)
+            read_coarse(image, image.levels[0], (1, 1, 1), 0, None, 0)
     finally:
         server.say("start")
 

@@ -31,10 +31,12 @@ AUTO = np.rint(VALUES).astype(np.uint16)
 #: A stain of few cells.
 SPARSE = np.where(np.random.default_rng(0).random(AUTO.shape) < 0.02, AUTO, AUTO // 40).astype(np.uint16)
 SHEET = [
-    ["subject", "image", "channel", "modality", "field_from", "mask"],
-    ["01", "raw/two.ome.zarr", "auto", "stain-auto_SPIM", "", ""],
-    ["01", "raw/two.ome.zarr", "cFos", "stain-cFos_SPIM", "stain-auto_SPIM", ""],
-    ["02", "raw/one.ome.zarr", "", "", "", "raw/mask.nii.gz"],
+    ["subject", "image", "channel", "modality", "field_from", "mask", "t"],
+    ["01", "raw/two.ome.zarr", "auto", "stain-auto_SPIM", "", "", ""],
+    ["01", "raw/two.ome.zarr", "cFos", "stain-cFos_SPIM", "stain-auto_SPIM", "", ""],
+    ["02", "raw/one.ome.zarr", "", "", "", "raw/mask.nii.gz", ""],
+    ["03", "raw/times.ome.zarr", "", "run-1_SPIM", "", "raw/label.ome.zarr", "0"],
+    ["03", "raw/times.ome.zarr", "", "run-2_SPIM", "", "raw/label.ome.zarr", "1"],
 ]
 PARTS = 5
 TWO, ONE = "results/sub-01/micr/sub-01_desc-N4_SPIM", "results/sub-02/micr/sub-02_desc-N4_SPIM"
@@ -54,6 +56,10 @@ def prepare(folder):
     both = pyramid(np.stack([AUTO, SPARSE]))
     write_store(folder / "raw/two.ome.zarr", both, axes="czyx", labels=("auto", "cFos"), shards=(32, 64, 64))
     write_store(folder / "raw/one.ome.zarr", pyramid(AUTO), version="0.4", unit=None, translations=False)
+    # of time points that are lit from opposite sides
+    times = np.stack([AUTO, AUTO[::-1, ::-1, ::-1]])[:, ::2, ::2, ::2]
+    write_store(folder / "raw/times.ome.zarr", [times], axes="tzyx", scale_um=(8, 8, 8))
+    write_store(folder / "raw/label.ome.zarr", [(times > 500).astype(np.uint8)], axes="tzyx", scale_um=(8, 8, 8))
     # of the voxels of level 0, where the coarse volume has those of level 1
     affine = np.diag([0.004, 0.004, 0.004, 1])
     nib.save(nib.Nifti1Image((AUTO.T > 500).astype(np.uint8), affine), folder / "raw/mask.nii.gz")
@@ -119,6 +125,27 @@ def test_the_field_is_found(folder):
     found = field.on_grid(shape, np.array(affine)).log_tile((slice(None),) * 3).T
     left = (found - LOG_BIAS)[AUTO > 500]
     assert left.std() < 0.2 * LOG_BIAS[AUTO > 500].std()
+
+
+def test_time_points_have_fields_of_their_own(folder):
+    stem = "results/sub-03/micr/sub-03"
+    before = read_image(folder / "raw/times.ome.zarr")
+    values, written = (
+        zarr.open_array(folder / path / "0", mode="r")[...]
+        for path in ("raw/times.ome.zarr", f"{stem}_desc-N4_SPIM.ome.zarr")
+    )
+    shape, affine = before.grid(before.levels[0])
+    masks = []
+    for number in (0, 1):
+        field = load_field(folder / f"{stem}_run-{number + 1}_res-coarse_desc-N4SPIM_biasfield.json")
+        ratio = np.exp(field.on_grid(shape, np.array(affine)).log_tile((slice(None),) * 3)).T
+        assert (written[number] != np.rint(values[number] / ratio)).mean() < 1e-4
+        name = f"{stem}_run-{number + 1}_res-coarse_desc-foregroundSPIM_mask.nii.gz"
+        masks.append(np.asarray(nib.load(folder / name).dataobj).T != 0)
+        assert np.array_equal(masks[-1], values[number] > 500)
+    inside = masks[0] & masks[1]
+    one, other = (np.log(values[number][inside] / written[number][inside]) for number in (0, 1))
+    assert np.corrcoef(one, other)[0, 1] < 0
 
 
 @stores
@@ -262,6 +289,26 @@ BAD = {
         "01\traw/two.ome.zarr\tauto\tSPIM\t\t\n02\traw/two.ome.zarr\tcFos\tSPIM\t\t",
         "two.ome.zarr: has rows of several subjects, sessions or suffixes",
     ),
+    "two rows of one time point": (
+        "03\traw/times.ome.zarr\t\trun-1_SPIM\t\t\t1\n03\traw/times.ome.zarr\t\trun-2_SPIM\t\t\t01",
+        "times.ome.zarr: has two rows of one time point of channel 0; remove one",
+    ),
+    "a time point and all of them": (
+        "03\traw/times.ome.zarr\t\trun-1_SPIM\t\t\t1\n03\traw/times.ome.zarr\t\trun-2_SPIM\t\t\t",
+        "has rows of single time points of channel 0, and one of all of them; remove the one whose column t is empty",
+    ),
+    "a time point without a row": (
+        "03\traw/times.ome.zarr\t\tSPIM\t\t\t1",
+        "has no row for the time points 0 of channel 0; add one each, or set zarr.other_channels to copy",
+    ),
+    "a time point that is not there": (
+        "03\traw/times.ome.zarr\t\tSPIM\t\t\t2",
+        "times.ome.zarr: has 2 time points, and no '2'; give one from 0 to 1 in the column t",
+    ),
+    "a time point of a NIfTI image": (
+        "01\traw/mask.nii.gz\t\tSPIM\t\t\t0",
+        "t 0: raw/mask.nii.gz is no OME-Zarr image",
+    ),
     "no store": ("01\traw/no.ome.zarr\t\tSPIM\t\t", "raw/no.ome.zarr: is not there; check the path"),
     "a channel of a NIfTI image": (
         "01\traw/mask.nii.gz\tauto\tSPIM\t\t",
@@ -275,7 +322,8 @@ def test_a_sheet_that_cannot_be_used_is_one_line(folder, tmp_path, name, monkeyp
     rows, message = BAD[name]
     monkeypatch.chdir(folder)
     sheet = tmp_path / "sheet.tsv"
-    sheet.write_text("\t".join(SHEET[0]) + f"\n{rows}\n")
+    lines = [line + "\t" * (len(SHEET[0]) - 1 - line.count("\t")) for line in ["\t".join(SHEET[0]), *rows.split("\n")]]
+    sheet.write_text("\n".join(lines) + "\n")
     with pytest.raises(InputError) as caught:
         stores_of(read_sheet(sheet, load_schema(ROOT / "workflow/schemas/samples.schema.yaml")), "auto", "error")
     assert message in str(caught.value)

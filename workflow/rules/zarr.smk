@@ -22,6 +22,7 @@ rule coarse:
         store=lambda wildcards: scan_of(wildcards).image,
         metadata=lambda wildcards: metadata_of(scan_of(wildcards).image),
         channel=lambda wildcards: scan_of(wildcards).channel,
+        t=lambda wildcards: scan_of(wildcards).t,
         settings={key: config["zarr"][key] for key in ("level", "level_voxels", "offset", "pyramid_origin")},
         package=package_digest("steps.pyramid"),
     script:
@@ -46,6 +47,7 @@ rule given_mask:
     params:
         mask=lambda wildcards: scan_of(wildcards).mask,
         metadata=lambda wildcards: metadata_of(scan_of(wildcards).mask),
+        t=lambda wildcards: scan_of(wildcards).t,
         pyramid_origin=config["zarr"]["pyramid_origin"],
         package=package_digest("steps.pyramid"),
     script:
@@ -113,6 +115,7 @@ rule describe:
     """Gather what was seen in the parts into the sidecar of the corrected store."""
     input:
         unpack(fields_of),
+        masks=lambda wildcards: [made_of(scan, "mask") for scan in store_of(wildcards).scans],
         parts=lambda wildcards: parts_of(store_of(wildcards)),
     output:
         sidecar=STORE_OUTPUT["store_sidecar"],
@@ -180,6 +183,7 @@ rule crops:
         image=lambda wildcards: scan_of(wildcards).image,
         corrected=lambda wildcards: target_of_store(STORE_OF_SCAN[scan_of(wildcards).name]),
         channel=lambda wildcards: scan_of(wildcards).channel,
+        t=lambda wildcards: scan_of(wildcards).t,
         pyramid_origin=config["zarr"]["pyramid_origin"],
         package=package_digest("qc.crops"),
     script:

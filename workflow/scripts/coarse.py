@@ -11,6 +11,7 @@ def main(snakemake):
         output=snakemake.output.image,
         sidecar=snakemake.output.sidecar,
         channel=snakemake.params.channel,
+        t=snakemake.params.t,
         **snakemake.params.settings,
     )
 

@@ -15,6 +15,7 @@ def main(snakemake):
         told=snakemake.input.told,
         output=snakemake.output.crops,
         channel=snakemake.params.channel,
+        t=snakemake.params.t,
         pyramid_origin=snakemake.params.pyramid_origin,
     )
 

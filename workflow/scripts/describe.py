@@ -13,6 +13,7 @@ def main(snakemake):
         channels=snakemake.params.channels,
         fields=list(snakemake.input.fields),
         coarse=list(snakemake.input.coarse),
+        masks=list(snakemake.input.masks),
         pyramid_origin=snakemake.params.pyramid_origin,
         notes=snakemake.params.notes,
     )

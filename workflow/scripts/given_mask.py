@@ -11,6 +11,7 @@ def main(snakemake):
         mask=snakemake.params.mask,
         output=snakemake.output.mask,
         pyramid_origin=snakemake.params.pyramid_origin,
+        t=snakemake.params.t,
     )
 
 

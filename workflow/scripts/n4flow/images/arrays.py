@@ -60,9 +60,9 @@ def _open(source: str, store: Any, path: str, mode: Any, level: Level) -> zarr.A
 
 
 def read_coarse(
-    image: Image, level: Level, factors: Sequence[int], channel: int, offset: float | str
+    image: Image, level: Level, factors: Sequence[int], channel: int, time: int | None, offset: float | str
 ) -> tuple[np.ndarray, float, dict[str, float]]:
-    """One level of a channel as a volume, the mean over time, less the pedestal; streamed by chunks.
+    """One level of a channel as a volume, at one time or the mean over time, less the pedestal; streamed by chunks.
 
     Parameters
     ----------
@@ -71,6 +71,8 @@ def read_coarse(
     factors : three ints
         Voxels that are averaged along each axis of the volume; those that are left over at the far end are left out.
     channel : int
+    time : int, optional
+        The mean over all time points without it.
     offset : float or "auto"
         The pedestal: what the camera adds to every voxel.
 
@@ -92,8 +94,8 @@ def read_coarse(
     by_axis = tuple(factors[::-1])[-len(shape) :]
     coarse = tuple(n // f for n, f in zip(shape, by_axis, strict=True))
     limits = Limits.of(array)
-    times = level.shape[image.axes.index("t")] if "t" in image.axes else 1
-    averaged = times > 1 or any(f > 1 for f in by_axis)
+    times = range(image.times) if time is None else [time]
+    averaged = len(times) > 1 or any(f > 1 for f in by_axis)
     # voxels count then by themselves: those that are not usable are 0, and nothing is taken off the others
     plain = not averaged and offset == 0 and limits.fill == 0 and limits.top is not None
     total = np.zeros(coarse, dtype=np.float64 if averaged else np.float32)
@@ -104,8 +106,8 @@ def read_coarse(
     blocks = [
         [slice(start, min(start + step, n)) for start in range(0, n, step)] for n, step in zip(used, steps, strict=True)
     ]
-    for time, *part in product(range(times), *blocks):
-        values = _read(image, array, part, channel, time)
+    for at, *part in product(times, *blocks):
+        values = _read(image, array, part, channel, at)
         if plain and values.max() != limits.top:  # what holds the fill value is 0 as it is
             fill += values.size - int(np.count_nonzero(values))
             total[tuple(part)] = values
@@ -146,24 +148,24 @@ def read_coarse(
         volume -= np.float32(offset)
     if not plain:
         volume[~inside] = 0
-    voxels = times * math.prod(used)
+    voxels = len(times) * math.prod(used)
     volume = volume.reshape((1,) * (3 - len(coarse)) + coarse)
     return volume.T, float(offset), {"Fill": fill / voxels, "Saturated": saturated / voxels}
 
 
-def read_part(image: Image, level: Level, part: Sequence[slice], channel: int) -> np.ndarray:
-    """A part of a level along the axes of space, of a channel at the first time.
+def read_part(image: Image, level: Level, part: Sequence[slice], channel: int, time: int) -> np.ndarray:
+    """A part of a level along the axes of space, of a channel at a time point.
 
     Raises
     ------
     InputError
         It cannot be read.
     """
-    return _read(image, open_level(image, level), part, channel, 0)
+    return _read(image, open_level(image, level), part, channel, time)
 
 
-def read_nearest(image: Image, level: Level, to_level: np.ndarray, shape: Sequence[int]) -> np.ndarray:
-    """Voxels of a level that lie nearest to those of another grid, of the first channel and time; read by blocks.
+def read_nearest(image: Image, level: Level, to_level: np.ndarray, shape: Sequence[int], time: int = 0) -> np.ndarray:
+    """Voxels of a level that lie nearest to those of another grid, of the first channel at a time; read by blocks.
 
     Parameters
     ----------
@@ -202,7 +204,7 @@ def read_nearest(image: Image, level: Level, to_level: np.ndarray, shape: Sequen
         wanted = [np.flatnonzero((n >= part.start) & (n < part.stop)) for n, part in zip(nearest, block, strict=True)]
         if all(map(len, wanted)):
             part = block[: len(space)][::-1]
-            values = _read(image, array, part, 0, 0).T.reshape([each.stop - each.start for each in block])
+            values = _read(image, array, part, 0, time).T.reshape([each.stop - each.start for each in block])
             places = [n[which] - each.start for n, which, each in zip(nearest, wanted, block, strict=True)]
             found[np.ix_(*wanted)] = values[np.ix_(*places)]
     return found.transpose(np.argsort(axes))
@@ -273,8 +275,12 @@ class Limits:
         return np.isnan(values) if self.fill != self.fill else values == self.fill
 
 
+#: A channel, and the time point of it that is meant; None for all of them.
+Place = tuple[int, int | None]
+
+
 class ChannelDivision(NamedTuple):
-    """By what a channel is divided; nothing is copied but what has one."""
+    """By what a channel is divided; nothing is copied but what has none."""
 
     field: BiasField
     offset: float = 0.0
@@ -293,6 +299,8 @@ class Tally:
         each unit that is found in another way.
     units : dict of str to str
         SHA-256 of the voxels of each unit, before and after, by its place among the units.
+    empty : list of str
+        Places of those that hold nothing but the fill value: nobody wrote them, or they were lost.
     """
 
     voxels: int = 0
@@ -301,6 +309,7 @@ class Tally:
     clipped: int = 0
     self_check: float = 0.0
     units: dict[str, str] = field(default_factory=dict)
+    empty: list[str] = field(default_factory=list)
 
     def add(self, other: Tally) -> None:
         """Count what another one has seen, too."""
@@ -308,6 +317,7 @@ class Tally:
             setattr(self, name, getattr(self, name) + getattr(other, name))
         self.self_check = max(self.self_check, other.self_check)
         self.units |= other.units
+        self.empty += other.empty
 
 
 @one_blas_thread
@@ -315,7 +325,7 @@ def divide_units(
     image: Image,
     level: Level,
     target: str | Path,
-    channels: Mapping[int, ChannelDivision],
+    channels: Mapping[Place, ChannelDivision],
     units: Sequence[int],
     *,
     keep_saturated: bool = True,
@@ -333,8 +343,8 @@ def divide_units(
     level : Level
     target : path-like
         The array to write, with the units of `level`.
-    channels : mapping of int to ChannelDivision
-        Fields on the grid of the level.
+    channels : mapping of (int, int or None) to ChannelDivision
+        Fields on the grid of the level, of a channel at a time point or at all of them.
     units : sequence of int
         Which ones, counted in C order: no other writer may have one of these.
     keep_saturated : bool
@@ -376,7 +386,7 @@ class _Division:
         source: zarr.Array[Any],
         out: zarr.Array[Any],
         target: str,
-        channels: Mapping[int, ChannelDivision],
+        channels: Mapping[Place, ChannelDivision],
         keep_saturated: bool,
     ) -> None:
         self.image, self.level, self.source, self.out, self.channels = image, level, source, out, channels
@@ -388,7 +398,7 @@ class _Division:
     def divide(self, unit: int) -> Tally:
         image, level = self.image, self.level
         place = [int(at) for at in np.unravel_index(unit, level.unit_grid)]
-        region = _region(level, place)
+        region = unit_region(level, place)
         with _reading(image.path):
             values = np.asarray(self.source[region])
         out = np.empty(values.shape, dtype=self.out.dtype.newbyteorder("="))
@@ -398,22 +408,26 @@ class _Division:
             block.insert(0, slice(0, 1))
         outer: list[Any] = [range(n) for n in values.shape[: values.ndim - len(image.space)]]
         for index in product(*outer):
-            axis = image.channel_axis
-            channel = 0 if axis is None else region[axis].start + index[axis]
+            at = {image.axes[axis]: region[axis].start + along for axis, along in enumerate(index)}
+            channel, time = at.get("c", 0), at.get("t", 0)
             here, there = values[index], out[index]
-            if channel not in self.channels:
+            known = next((key for key in ((channel, time), (channel, None)) if key in self.channels), None)
+            if known is None:
                 there[...] = here
                 continue
             if here.ndim == 2:
                 here, there = here[None], there[None]
-            self._divide_block(block, channel, here, there, tally)
+            self._divide_block(block, known, here, there, tally)
         with _reading(self.target, "written"):
             self.out[region] = out
-        tally.units[".".join(map(str, place))] = f"{_sha256(values)} {_sha256(out)}"
+        name = ".".join(map(str, place))
+        tally.units[name] = f"{_sha256(values)} {_sha256(out)}"
+        if tally.fill == tally.voxels:
+            tally.empty.append(name)
         return tally
 
     def _divide_block(
-        self, block: Sequence[slice], channel: int, values: np.ndarray, out: np.ndarray, tally: Tally
+        self, block: Sequence[slice], channel: Place, values: np.ndarray, out: np.ndarray, tally: Tally
     ) -> None:
         offset = self.channels[channel].offset
         if self.limits.fills(values[:1, :1]).all() and self.limits.fills(values).all():
@@ -427,7 +441,7 @@ class _Division:
             tally.clipped += counts.clipped
         self._check(block, channel, values, out, tally)
 
-    def _check(self, block: Sequence[slice], channel: int, values: np.ndarray, out: np.ndarray, tally: Tally) -> None:
+    def _check(self, block: Sequence[slice], channel: Place, values: np.ndarray, out: np.ndarray, tally: Tally) -> None:
         """Compare the line of voxels in the middle with the same from the field as it stands."""
         z, y = values.shape[0] // 2, values.shape[1] // 2
         line, written = values[z, y].astype(np.float64), out[z, y].astype(np.float64)
@@ -442,8 +456,8 @@ class _Division:
             tally.self_check = max(tally.self_check, float(relative.max()))
 
 
-def _region(level: Level, place: Sequence[int]) -> tuple[slice, ...]:
-    """Of the array, what a unit holds."""
+def unit_region(level: Level, place: Sequence[int]) -> tuple[slice, ...]:
+    """Of the array, what the unit at a place among those of a level holds."""
     return tuple(
         slice(at * size, min((at + 1) * size, n)) for at, size, n in zip(place, level.unit, level.shape, strict=True)
     )
@@ -467,7 +481,7 @@ def unit_digests(image: Image, level: Level, places: Iterable[str]) -> Iterator[
     for place in places:
         try:
             with _reading(image.path):
-                values = np.asarray(array[_region(level, [int(at) for at in place.split(".")])])
+                values = np.asarray(array[unit_region(level, [int(at) for at in place.split(".")])])
             yield place, _sha256(values)
         except InputError as error:
             yield place, str(error)

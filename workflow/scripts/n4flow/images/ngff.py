@@ -158,6 +158,11 @@ class Image:
         return 1 if self.channel_axis is None else self.levels[0].shape[self.channel_axis]
 
     @property
+    def times(self) -> int:
+        """How many time points there are."""
+        return self.levels[0].shape[self.axes.index("t")] if "t" in self.axes else 1
+
+    @property
     def root(self) -> str:
         """Name of the root metadata."""
         return ROOTS[self.version]
@@ -211,6 +216,24 @@ class Image:
         near = difflib.get_close_matches(channel, filter(None, self._all_labels), n=1)
         hint = f"did you mean {near[0]}?" if near else f"give one of {named}"
         raise InputError(self.path, f"has no channel {channel!r}", hint)
+
+    def time_index(self, time: str) -> int | None:
+        """Which time point a row of the sheet means; None for all of them.
+
+        Raises
+        ------
+        InputError
+            There is no such time point.
+        """
+        if not time:
+            return None
+        if time.isdecimal() and int(time) < self.times:
+            return int(time)
+        has = f"has {self.times} time points" if "t" in self.axes else "has no axis of time"
+        rule = (
+            f"give one from 0 to {self.times - 1} in the column t" if "t" in self.axes else "leave the column t empty"
+        )
+        raise InputError(self.path, f"{has}, and no {time!r}", rule)
 
     @property
     def _all_labels(self) -> list[str]:
@@ -485,6 +508,8 @@ def _read_image(path: str, pyramid_origin: str) -> Image:
     for level in levels[1:]:
         if image.channel_axis is not None and level.shape[image.channel_axis] != image.channels:
             raise InputError(path, "has another number of channels at another level", "write it again")
+        if "t" in axes and level.shape[axes.index("t")] != image.times:
+            raise InputError(path, "has another number of time points at another level", "write it again")
     return image
 
 

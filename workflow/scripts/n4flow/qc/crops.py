@@ -60,6 +60,7 @@ def draw_crops(
     *,
     channel: str,
     pyramid_origin: str,
+    t: str = "",
 ) -> None:
     """Draw crops of the finest level of a channel, original and corrected, side by side in one window.
 
@@ -78,8 +79,8 @@ def draw_crops(
         Of the coarse volume, and of the corrected store.
     output : path-like
         WebP.
-    channel : str
-        As in the sheet.
+    channel, t : str
+        As in the sheet: without a time point, the first one is drawn.
     pyramid_origin : {"auto", "declared"}
 
     Raises
@@ -88,7 +89,7 @@ def draw_crops(
         The picture cannot be written.
     """
     try:
-        picture = webp(_drawn(store, corrected, plan, mask, sidecar, told, channel, pyramid_origin), QUALITY)
+        picture = webp(_drawn(store, corrected, plan, mask, sidecar, told, channel, t, pyramid_origin), QUALITY)
     except MachineError:
         raise
     except Exception as error:  # whatever it is, the image is corrected all the same
@@ -115,26 +116,32 @@ def _drawn(
     sidecar: str | Path,
     told: str | Path,
     channel: str,
+    t: str,
     pyramid_origin: str,
 ) -> Picture.Image:
     before, after = read_image(store, pyramid_origin), read_image(corrected, pyramid_origin)
-    index = before.channel_index(channel)
+    index, at = before.channel_index(channel), before.time_index(t) or 0
     level = before.levels[0]
     units_per_part = int(read_json(plan)["Levels"][0]["UnitsPerPart"])
-    shown = _choose(before, level, Volume(mask), index, units_per_part)
+    shown = _choose(before, level, Volume(mask), (index, at), units_per_part)
     rows = []
     for seam in shown:
         region, size_mm = _region(before, level, seam)
         pair = [
-            np.nan_to_num(read_part(image, image.levels[0], region[-len(image.space) :], index).astype(np.float32))
+            np.nan_to_num(read_part(image, image.levels[0], region[-len(image.space) :], index, at).astype(np.float32))
             for image in (before, after)
         ]
         rows.append((seam, region, size_mm, [np.squeeze(values, axis=_thin(region, values)) for values in pair]))
     offset = float(read_json(sidecar)["Offset"])
     top = max(float(np.percentile(pair[1], 99.5)) for *_, pair in rows)
-    clipped = float(read_json(told)["Clipped"])
-    note = f"{100 * clipped:.2g} % of the voxels of the image were cut off; set zarr.dtype: float32"
-    return _sheet(before, rows, offset, top if top > offset else offset + 1, note if clipped > CLIPPED else "")
+    facts = read_json(told)
+    clipped, missing = float(facts["Clipped"]), sum(len(level["MissingUnits"]) for level in facts["Levels"])
+    notes = []
+    if clipped > CLIPPED:
+        notes.append(f"{100 * clipped:.2g} % of the voxels of the image were cut off; set zarr.dtype: float32")
+    if missing:
+        notes.append(f"{missing} chunks or shards in the mask hold nothing; compare the original with its source")
+    return _sheet(before, rows, offset, top if top > offset else offset + 1, notes)
 
 
 def _thin(region: Sequence[slice], values: np.ndarray) -> tuple[int, ...]:
@@ -148,12 +155,12 @@ def _zyx(image: Image, values: Sequence[Any]) -> tuple[int, ...]:
     return (1, *(int(values[axis]) for axis in image.space))[-3:]
 
 
-def _choose(image: Image, level: Level, mask: Volume, channel: int, units_per_part: int) -> list[Seam]:
+def _choose(image: Image, level: Level, mask: Volume, place: tuple[int, int], units_per_part: int) -> list[Seam]:
     """Seams in the mask, far from one another, those of parts first; without any, the middle of the mask."""
     inside = mask.mean() > 0
     to_mask = np.linalg.solve(mask.affine_mm, np.array(image.grid(level)[1]))
     by_region: dict[str, Seam] = {}  # of a small image, many crops would show the same
-    for seam in _seams(image, level, channel, units_per_part):
+    for seam in _seams(image, level, place, units_per_part):
         if _value_at(inside, to_mask, seam.centre[::-1]):
             by_region.setdefault(str(_region(image, level, seam)[0]), seam)
     found = list(by_region.values())
@@ -179,10 +186,14 @@ def _spread(seams: Sequence[Seam], count: int) -> list[Seam]:
     return [seams[round(place)] for place in places]
 
 
-def _seams(image: Image, level: Level, channel: int, units_per_part: int) -> Iterator[Seam]:
-    """Faces of units of a channel: those between parts, `PLACES` at most, then as many of the others, in order."""
+def _seams(image: Image, level: Level, channel_time: tuple[int, int], units_per_part: int) -> Iterator[Seam]:
+    """Faces of units of a channel at a time point: between parts, `PLACES` at most, then as many others, in order."""
     unit, shape = _zyx(image, level.unit), _zyx(image, level.shape)
-    first = {"t": 0, "c": channel // level.unit[image.channel_axis or 0]}
+    first = {
+        name: index // level.unit[image.axes.index(name)]
+        for name, index in zip(("c", "t"), channel_time, strict=True)
+        if name in image.axes
+    }
     grid = np.indices([1 if name in first else n for name, n in zip(image.axes, level.unit_grid, strict=True)])
     place = [first.get(name, along) + np.zeros_like(along) for name, along in zip(image.axes, grid, strict=True)]
     part = np.ravel_multi_index(tuple(place), level.unit_grid).reshape(_zyx(image, level.unit_grid)) // units_per_part
@@ -219,8 +230,8 @@ def _region(image: Image, level: Level, seam: Seam) -> tuple[list[slice], tuple[
 Row = tuple[Seam, list[slice], tuple[float, float], list[np.ndarray]]
 
 
-def _sheet(image: Image, rows: Sequence[Row], low: float, high: float, note: str) -> Picture.Image:
-    """A row for each crop, under what it is, with ticks where the units meet and a scale bar; a note above, if any."""
+def _sheet(image: Image, rows: Sequence[Row], low: float, high: float, notes: Sequence[str]) -> Picture.Image:
+    """A row for each crop, under what it is, with ticks where the units meet and a scale bar; notes above, if any."""
     fonts = ImageFont.truetype(FONT, 15)
     names = [image.axes[axis] for axis in image.space]
     names = ["", *names][-3:]
@@ -230,11 +241,11 @@ def _sheet(image: Image, rows: Sequence[Row], low: float, high: float, note: str
         for (*_, size_mm, pair), per_mm in zip(rows, scales, strict=True)
     ]
     width = max(sum(tile.width for tile in pair) for pair in tiles) + GAP
-    head = LINE if note else 0
+    head = LINE * len(notes)
     height = head + sum(pair[0].height + 2 * LINE for pair in tiles)
     sheet = Picture.new("RGB", (max(width, 640), height), (0, 0, 0))
     pen, top = ImageDraw.Draw(sheet), head
-    pen.text((4, 2), note, fill=(255, 196, 0), font=fonts)
+    pen.text((4, 2), "\n".join(notes), fill=(255, 196, 0), font=fonts)
     for (seam, region, size_mm, _), pair, per_mm in zip(rows, tiles, scales, strict=True):
         axes = [axis for axis in range(3) if axis != seam.normal]
         through = [f"{names[seam.normal]} {seam.centre[seam.normal]}"] if names[seam.normal] else []

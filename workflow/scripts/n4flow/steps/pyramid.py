@@ -20,12 +20,14 @@ from n4flow.core.samples import inside_mask
 from n4flow.errors import InputError
 from n4flow.images.arrays import (
     ChannelDivision,
+    Place,
     Tally,
     divide_units,
     level_digest,
     read_coarse,
     read_nearest,
     unit_numbers,
+    unit_region,
 )
 from n4flow.images.fields import load_field
 from n4flow.images.files import read_json, write_json
@@ -48,6 +50,12 @@ OWNER = "n4flow.json"
 #: A mask whose longest edge is so many times that of the image, or the image's that of the mask, is on another scale.
 OTHER_SCALE = 50.0
 
+#: A unit of nothing but the fill value counts as missing if more than this share of its place lies in the mask.
+MISSING_SHARE = 0.5
+
+#: So many of them are named.
+NAMED = 3
+
 PACKAGES = ("numpy", "zarr", "numcodecs")
 
 
@@ -57,6 +65,7 @@ def coarse_scan(
     sidecar: str | Path,
     *,
     channel: str,
+    t: str = "",
     level: int | str,
     level_voxels: int,
     offset: float | str | Mapping[str, float | str],
@@ -69,8 +78,8 @@ def coarse_scan(
     store : path-like
     output, sidecar : path-like
         NIfTI, float32, less the pedestal; JSON.
-    channel : str
-        As in the sheet.
+    channel, t : str
+        As in the sheet: without a time point, the mean over all time points.
     level, level_voxels
         See `ngff.choose_coarse`.
     offset : float, "auto" or mapping
@@ -84,14 +93,14 @@ def coarse_scan(
     """
     output, sidecar = Path(output), Path(sidecar)
     image = read_image(store, pyramid_origin)
-    index = image.channel_index(channel)
+    index, at = image.channel_index(channel), image.time_index(t)
     chosen = choose_coarse(image, level, level_voxels)
     source = image.levels[chosen.level]
     if isinstance(offset, Mapping):
         named = {str(key): value for key, value in offset.items()}
         label = image.labels[index] if index < len(image.labels) else ""
         offset = named.get(channel, named.get(label, named.get(str(index), 0.0)))
-    volume, pedestal, shares = read_coarse(image, source, chosen.factors, index, offset)
+    volume, pedestal, shares = read_coarse(image, source, chosen.factors, index, at, offset)
     grid = Grid.of(chosen.shape, np.array(chosen.affine))
     with VolumeWriter(output, grid, np.float32) as writer:
         for plane in range(volume.shape[2]):
@@ -104,6 +113,7 @@ def coarse_scan(
             "PixelSizeUnits": "um",
             "Axes": axes,
             "Channel": channel or str(index),
+            **({} if at is None else {"Time": at}),
             "Level": source.path,
             "Resolution": f"level {source.path}"
             + (f", averaged over {' x '.join(map(str, chosen.factors))} voxels" if max(chosen.factors) > 1 else ""),
@@ -133,7 +143,7 @@ def _inputs(store: str | Path) -> dict[str, str]:
     return {} if os.path.samefile(root, store) else {"image": root}
 
 
-def place_mask(image: str | Path, mask: str | Path, output: str | Path, *, pyramid_origin: str) -> None:
+def place_mask(image: str | Path, mask: str | Path, output: str | Path, *, pyramid_origin: str, t: str = "") -> None:
     """Bring a mask onto the grid of a coarse volume, by world coordinates: to each voxel its nearest neighbour's value.
 
     Parameters
@@ -145,6 +155,8 @@ def place_mask(image: str | Path, mask: str | Path, output: str | Path, *, pyram
     output : path-like
     pyramid_origin : {"auto", "declared"}
         Of the label.
+    t : str, optional
+        As in the sheet: of a label that has several time points, the first without it.
 
     Raises
     ------
@@ -160,7 +172,8 @@ def place_mask(image: str | Path, mask: str | Path, output: str | Path, *, pyram
         shape, affine = labels.grid(level)
         _check_scale(mask, _edge_mm(shape, np.array(affine)), volume)
         to_label = np.linalg.solve(np.array(affine), volume.affine_mm)
-        inside = read_nearest(labels, level, to_label, volume.shape) != 0
+        at = labels.time_index(t) or 0 if labels.times > 1 else 0
+        inside = read_nearest(labels, level, to_label, volume.shape, at) != 0
     else:
         given = Volume(mask)
         _check_scale(mask, _edge_mm(given.shape, given.affine_mm), volume)
@@ -334,7 +347,7 @@ def divide_part(
     plan: str | Path,
     output: str | Path,
     *,
-    channels: Mapping[str, int],
+    channels: Mapping[str, Place],
     fields: Sequence[str | Path],
     coarse: Sequence[str | Path],
     level: int,
@@ -353,8 +366,8 @@ def divide_part(
         As `plan_store` wrote it.
     output : path-like
         JSON: counts, and the SHA-256 of the voxels of each unit, before and after.
-    channels : mapping of str to int
-        Index of the channel of each row.
+    channels : mapping of str to (int, int or None)
+        Of each row, which channel it is, and which time point of it; None for all.
     fields, coarse : sequences of path-like
         Field and sidecar of the coarse volume, of each row.
     level, part : int
@@ -375,8 +388,10 @@ def divide_part(
         raise InputError(store, f"is no longer the one that {plan} was made for", "remove the plan and run again")
     shape, affine = image.grid(source)
     divisions = {
-        index: ChannelDivision(load_field(path).on_grid(shape, np.array(affine), store), read_json(told)["Offset"])
-        for index, path, told in zip(channels.values(), fields, coarse, strict=True)
+        (index, at): ChannelDivision(
+            load_field(path).on_grid(shape, np.array(affine), store), read_json(told)["Offset"]
+        )
+        for (index, at), path, told in zip(channels.values(), fields, coarse, strict=True)
     }
     units = list(unit_numbers(source, part, planned["UnitsPerPart"]))
     tally = divide_units(
@@ -390,7 +405,8 @@ def divide_part(
     )
     os.sync()  # zarr leaves that to the system: a marker without its voxels would outlive a loss of power
     seconds = round(time.perf_counter() - start, 3)
-    write_json(output, {"Level": level, "Part": part, **_told(tally), "WallTimeSeconds": seconds, "Units": tally.units})
+    told = {"Level": level, "Part": part, **_told(tally), "WallTimeSeconds": seconds}
+    write_json(output, {**told, "Units": tally.units, "Empty": tally.empty})
 
 
 def _told(tally: Tally) -> dict[str, Any]:
@@ -408,9 +424,10 @@ def describe_store(
     parts: Sequence[str | Path],
     output: str | Path,
     *,
-    channels: Mapping[str, int],
+    channels: Mapping[str, Place],
     fields: Sequence[str | Path],
     coarse: Sequence[str | Path],
+    masks: Sequence[str | Path | None],
     pyramid_origin: str,
     notes: Mapping[str, Any] | None = None,
 ) -> None:
@@ -426,6 +443,8 @@ def describe_store(
         JSON, in the folder of the store.
     channels, fields, coarse
         As of `divide_part`.
+    masks : sequence of path-like
+        Of the coarse volume of each row; None for one that has none.
     pyramid_origin : {"auto", "declared"}
     notes : mapping, optional
         Further keys of the sidecar.
@@ -433,6 +452,15 @@ def describe_store(
     image, output = read_image(store, pyramid_origin), Path(output)
     seen = [read_json(part) for part in parts]
     total = {key: sum(part[key] for part in seen) for key in ("Voxels", "Fill", "Saturated", "Clipped")}
+    missing = _missing_units(image, seen, channels, masks)
+    for level, names in zip(image.levels, missing, strict=True):
+        if names:
+            log.warning(
+                "%s: %d of the %d %s of its level %s hold nothing although most of their place is in the mask (%s), as "
+                "if they had been lost: compare it with its source",
+                *(store, len(names), math.prod(level.unit_grid), "shards" if level.unit != level.chunks else "chunks"),
+                *(level.path, " ".join(names[:NAMED]) + (" …" if len(names) > NAMED else "")),
+            )
     levels = []
     for number, level in enumerate(image.levels):
         of_level = [part["Units"] for part in seen if part["Level"] == number]
@@ -442,15 +470,24 @@ def describe_store(
                 output, f"lacks units of level {level.path}", "remove the files of its parts, and run again"
             )
         before, after = (level_digest({place: digests[which] for place, digests in units.items()}) for which in (0, 1))
-        levels.append({"Path": level.path, "Units": len(units), "SHA256Before": before, "SHA256": after})
+        levels.append(
+            {
+                "Path": level.path,
+                "Units": len(units),
+                "MissingUnits": missing[number],
+                "SHA256Before": before,
+                "SHA256": after,
+            }
+        )
     sizes, axes = _pixel_sizes_um(image)
     rows = {
         name: {
             "Index": index,
+            **({} if at is None else {"Time": at}),
             "Field": source_uri(Path(field), Path(output)),
             **{key: read_json(told)[key] for key in ("Channel", "Level", "Offset")},
         }
-        for (name, index), field, told in zip(channels.items(), fields, coarse, strict=True)
+        for (name, (index, at)), field, told in zip(channels.items(), fields, coarse, strict=True)
     }
     write_json(
         output,
@@ -471,6 +508,42 @@ def describe_store(
             "Provenance": provenance(_inputs(store), PACKAGES),
         },
     )
+
+
+def _missing_units(
+    image: Image, parts: Sequence[Mapping[str, Any]], channels: Mapping[str, Place], masks: Sequence[str | Path | None]
+) -> list[list[str]]:
+    """Units of each level that hold nothing although most of their place lies in the mask: lost, it seems.
+
+    Background that nobody wrote is outside of the mask. What is lost of the level that the mask was found on may be
+    outside of it, too.
+    """
+    empty = [(part["Level"], place) for part in parts for place in part["Empty"]]
+    found = set()
+    for own, path in zip(channels.values(), masks, strict=True):
+        if empty and path is not None:
+            mask = Volume(path)
+            inside = mask.mean() > 0
+            for number, place in empty:
+                level = image.levels[number]
+                region = dict(zip(image.axes, unit_region(level, list(map(int, place.split(".")))), strict=True))
+                others = zip(own, (region.get("c"), region.get("t")), strict=True)
+                if all(at is None or along is None or along.start <= at < along.stop for at, along in others):
+                    to_mask = np.linalg.solve(mask.affine_mm, np.array(image.grid(level)[1]))
+                    along = [region[image.axes[axis]] for axis in image.space[::-1]]
+                    if inside[_box(along, to_mask, inside.shape)].mean() > MISSING_SHARE:
+                        found.add((number, place))
+    return [sorted(place for level, place in found if level == number) for number in range(len(image.levels))]
+
+
+def _box(region: Sequence[slice], to_other: np.ndarray, shape: Sequence[int]) -> tuple[slice, ...]:
+    """The voxels of another grid along the same axes whose centres lie in a region; one at least."""
+    box = []
+    for axis, (along, n) in enumerate(zip([*region, slice(0, 1)][:3], shape, strict=True)):
+        first, last = (to_other[axis, axis] * (at - 0.5) + to_other[axis, 3] for at in (along.start, along.stop))
+        start = min(max(0, math.ceil(first)), n - 1)
+        box.append(slice(start, max(start + 1, math.ceil(last))))
+    return tuple(box)
 
 
 def finish_store(

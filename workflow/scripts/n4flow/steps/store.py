@@ -108,6 +108,7 @@ def correct_store(
         coarse: dict[int, Path] = {}
         estimated: dict[int, Path] = {}
         found: dict[int, Any] = {}
+        masks: dict[int, Path] = {}
         for index in dict.fromkeys([*indices.values(), *fields]):
             place = folder / str(index)
             place.mkdir()
@@ -128,7 +129,7 @@ def correct_store(
             if mask:
                 own = place / "given.nii.gz"
                 place_mask(place / "coarse.nii.gz", mask, own, pyramid_origin=pyramid_origin)
-            inside = place / "mask.nii.gz"
+            inside = masks[index] = place / "mask.nii.gz"
             how: dict[str, Any] = {"method": mask_method, "percentile": percentile}
             mask_scan(place / "coarse.nii.gz", own, inside, place / "mask.json", **how, plane_gains=plane_gains)
             made = CorrectionFiles(place / "n4.nii.gz", place / "n4_SPIM.json", place / "field.json")
@@ -145,7 +146,7 @@ def correct_store(
             found[index] = {"Mask": {"Given": sources[1]} if mask else how, **read_json(made.sidecar)["N4"]}
         field_of = [index if source is None else source for index in indices.values()]
         common: dict[str, Any] = {
-            "channels": indices,
+            "channels": {name: (index, None) for name, index in indices.items()},
             "coarse": [coarse[index] for index in indices.values()],
             "pyramid_origin": pyramid_origin,
         }
@@ -169,7 +170,15 @@ def correct_store(
                         fields=[estimated[index] for index in field_of],
                         **common,
                     )
-            describe_store(store, parts, sidecar, notes=notes, fields=[fields[index] for index in field_of], **common)
+            describe_store(
+                store,
+                parts,
+                sidecar,
+                notes=notes,
+                fields=[fields[index] for index in field_of],
+                masks=[masks.get(index) for index in indices.values()],
+                **common,
+            )
             beside.append(sidecar)
             for index, path in fields.items():
                 save_field(load_field(estimated[index]), path, Sources=sources)

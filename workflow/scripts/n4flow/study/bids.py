@@ -90,6 +90,8 @@ class Scan:
         What the report may split scans by, and to which part this one belongs: ``("site", "A")``.
     channel : str
         Of an OME-Zarr image: label or index of the channel that the row is; empty where there is one alone.
+    t : str
+        Of an OME-Zarr image: the time point that the row is; empty for all, which the mean over time stands for.
     """
 
     subject: str
@@ -102,6 +104,7 @@ class Scan:
     field_from: str = ""
     groups: tuple[tuple[str, str], ...] = ()
     channel: str = ""
+    t: str = ""
 
     @property
     def is_store(self) -> bool:

@@ -197,8 +197,8 @@ def add_to_sheet(path: Path, found: Sequence[Scan], schema: Mapping[str, Any]) -
     record = found_file(path)
     resolved = cache(os.path.realpath)  # the lists share most of their paths
 
-    def image_of(scan: Scan) -> tuple[str, str]:
-        return resolved(scan.image), scan.channel
+    def image_of(scan: Scan) -> tuple[str, str, str]:
+        return resolved(scan.image), scan.channel, scan.t
 
     added, removed, unlisted, taken = [], [], [], []
     with locked(path):
@@ -333,8 +333,9 @@ def _read_row(
     values = {key: part["default"] for key, part in schema["properties"].items() if "default" in part} | cells
     scan = Scan(**values, groups=groups)
     found = [f"{problem}" for problem in scan.problems()]
-    if scan.channel and not scan.is_store:
-        found.append(f"channel {scan.channel}: {shortened(scan.image)} is no OME-Zarr image; leave it empty")
+    for column in ("channel", "t"):
+        if (cell := getattr(scan, column)) and not scan.is_store:
+            found.append(f"{column} {cell}: {shortened(scan.image)} is no OME-Zarr image; leave it empty")
     for role in PATHS:
         path = getattr(scan, role)
         if problem := _wildcard_problem(path):

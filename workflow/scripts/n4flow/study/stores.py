@@ -12,6 +12,9 @@ from n4flow.images.ngff import Image, read_image
 from n4flow.images.remote import is_remote
 from n4flow.study.bids import Scan
 
+#: So many time points without a row are named.
+NAMED = 5
+
 #: The metadata of a store, read once a run.
 image_of_store = lru_cache(maxsize=None)(read_image)
 
@@ -39,9 +42,9 @@ class Store:
         """What tells it from all others."""
         return f"{self.entities}_{self.suffix}"
 
-    def channels(self) -> dict[str, int]:
-        """Which channel each of its rows is, by their names."""
-        return {scan.name: self.image.channel_index(scan.channel) for scan in self.scans}
+    def channels(self) -> dict[str, tuple[int, int | None]]:
+        """Which channel each of its rows is, and which time point of it (None for all), by their names."""
+        return {scan.name: _place_of(self.image, scan) for scan in self.scans}
 
 
 def stores_of(scans: Sequence[Scan], pyramid_origin: str, other_channels: str) -> list[Store]:
@@ -139,16 +142,33 @@ def _store_of(scans: Sequence[Scan], pyramid_origin: str, other_channels: str) -
             "has rows of several subjects, sessions or suffixes, and is written as one",
             "give its channels one of each, and entities such as stain-LABEL to tell them apart",
         )
-    indices = [image.channel_index(scan.channel) for scan in scans]
-    if len(set(indices)) < len(indices):
-        raise InputError(first.image, "has two rows of one channel", "remove one")
-    if other_channels == "error" and (left := sorted(set(range(image.channels)) - set(indices))):
-        raise InputError(
-            first.image,
-            f"has no row for its channels {' '.join(map(str, left))}",
-            "add one each, or set zarr.other_channels to copy",
-        )
+    times: dict[int, list[int | None]] = {}
+    for scan in scans:
+        index, time = _place_of(image, scan)
+        times.setdefault(index, []).append(time)
+    for index, own in times.items():
+        if len(set(own)) < len(own):
+            of = "one channel" if own[0] is None else f"one time point of channel {index}"
+            raise InputError(first.image, f"has two rows of {of}", "remove one")
+        if None in own and len(own) > 1:
+            raise InputError(
+                first.image,
+                f"has rows of single time points of channel {index}, and one of all of them",
+                "remove the one whose column t is empty, or the others",
+            )
+    remedy = "add one each, or set zarr.other_channels to copy"
+    if other_channels == "error" and (left := sorted(set(range(image.channels)) - set(times))):
+        raise InputError(first.image, f"has no row for its channels {' '.join(map(str, left))}", remedy)
+    for index, own in times.items() if other_channels == "error" else ():
+        if None not in own and (left := sorted(set(range(image.times)) - {*own})):
+            named = " ".join(map(str, left[:NAMED])) + (" …" if len(left) > NAMED else "")
+            raise InputError(first.image, f"has no row for the time points {named} of channel {index}", remedy)
     return Store(image, tuple(scans), entities_of_store(scans), first.folder, first.suffix)
+
+
+def _place_of(image: Image, scan: Scan) -> tuple[int, int | None]:
+    """Which channel of an image a row is, and which time point of it; None for all."""
+    return image.channel_index(scan.channel), image.time_index(scan.t)
 
 
 def check_write_to(write_to: str, images: Sequence[Image]) -> None:
