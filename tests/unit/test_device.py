@@ -32,14 +32,27 @@ def gpu_is_there():
 def test_without_a_gpu_auto_takes_the_cpu_and_says_why():
     device = select_device("auto")
     assert (device.kind, device.xp) == ("cpu", np)
-    assert "CuPy" in device.reason
+    assert "CuPy" in device.reason or "driver" in device.reason
 
 
 @pytest.mark.skipif(gpu_is_there(), reason="there is a GPU")
 @pytest.mark.skipif(importlib.util.find_spec("cupy") is None, reason="CuPy is not installed")
 def test_with_cupy_but_without_a_gpu_asking_for_it_is_an_error():
-    with pytest.raises(InputError, match=r"device: gpu: CuPy cannot use a GPU .*; install"):
+    with pytest.raises(InputError, match=r"device: gpu: (CuPy cannot use a GPU|there is no NVIDIA driver) .*; install"):
         select_device("gpu")
+
+
+@pytest.mark.skipif(gpu_is_there(), reason="there is a GPU")
+def test_where_there_is_no_driver_cupy_is_not_loaded(pytestconfig, monkeypatch):
+    """It takes longer than a mask does."""
+    monkeypatch.delitem(sys.modules, "cupy", raising=False)
+
+    def refuse(name):
+        raise OSError(f"{name}: cannot open shared object file")
+
+    monkeypatch.setattr("ctypes.CDLL", refuse)
+    assert select_device("auto").reason == "there is no NVIDIA driver (libcuda.so.1: cannot open shared object file)"
+    assert "cupy" not in sys.modules
 
 
 def test_without_cupy_asking_for_a_gpu_is_an_error(monkeypatch):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import fcntl
 import os
 import sys
@@ -43,6 +44,8 @@ def select_device(choice: DeviceChoice = "auto") -> Device:
     if choice == "cpu":
         return Device("cpu", np, "CPU", "asked for")
     try:
+        if "cupy" not in sys.modules and sys.platform == "linux":
+            ctypes.CDLL("libcuda.so.1")  # where there is no driver, this spares a CPU's job CuPy's import
         import cupy
 
         count = cupy.cuda.runtime.getDeviceCount()
@@ -52,6 +55,8 @@ def select_device(choice: DeviceChoice = "auto") -> Device:
             float(cupy.expm1(cupy.ones(2)).sum())
     except ImportError:
         count, problem = 0, "CuPy is not installed"
+    except OSError as error:
+        count, problem = 0, f"there is no NVIDIA driver ({error})"
     except Exception as error:  # CuPy raises classes of its own that cannot be named without it
         count, problem = 0, f"CuPy cannot use a GPU ({error})"
     if problem and choice == "gpu":

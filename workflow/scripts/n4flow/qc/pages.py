@@ -16,7 +16,7 @@ from n4flow.images.files import atomic_bytes, atomic_text
 from n4flow.qc.measuring import measure_subject
 from n4flow.qc.panels import oblique_degrees
 from n4flow.qc.pictures import data_uri, webp
-from n4flow.qc.rendering import render
+from n4flow.qc.rendering import compile_template, render
 from n4flow.qc.subject_panels import (
     MAP_QUALITY,
     field_panels,
@@ -36,6 +36,12 @@ PAGE_BYTES = 494_000
 
 #: Qualities of these mosaics; encoding takes time, so the first one is to fit most scans.
 QUALITIES = (70, 45, 25)
+
+
+def preload() -> None:
+    """What makes the first page slow, for a process whose children are to draw many."""
+    compile_template("subject.html")
+    webp(Image.new("RGB", (1, 1)))
 
 
 def make_subject(

@@ -26,6 +26,11 @@ def render(template: str, **values: Any) -> str:
     return _environment().get_template(template).render(**values)
 
 
+def compile_template(template: str) -> None:
+    """Compile a template, for a process whose children are to find it there."""
+    _environment().get_template(template)
+
+
 @cache
 def _environment() -> Environment:
     environment = Environment(
