@@ -6,10 +6,13 @@ import shlex
 import shutil
 import subprocess
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import yaml
 from study import ROOT, give_guide, head, raw_scan, results_of, save, snakemake, write_sheet
+
+from n4flow.kernels.compiled import cache_folder
 
 SCAN = replace(raw_scan("01"), image="raw/scan 1.nii")
 
@@ -55,6 +58,7 @@ def from_remote(remote, tmp_path_factory, monkeypatch):
     monkeypatch.setenv("GIT_CONFIG_COUNT", "1")
     monkeypatch.setenv("GIT_CONFIG_KEY_0", f"url.{remote.as_uri()}/.insteadOf")
     monkeypatch.setenv("GIT_CONFIG_VALUE_0", "https://github.com/")
+    monkeypatch.setenv("NUMBA_CACHE_DIR", str(Path(cache_folder()).parent))  # what is compiled stays
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
     monkeypatch.delenv("GITHUB_TOKEN", raising=False)
 

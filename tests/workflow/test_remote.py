@@ -26,15 +26,15 @@ VALUES = np.rint(sheet_volume()[0]).astype(np.uint16)
 SHARD = (16, 32, 32)
 SHARD_BYTES = int(np.prod(SHARD)) * VALUES.itemsize
 STORE = "results/sub-01/micr/sub-01_desc-N4_SPIM.ome.zarr"
-#: Of both levels, of three shards at most.
-PARTS = 12
+#: Of both levels, of six shards at most.
+PARTS = 7
 
 
 def prepare(folder, image, write_to=""):
     (folder / "config").mkdir(parents=True)
     rows = [["subject", "image"], ["01", image]]
     (folder / "config/samples.tsv").write_text("\n".join("\t".join(row) for row in rows) + "\n")
-    zarr = {"job_gb": 3 * SHARD_BYTES / 1e9, "write_to": write_to}
+    zarr = {"job_gb": 6 * SHARD_BYTES / 1e9, "write_to": write_to}
     write_config(folder, {"zarr": zarr, "reference": {"scans": 0}})
 
 

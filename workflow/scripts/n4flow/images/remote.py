@@ -83,7 +83,7 @@ def write(address: str, content: bytes) -> None:
     MachineError
         It cannot be written.
     """
-    with _writing(address):
+    with _refused(address):
         _file_system(address).pipe_file(address, content)
 
 
@@ -95,7 +95,7 @@ def remove(address: str) -> None:
     MachineError
         It cannot be removed.
     """
-    with _writing(address), contextlib.suppress(*ABSENT):
+    with _refused(address), contextlib.suppress(*ABSENT):
         _file_system(address).rm_file(address)
 
 
@@ -107,7 +107,7 @@ def names_in(address: str) -> list[str]:
     MachineError
         It cannot be read.
     """
-    with _writing(address), contextlib.suppress(*ABSENT):
+    with _refused(address, "read"), contextlib.suppress(*ABSENT):
         found = _file_system(address).ls(address, detail=False, refresh=True)
         return sorted({str(name).rstrip("/").rpartition("/")[2] for name in found})
     return []
@@ -121,18 +121,19 @@ def remove_all(address: str) -> None:
     MachineError
         They cannot be removed.
     """
-    with _writing(address), contextlib.suppress(*ABSENT):
+    with _refused(address), contextlib.suppress(*ABSENT):
         _file_system(address).rm(address, recursive=True)
 
 
 @contextlib.contextmanager
-def _writing(address: str) -> Any:
+def _refused(address: str, done: str = "written") -> Any:
+    """Turns what file systems raise into a line."""
     try:
         yield
     except InputError:
         raise
     except Exception as error:  # as above
-        raise refusal(address, error, "written") from None
+        raise refusal(address, error, done) from None
 
 
 def _file_system(address: str) -> Any:
