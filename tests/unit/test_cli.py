@@ -404,6 +404,18 @@ def test_a_sheet_keeps_columns_that_only_some_have(tmp_path, schema):
     assert read_sheet(sheet, schema) == [*echoes, other]
 
 
+def test_an_image_whose_time_points_have_rows_is_in_the_sheet(tmp_path, schema):
+    path = write_store(tmp_path / "a.ome.zarr", [np.zeros((2, 8, 8, 8), np.uint8)], axes="tzyx")
+    found = [Scan("1", "", "SPIM", str(path))]
+    sheet = tmp_path / "sheet.tsv"
+    rows = [f"9\t{path}\trun-{t}_SPIM\t{t}\n" for t in (0, 1)]
+    sheet.write_text("subject\timage\tmodality\tt\n" + "".join(rows))
+    for _ in range(2):
+        addition = add_to_sheet(sheet, found, schema)
+        assert counts(addition) == (2, 0, 0)
+        assert [scan.t for scan in addition.of_found] == ["0", "1"]
+
+
 @pytest.fixture
 def three(tmp_path):
     """Scans of three subjects, in a folder."""

@@ -44,7 +44,7 @@ def files_of(folder, units_per_part, values=VALUES, **options):
 def chosen(files, channel=0):
     image = read_image(files["store"])
     per_part = json.loads(files["plan"].read_text())["Levels"][0]["UnitsPerPart"]
-    return crops._choose(image, image.levels[0], Volume(files["mask"]), channel, per_part)
+    return crops._choose(image, image.levels[0], Volume(files["mask"]), (channel, 0), per_part)
 
 
 def part_at(voxel, per_part):
@@ -73,7 +73,7 @@ def test_of_many_units_few_faces_are_held():
     image = SimpleNamespace(axes=("z", "y", "x"), space=(0, 1, 2), channel_axis=None)
     level = SimpleNamespace(unit=(16, 16, 16), shape=tuple(16 * n for n in grid), unit_grid=grid)
     tracemalloc.start()
-    seams = list(crops._seams(image, level, 0, 7))
+    seams = list(crops._seams(image, level, (0, 0), 7))
     held = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert held < 200 * np.prod(grid)

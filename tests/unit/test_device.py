@@ -2,6 +2,7 @@ import importlib.util
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -53,6 +54,16 @@ def test_where_there_is_no_driver_cupy_is_not_loaded(pytestconfig, monkeypatch):
     monkeypatch.setattr("ctypes.CDLL", refuse)
     assert select_device("auto").reason == "there is no NVIDIA driver (libcuda.so.1: cannot open shared object file)"
     assert "cupy" not in sys.modules
+
+
+def test_what_else_goes_wrong_is_not_taken_for_a_missing_driver(monkeypatch):
+    class Runtime:
+        def getDeviceCount(self):
+            raise PermissionError(13, "Permission denied", "/home/me/.cupy/kernel_cache")
+
+    monkeypatch.setitem(sys.modules, "cupy", SimpleNamespace(cuda=SimpleNamespace(runtime=Runtime())))
+    reason = select_device("auto").reason
+    assert reason == "CuPy cannot use a GPU ([Errno 13] Permission denied: '/home/me/.cupy/kernel_cache')"
 
 
 def test_without_cupy_asking_for_a_gpu_is_an_error(monkeypatch):

@@ -333,6 +333,57 @@ class TestMissingUnits:
         assert [level["MissingUnits"] for level in told(tmp_path)["Levels"]] == [[middle], []]
         assert f"of its level 0 hold nothing although most of their place is in the mask ({middle})" in caplog.text
 
+    @pytest.mark.parametrize("rows", [{"a": (0, None)}, {"a": (0, 1)}, {"a": (0, None), "b": (1, None)}])
+    def test_lost_ones_of_several_channels_and_times(self, tmp_path, version, rows):
+        """Also where a chunk holds channels and time points that are copied."""
+        values = np.stack([np.stack([VOLUME, VOLUME])] * 2)
+        store = write_store(tmp_path / "in.ome.zarr", [values], version=version, axes="tczyx", scale_um=SCALE_UM)
+        file = "zarr.json" if version == "0.5" else ".zarray"
+        metadata = json.loads((store / "0" / file).read_text())
+        options = {"chunks": (2, 2, 16, 16, 16), "shape": values.shape, "dtype": values.dtype}
+        if version == "0.4":
+            options["chunk_key_encoding"] = {"name": "v2", "separator": "/"}
+        zarr.create_array(str(store / "0"), zarr_format=metadata["zarr_format"], overwrite=True, **options)[...] = (
+            values
+        )
+        place = ".".join(str(n // 32) for n in SHAPE)
+        self.chunk(store, f"0.0.{place}").unlink()
+        divide(tmp_path, store, some_field(), channels=rows, masks=[self.mask(tmp_path)] * len(rows))
+        assert [level["MissingUnits"] for level in told(tmp_path)["Levels"]] == [[f"0.0.{place}"]]
+
+    def test_with_the_field_of_another_channel(self, tmp_path, version):
+        store = write_store(
+            tmp_path / "in.ome.zarr",
+            [np.stack([VOLUME, VOLUME // 2])],
+            version=version,
+            axes="czyx",
+            chunks=(16, 16, 16),
+            scale_um=SCALE_UM,
+        )
+        place = "1." + ".".join(str(n // 32) for n in SHAPE)
+        self.chunk(store, place).unlink()
+        correct_store(store, tmp_path / "out.ome.zarr", field_from="0", device="cpu")
+        assert told(tmp_path)["Levels"][0]["MissingUnits"] == [place]
+
+    def test_parts_of_an_earlier_version(self, tmp_path, version):
+        store = self.store(tmp_path, version, VOLUME)
+        divide(tmp_path, store, some_field())
+        part = tmp_path / "level-0_part-0.json"
+        part.write_text(
+            json.dumps({key: value for key, value in json.loads(part.read_text()).items() if key != "Empty"})
+        )
+        row = {"a": (0, None)}
+        common = {"channels": row, "fields": [tmp_path / "field.json"], "coarse": [tmp_path / "coarse.json"]}
+        with pytest.raises(InputError, match=r"has parts of an earlier version; remove the files of its parts"):
+            describe_store(
+                store,
+                [part, tmp_path / "level-1_part-0.json"],
+                tmp_path / "out.json",
+                masks=[None],
+                pyramid_origin="auto",
+                **common,
+            )
+
     def test_background_that_nobody_wrote_is_none(self, tmp_path, version, caplog):
         values = np.where(VOLUME > 600, VOLUME, 0).astype(np.uint16)
         store = self.store(tmp_path, version, values)
@@ -534,6 +585,20 @@ class TestMask:
             first[origin] = int(np.asarray(nib.load(tmp_path / "m.nii.gz").dataobj)[:, 0, 0].argmax())
         # the volume begins at 2 µm; the label, of 3 µm, at 1 µm if averaged, and at 0 as declared
         assert first == {"auto": 1, "declared": 0}
+
+    def test_a_label_of_several_time_points(self, tmp_path, coarse):
+        inside = np.stack([self.INSIDE, self.INSIDE[:, ::-1]]).astype(np.uint8)
+        label = write_store(tmp_path / "label.ome.zarr", [inside], axes="tzyx", scale_um=SCALE_UM)
+        found = []
+        for t in ("", "0", "1"):
+            place_mask(coarse, label, tmp_path / "m.nii.gz", pyramid_origin="auto", t=t)
+            found.append(np.asarray(nib.load(tmp_path / "m.nii.gz").dataobj))
+        assert np.array_equal(found[0], found[1])
+        assert not np.array_equal(found[1], found[2])
+        with pytest.raises(
+            InputError, match=r"has 2 time points, and the row is of time point 2; give a label with as"
+        ):
+            place_mask(coarse, label, tmp_path / "m.nii.gz", pyramid_origin="auto", t="2")
 
     def test_outside_of_the_image(self, tmp_path, coarse):
         nib.save(

@@ -47,7 +47,7 @@ def test_further_columns_group_scans_in_the_report():
     assert [scan.groups for scan in scans] == [(("site", "A"), ("scan_year", "2020")), (("scan_year", "2021"),)]
     assert [scan.name for scan in scans] == ["sub-01_T1w", "sub-02_T1w"]
     (problem,) = problems_of("subject site image\n01 A a.nii")
-    assert problem.endswith("field_from, channel, and group_… (group_site) to group scans by in the report")
+    assert problem.endswith("field_from, channel, t, and group_… (group_site) to group scans by in the report")
     assert len(problems_of("subject group_ image\n01 A a.nii")) == 1
 
 
@@ -172,6 +172,11 @@ def test_files_that_the_workflow_makes_need_not_be_there():
             "subject image modality\n01 a.nii part-phase_MEGRE",
             "sheet.tsv, line 2: image a.nii is a part of a complex image (part-phase), give its magnitude",
         ),
+        (
+            "subject image t\n01 a.ome.zarr 1.0",
+            "sheet.tsv, line 2: t: '1.0' does not fit; of an OME-Zarr image of several time points, the one that the "
+            "row is, from 0; without it, all of them",
+        ),
         ("subject image\n01 a.nii 1", "sheet.tsv, line 2: has another number of columns than the header; "),
         ("subject image session\n01 a.nii", "sheet.tsv, line 2: has another number of columns than the header; "),
     ],
@@ -179,6 +184,7 @@ def test_files_that_the_workflow_makes_need_not_be_there():
 def test_what_is_wrong_is_one_line_with_file_line_and_what_to_do(text, line):
     (problem,) = problems_of(text)
     assert problem.startswith(line)
+    assert "quotes" not in problem  # of a table, which has none
 
 
 def test_every_wrong_line_is_told_with_its_number():

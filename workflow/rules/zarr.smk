@@ -128,7 +128,7 @@ rule describe:
     conda:
         "../../envs/n4.yaml"
     resources:
-        mem_mb=1000,
+        mem_mb=lambda wildcards, attempt: (SNAKEMAKE_MB + 600 + 16 * config["zarr"]["level_voxels"] // 10**6) * attempt,
     params:
         store=lambda wildcards: store_of(wildcards).image.path,
         # of a store that lies elsewhere the sidecar says where

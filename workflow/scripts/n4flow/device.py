@@ -43,22 +43,20 @@ def select_device(choice: DeviceChoice = "auto") -> Device:
         raise InputError("device", f"{choice!r} is not a device", "give auto, gpu or cpu")
     if choice == "cpu":
         return Device("cpu", np, "CPU", "asked for")
-    try:
-        if "cupy" not in sys.modules and sys.platform == "linux":
-            ctypes.CDLL("libcuda.so.1")  # where there is no driver, this spares a CPU's job CuPy's import
-        import cupy
+    count, problem = 0, _driver_problem()
+    if not problem:
+        try:
+            import cupy
 
-        count = cupy.cuda.runtime.getDeviceCount()
-        problem = "CuPy sees no GPU" if count == 0 else ""
-        if count:
-            # a driver alone is not enough: kernels are compiled by one of CUDA's libraries
-            float(cupy.expm1(cupy.ones(2)).sum())
-    except ImportError:
-        count, problem = 0, "CuPy is not installed"
-    except OSError as error:
-        count, problem = 0, f"there is no NVIDIA driver ({error})"
-    except Exception as error:  # CuPy raises classes of its own that cannot be named without it
-        count, problem = 0, f"CuPy cannot use a GPU ({error})"
+            count = cupy.cuda.runtime.getDeviceCount()
+            problem = "CuPy sees no GPU" if count == 0 else ""
+            if count:
+                # a driver alone is not enough: kernels are compiled by one of CUDA's libraries
+                float(cupy.expm1(cupy.ones(2)).sum())
+        except ImportError:
+            problem = "CuPy is not installed"
+        except Exception as error:  # CuPy raises classes of its own that cannot be named without it
+            problem = f"CuPy cannot use a GPU ({error})"
     if problem and choice == "gpu":
         raise MachineError(
             "device: gpu", problem, "install envs/requirements-gpu.txt on a machine with a GPU, or use auto"
@@ -69,6 +67,16 @@ def select_device(choice: DeviceChoice = "auto") -> Device:
     cupy.cuda.Device(index).use()
     name = cupy.cuda.runtime.getDeviceProperties(index)["name"].decode()
     return Device("gpu", cupy, f"GPU {index} ({name})", "asked for" if choice == "gpu" else "found", lock)
+
+
+def _driver_problem() -> str:
+    """Why there can be no GPU; found without CuPy, which takes longer to load than a mask takes to be made."""
+    if sys.platform == "linux" and "cupy" not in sys.modules:
+        try:
+            ctypes.CDLL("libcuda.so.1")
+        except OSError as error:
+            return f"there is no NVIDIA driver ({error})"
+    return ""
 
 
 def claim_gpu(count: int, folder: Path | None = None) -> tuple[int, IO[str] | None]:

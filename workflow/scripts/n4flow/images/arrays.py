@@ -300,7 +300,8 @@ class Tally:
     units : dict of str to str
         SHA-256 of the voxels of each unit, before and after, by its place among the units.
     empty : list of str
-        Places of those that hold nothing but the fill value: nobody wrote them, or they were lost.
+        Places of those that hold nothing but the fill value, of what is not copied: nobody wrote them, or they were
+        lost.
     """
 
     voxels: int = 0
@@ -398,7 +399,7 @@ class _Division:
     def divide(self, unit: int) -> Tally:
         image, level = self.image, self.level
         place = [int(at) for at in np.unravel_index(unit, level.unit_grid)]
-        region = unit_region(level, place)
+        region = _region(level, place)
         with _reading(image.path):
             values = np.asarray(self.source[region])
         out = np.empty(values.shape, dtype=self.out.dtype.newbyteorder("="))
@@ -406,6 +407,7 @@ class _Division:
         block = [region[axis] for axis in image.space]
         if len(block) == 2:
             block.insert(0, slice(0, 1))
+        divided = 0
         outer: list[Any] = [range(n) for n in values.shape[: values.ndim - len(image.space)]]
         for index in product(*outer):
             at = {image.axes[axis]: region[axis].start + along for axis, along in enumerate(index)}
@@ -418,11 +420,12 @@ class _Division:
             if here.ndim == 2:
                 here, there = here[None], there[None]
             self._divide_block(block, known, here, there, tally)
+            divided += here.size
         with _reading(self.target, "written"):
             self.out[region] = out
         name = ".".join(map(str, place))
         tally.units[name] = f"{_sha256(values)} {_sha256(out)}"
-        if tally.fill == tally.voxels:
+        if divided and tally.fill == divided and (divided == values.size or self.limits.fills(values).all()):
             tally.empty.append(name)
         return tally
 
@@ -456,11 +459,28 @@ class _Division:
             tally.self_check = max(tally.self_check, float(relative.max()))
 
 
-def unit_region(level: Level, place: Sequence[int]) -> tuple[slice, ...]:
-    """Of the array, what the unit at a place among those of a level holds."""
+def _region(level: Level, place: Sequence[int]) -> tuple[slice, ...]:
+    """Of the array, what a unit holds."""
     return tuple(
         slice(at * size, min((at + 1) * size, n)) for at, size, n in zip(place, level.unit, level.shape, strict=True)
     )
+
+
+def places_of(image: Image, level: Level, units: Sequence[int]) -> set[tuple[range, range]]:
+    """Channels and time points that units have voxels of."""
+    grids = np.unravel_index(units, level.unit_grid)
+    found = []
+    for name in ("c", "t"):
+        axis = image.axes.index(name) if name in image.axes else None
+        found.append(
+            [range(1)] * len(units)
+            if axis is None
+            else [
+                range(int(at) * level.unit[axis], min((int(at) + 1) * level.unit[axis], level.shape[axis]))
+                for at in grids[axis]
+            ]
+        )
+    return set(zip(*found, strict=True))
 
 
 def unit_digests(image: Image, level: Level, places: Iterable[str]) -> Iterator[tuple[str, str]]:
@@ -481,7 +501,7 @@ def unit_digests(image: Image, level: Level, places: Iterable[str]) -> Iterator[
     for place in places:
         try:
             with _reading(image.path):
-                values = np.asarray(array[unit_region(level, [int(at) for at in place.split(".")])])
+                values = np.asarray(array[_region(level, [int(at) for at in place.split(".")])])
             yield place, _sha256(values)
         except InputError as error:
             yield place, str(error)

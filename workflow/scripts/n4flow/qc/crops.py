@@ -135,12 +135,14 @@ def _drawn(
     offset = float(read_json(sidecar)["Offset"])
     top = max(float(np.percentile(pair[1], 99.5)) for *_, pair in rows)
     facts = read_json(told)
-    clipped, missing = float(facts["Clipped"]), sum(len(level["MissingUnits"]) for level in facts["Levels"])
+    clipped, missing = float(facts["Clipped"]), sum(len(level.get("MissingUnits", ())) for level in facts["Levels"])
     notes = []
     if clipped > CLIPPED:
         notes.append(f"{100 * clipped:.2g} % of the voxels of the image were cut off; set zarr.dtype: float32")
     if missing:
-        notes.append(f"{missing} chunks or shards in the mask hold nothing; compare the original with its source")
+        notes.append(
+            f"{missing} chunks or shards of the image hold nothing inside of its mask; compare it with its source"
+        )
     return _sheet(before, rows, offset, top if top > offset else offset + 1, notes)
 
 

@@ -10,6 +10,7 @@ import os
 import shutil
 import time
 from collections.abc import Mapping, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +25,10 @@ from n4flow.images.arrays import (
     Tally,
     divide_units,
     level_digest,
+    places_of,
     read_coarse,
     read_nearest,
     unit_numbers,
-    unit_region,
 )
 from n4flow.images.fields import load_field
 from n4flow.images.files import read_json, write_json
@@ -172,7 +173,13 @@ def place_mask(image: str | Path, mask: str | Path, output: str | Path, *, pyram
         shape, affine = labels.grid(level)
         _check_scale(mask, _edge_mm(shape, np.array(affine)), volume)
         to_label = np.linalg.solve(np.array(affine), volume.affine_mm)
-        at = labels.time_index(t) or 0 if labels.times > 1 else 0
+        at = int(t or 0) if labels.times > 1 else 0
+        if at >= labels.times:
+            raise InputError(
+                mask,
+                f"has {labels.times} time points, and the row is of time point {t}",
+                "give a label with as many time points as the image, or with one",
+            )
         inside = read_nearest(labels, level, to_label, volume.shape, at) != 0
     else:
         given = Volume(mask)
@@ -387,13 +394,15 @@ def divide_part(
     if (tuple(planned["Shape"]), tuple(planned["Unit"])) != (source.shape, source.unit):
         raise InputError(store, f"is no longer the one that {plan} was made for", "remove the plan and run again")
     shape, affine = image.grid(source)
+    units = list(unit_numbers(source, part, planned["UnitsPerPart"]))
+    needed = places_of(image, source, units)
     divisions = {
         (index, at): ChannelDivision(
             load_field(path).on_grid(shape, np.array(affine), store), read_json(told)["Offset"]
         )
         for (index, at), path, told in zip(channels.values(), fields, coarse, strict=True)
+        if any(index in of_channel and (at is None or at in of_time) for of_channel, of_time in needed)
     }
-    units = list(unit_numbers(source, part, planned["UnitsPerPart"]))
     tally = divide_units(
         image,
         source,
@@ -451,13 +460,16 @@ def describe_store(
     """
     image, output = read_image(store, pyramid_origin), Path(output)
     seen = [read_json(part) for part in parts]
+    if any("Empty" not in part for part in seen):
+        raise InputError(output, "has parts of an earlier version", "remove the files of its parts, and run again")
     total = {key: sum(part[key] for part in seen) for key in ("Voxels", "Fill", "Saturated", "Clipped")}
     missing = _missing_units(image, seen, channels, masks)
     for level, names in zip(image.levels, missing, strict=True):
         if names:
             log.warning(
                 "%s: %d of the %d %s of its level %s hold nothing although most of their place is in the mask (%s), as "
-                "if they had been lost: compare it with its source",
+                "if they had been lost: compare it with its source; once they are back, see docs/microscopy.md on what "
+                "is noticed",
                 *(store, len(names), math.prod(level.unit_grid), "shards" if level.unit != level.chunks else "chunks"),
                 *(level.path, " ".join(names[:NAMED]) + (" …" if len(names) > NAMED else "")),
             )
@@ -518,32 +530,66 @@ def _missing_units(
     Background that nobody wrote is outside of the mask. What is lost of the level that the mask was found on may be
     outside of it, too.
     """
-    empty = [(part["Level"], place) for part in parts for place in part["Empty"]]
-    found = set()
+    empty: dict[int, list[str]] = {}
+    for part in parts:
+        empty.setdefault(part["Level"], []).extend(part["Empty"])
+    starts = {
+        number: np.array([list(map(int, name.split("."))) for name in names]) * image.levels[number].unit
+        for number, names in empty.items()
+        if names
+    }
+    missing: list[set[str]] = [set() for _ in image.levels]
     for own, path in zip(channels.values(), masks, strict=True):
-        if empty and path is not None:
-            mask = Volume(path)
-            inside = mask.mean() > 0
-            for number, place in empty:
-                level = image.levels[number]
-                region = dict(zip(image.axes, unit_region(level, list(map(int, place.split(".")))), strict=True))
-                others = zip(own, (region.get("c"), region.get("t")), strict=True)
-                if all(at is None or along is None or along.start <= at < along.stop for at, along in others):
-                    to_mask = np.linalg.solve(mask.affine_mm, np.array(image.grid(level)[1]))
-                    along = [region[image.axes[axis]] for axis in image.space[::-1]]
-                    if inside[_box(along, to_mask, inside.shape)].mean() > MISSING_SHARE:
-                        found.add((number, place))
-    return [sorted(place for level, place in found if level == number) for number in range(len(image.levels))]
+        if not starts or path is None:
+            continue
+        mask = Volume(path)
+        inside = np.pad(mask.mean() > 0, ((1, 0),) * 3).astype(np.uint32)
+        for axis in range(3):
+            np.cumsum(inside, axis=axis, out=inside)
+        for number, first in starts.items():
+            level = image.levels[number]
+            last = np.minimum(first + level.unit, level.shape)
+            is_own = np.ones(len(first), dtype=bool)
+            for name, at in zip(("c", "t"), own, strict=True):
+                if at is not None and name in image.axes:
+                    axis = image.axes.index(name)
+                    is_own &= (first[:, axis] <= at) & (at < last[:, axis])
+            to_mask = np.linalg.solve(mask.affine_mm, np.array(image.grid(level)[1]))
+            along = image.space[::-1]
+            shares = _shares(inside, to_mask, first[is_own][:, along], last[is_own][:, along])
+            missing[number] |= {empty[number][k] for k in np.flatnonzero(is_own)[shares > MISSING_SHARE]}
+    return [sorted(names, key=lambda name: list(map(int, name.split(".")))) for names in missing]
 
 
-def _box(region: Sequence[slice], to_other: np.ndarray, shape: Sequence[int]) -> tuple[slice, ...]:
-    """The voxels of another grid along the same axes whose centres lie in a region; one at least."""
-    box = []
-    for axis, (along, n) in enumerate(zip([*region, slice(0, 1)][:3], shape, strict=True)):
-        first, last = (to_other[axis, axis] * (at - 0.5) + to_other[axis, 3] for at in (along.start, along.stop))
-        start = min(max(0, math.ceil(first)), n - 1)
-        box.append(slice(start, max(start + 1, math.ceil(last))))
-    return tuple(box)
+def _shares(sums: np.ndarray, to_other: np.ndarray, starts: np.ndarray, stops: np.ndarray) -> np.ndarray:
+    """Of the voxels of another grid whose centres lie in a box (one at least), the share that is in a mask there.
+
+    Parameters
+    ----------
+    sums : (n0 + 1, n1 + 1, n2 + 1) array
+        Of the mask, over all that lies before a corner.
+    to_other : (4, 4) array
+        From indices of the grid of the boxes to those of the mask, along the same axes.
+    starts, stops : (boxes, 2 or 3) arrays
+    """
+    low, high = [], []
+    for axis, n in enumerate(np.array(sums.shape) - 1):
+        if axis == starts.shape[1]:  # a plane
+            first, last = np.zeros(len(starts), dtype=int), np.ones(len(starts), dtype=int)
+        else:
+            first, last = (
+                np.ceil(to_other[axis, axis] * (corner[:, axis] - 0.5) + to_other[axis, 3]).astype(int)
+                for corner in (starts, stops)
+            )
+        low.append(first.clip(0, n - 1))
+        high.append(np.maximum(low[-1] + 1, last.clip(0, n)))
+    count = np.zeros(len(starts), dtype=np.int64)
+    for corner in product((0, 1), repeat=3):
+        sign = (-1) ** (3 - sum(corner))
+        count += sign * sums[tuple(np.where(end, h, lo) for end, lo, h in zip(corner, low, high, strict=True))].astype(
+            int
+        )
+    return count / np.prod([h - lo for lo, h in zip(low, high, strict=True)], axis=0)
 
 
 def finish_store(

@@ -176,7 +176,7 @@ def correct_store(
                 sidecar,
                 notes=notes,
                 fields=[fields[index] for index in field_of],
-                masks=[masks.get(index) for index in indices.values()],
+                masks=[masks[index] for index in field_of],
                 **common,
             )
             beside.append(sidecar)

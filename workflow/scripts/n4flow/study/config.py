@@ -86,7 +86,8 @@ def schema_problems(content: Any, schema: Mapping[str, Any]) -> Iterator[str]:
             told = f"{error.instance!r} does not fit" if error.validator == "pattern" else error.message
             message = told.replace("\n", " ")
             remedy = error.schema.get("description", "see config/README.md")
-            if isinstance(error.instance, str) and _is_number(error.instance):
+            is_text = error.schema.get("type") == "string"  # of a sheet: there is nothing to take for a number
+            if isinstance(error.instance, str) and _is_number(error.instance) and not is_text:
                 text, number = error.instance, _yaml_number(error.instance)
                 # without quotes too: YAML 1.1 wants a point and a sign
                 if isinstance(yaml.safe_load(text), str):

@@ -197,8 +197,8 @@ def add_to_sheet(path: Path, found: Sequence[Scan], schema: Mapping[str, Any]) -
     record = found_file(path)
     resolved = cache(os.path.realpath)  # the lists share most of their paths
 
-    def image_of(scan: Scan) -> tuple[str, str, str]:
-        return resolved(scan.image), scan.channel, scan.t
+    def image_of(scan: Scan) -> tuple[str, str]:  # found scans are of all time points, rows may be of single ones
+        return resolved(scan.image), scan.channel
 
     added, removed, unlisted, taken = [], [], [], []
     with locked(path):
