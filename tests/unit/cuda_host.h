@@ -15,9 +15,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
-#include <algorithm>
-#include <functional>
-#include <random>
+#include <utility>
 #include <vector>
 #include <sys/mman.h>
 #include <ucontext.h>
@@ -68,13 +66,14 @@ struct Fiber {
     jmp_buf at;
     bool started;
     Wait wait;
-    int barrier; // how many it has passed
     unsigned char* stack;
-    unsigned char lane[16]; // what it shows its warp
+    int shuffle;
+    unsigned char lane[2][16]; // what it shows its warp, in this shuffle and in the one before
 };
 
 static std::vector<Fiber> fibers;
-static std::function<void()>* kernel;
+static void (*kernel)(void** given);
+static void** arguments;
 static jmp_buf scheduler;
 static int current;
 static const char* problem;
@@ -88,9 +87,11 @@ static void to_scheduler()
 
 static void body()
 {
-    (*kernel)();
-    fibers[current].wait = FINISHED;
-    _longjmp(scheduler, 1);
+    for (;;) {
+        kernel(arguments);
+        fibers[current].wait = FINISHED;
+        to_scheduler(); // which comes back with the next block
+    }
 }
 
 static void run(int n)
@@ -106,7 +107,7 @@ static void run(int n)
     fiber.started = true;
     getcontext(&fiber.start);
     fiber.start.uc_stack.ss_sp = fiber.stack;
-    fiber.start.uc_stack.ss_size = STACK;
+    fiber.start.uc_stack.ss_size = STACK - n % 256 * 64; // else all stacks share a few lines of the CPU's cache
     fiber.start.uc_link = nullptr;
     makecontext(&fiber.start, body, 0);
     setcontext(&fiber.start);
@@ -118,16 +119,26 @@ static void wait(Wait where)
     to_scheduler();
 }
 
-static void shuffled(std::vector<int>& order, int how, std::mt19937& random)
+static uint32_t state;
+
+static uint32_t random() // xorshift: the header <random> takes the compiler as long as all kernels do
+{
+    state ^= state << 13;
+    state ^= state >> 17;
+    return state ^= state << 5;
+}
+
+static void shuffled(std::vector<int>& order, int how)
 {
     for (int n = 0; n < (int)order.size(); ++n)
         order[n] = how == 1 ? (int)order.size() - 1 - n : n;
     if (how > 1)
-        std::shuffle(order.begin(), order.end(), random);
+        for (int n = (int)order.size() - 1; n > 0; --n)
+            std::swap(order[n], order[random() % (n + 1)]);
 }
 
 // how: 0 first to last, 1 last to first, other numbers are seeds of a random order
-static void run_block(int threads, int how, std::mt19937& random)
+static void run_block(int threads, int how)
 {
     while ((int)fibers.size() < threads) {
         fibers.emplace_back();
@@ -135,17 +146,17 @@ static void run_block(int threads, int how, std::mt19937& random)
                                                    MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     }
     for (int n = 0; n < threads; ++n)
-        fibers[n].started = false, fibers[n].wait = RUNNING;
+        fibers[n].wait = RUNNING, fibers[n].shuffle = 0;
     std::vector<int> order(threads);
     for (;;) {
-        shuffled(order, how, random);
+        shuffled(order, how);
         for (int n : order)
             if (fibers[n].wait == RUNNING)
                 run(n);
         // all lanes of a warp at a warp's barrier go on; if none is, all threads of the block
         bool any = false;
         for (int warp = 0; warp < threads; warp += WARP_SIZE) {
-            int waiting = 0, size = std::min(WARP_SIZE, threads - warp);
+            int waiting = 0, size = min(WARP_SIZE, threads - warp);
             for (int n = warp; n < warp + size; ++n)
                 waiting += fibers[n].wait == AT_WARP;
             if (waiting == 0)
@@ -174,28 +185,33 @@ static void run_block(int threads, int how, std::mt19937& random)
     }
 }
 
-static const char* launch(std::function<void()> given, long long blocks, int threads, int shared_bytes, int how)
+static const char* launch(void (*function)(void**), void** given, long long blocks, int threads, int shared_bytes,
+                          int how)
 {
     problem = nullptr;
     if (blocks < 1 || blocks > 2147483647LL || threads < 1 || threads > 1024 || shared_bytes > SHARED)
         return "the grid, the block or its shared memory is of no size that a GPU takes";
-    kernel = &given;
-    std::mt19937 random(how);
+    kernel = function, arguments = given;
+    state = how + 1;
     gridDim = {(unsigned int)blocks, 1, 1};
     blockDim = {(unsigned int)threads, 1, 1};
     std::vector<int> order(blocks);
-    shuffled(order, how, random);
+    shuffled(order, how);
+    std::memset(dynamic_shared, 0xff, SHARED + GUARD);
     for (int block : order) {
         blockIdx = {(unsigned int)block, 0, 0};
-        std::memset(dynamic_shared, 0xff, SHARED + GUARD);
-        run_block(threads, how, random);
-        static const std::vector<unsigned char> untouched(SHARED + GUARD, 0xff);
-        if (!problem && std::memcmp(dynamic_shared + shared_bytes, untouched.data(), SHARED + GUARD - shared_bytes))
-            problem = "written behind the shared memory that was asked for";
+        std::memset(dynamic_shared, 0xff, shared_bytes);
+        run_block(threads, how);
         if (problem)
-            return problem;
+            break;
     }
-    return nullptr;
+    static const std::vector<unsigned char> untouched(SHARED + GUARD, 0xff);
+    if (!problem && std::memcmp(dynamic_shared + shared_bytes, untouched.data(), SHARED + GUARD - shared_bytes))
+        problem = "written behind the shared memory that was asked for";
+    if (problem)
+        for (Fiber& fiber : fibers)
+            fiber.started = false; // it may have been left within the kernel
+    return problem;
 }
 
 } // namespace host
@@ -207,11 +223,11 @@ static inline void __syncwarp(unsigned int = 0xffffffffu) { host::wait(host::AT_
 
 template <typename T> static T __shfl_down_sync(unsigned int, T value, int apart)
 {
-    std::memcpy(host::fibers[host::current].lane, &value, sizeof value);
-    host::wait(host::AT_WARP);
     const int n = host::current, from = n % 32 + apart < 32 ? n + apart : n;
-    T result;
-    std::memcpy(&result, host::fibers[from].lane, sizeof result);
+    const int turn = host::fibers[n].shuffle ^= 1; // some lanes still read what was shown before
+    std::memcpy(host::fibers[n].lane[turn], &value, sizeof value);
     host::wait(host::AT_WARP);
+    T result;
+    std::memcpy(&result, host::fibers[from].lane[turn], sizeof result);
     return result;
 }

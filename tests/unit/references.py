@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 
+from n4flow.core.bspline import one_blas_thread
 from n4flow.parameters import N4Parameters
 
 FIXED = N4Parameters.from_mapping({"preset": "fixed"})
@@ -208,6 +209,7 @@ def direct_expected(histogram, low, high, fwhm, wiener_noise, twicing):
     return expected[first : first + bins]
 
 
+@one_blas_thread
 def direct_log_field(log_values, coordinates, spans, span_lengths, stages, weights=None):
     """The penalised estimate voxel by voxel, with dense matrices; the thresholds and constants are written out.
 

@@ -238,8 +238,9 @@ def host_library(code, options):
         types = [" ".join(word for word in words[:-1] if word != "__restrict__") for words in parameters]
         given = ", ".join(f"*static_cast<{kind} *>(given[{n}])" for n, kind in enumerate(types))
         launchers.append(
+            f"static void call_{name}(void** given) {{ {name}({given}); }}\n"
             f'extern "C" const char* launch_{name}(void** given, long long blocks, int threads, int shared, int how)\n'
-            f"{{ return host::launch([=] {{ {name}({given}); }}, blocks, threads, shared, how); }}\n"
+            f"{{ return host::launch(call_{name}, given, blocks, threads, shared, how); }}\n"
         )
     folder = Path(tempfile.mkdtemp())
     source = folder / f"{hashlib.sha256(code.encode()).hexdigest()[:8]}.cpp"

@@ -13,6 +13,7 @@ import pytest
 from numpy.testing import assert_allclose, assert_array_equal
 
 from n4flow import N4Parameters, correct
+from n4flow.core.bspline import one_blas_thread
 from n4flow.core.field import BiasField, Mesh
 from n4flow.core.fit import LeeWolbergShin, PenalisedLeastSquares
 from n4flow.core.samples import box_of
@@ -76,6 +77,7 @@ def random_case(shape, kept=0.7, seed=1, weighted=False):
     return log_image, np.where(mask, rng.uniform(0.1, 2, shape), 0).astype(np.float32)
 
 
+@one_blas_thread
 def fit_on(mesh, shape, weights, kind="penalised"):
     bases = mesh.bases([np.arange(n) for n in shape])
     if kind == "penalised":
