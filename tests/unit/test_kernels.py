@@ -345,37 +345,59 @@ print(field.lattice.tobytes().hex(), "numba" in sys.modules)
 """
 
 
-def in_a_process(pytestconfig, limit, environment, scripts=None):
+#: One pass, so that no more than three functions are compiled: the one that it calls is called by another, too.
+HISTOGRAM = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import numpy as np
+from n4flow import N4Parameters
+from n4flow.core.field import Mesh
+from n4flow.kernels import compiled
+image = np.random.default_rng(0).uniform(4, 5, (30, 30, 30))
+made = compiled.CompiledKernels(image, image > 0, N4Parameters(), 1)
+bases = Mesh.of_grid(image.shape, (1, 1, 1)).bases([np.arange(30)] * 3)
+made.set_mesh(bases, bases)
+made._set_limits()
+compiled._histogram(compiled.ZERO, compiled.ZERO, made.work)
+compiled._sum_counts(made.work)
+print(made.work.histogram.tobytes().hex())
+"""
+
+
+def in_a_process(pytestconfig, code, environment, *arguments, scripts=None):
     scripts = scripts or pytestconfig.rootpath / "workflow" / "scripts"
-    command = [sys.executable, "-c", ESTIMATE, scripts, str(limit)]
     return subprocess.Popen(
-        command, env=os.environ | environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-c", code, scripts, *arguments],
+        env=os.environ | environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     )
 
 
 def test_small_scans_do_not_wait_for_the_compiler(pytestconfig):
-    out, error = in_a_process(pytestconfig, 2**18, {}).communicate()
+    out, error = in_a_process(pytestconfig, ESTIMATE, {}, str(2**18)).communicate()
     assert out.split()[1] == "False", error
 
 
 @pytest.fixture(scope="module")
 def cached(pytestconfig, tmp_path_factory):
-    """A cache that two processes have filled at once, and what each of them said."""
+    """A cache that three processes have filled at once, and what each of them said."""
     folder = tmp_path_factory.mktemp("cache")
-    first = [in_a_process(pytestconfig, 0, {"NUMBA_CACHE_DIR": str(folder)}) for _ in range(2)]
+    first = [in_a_process(pytestconfig, HISTOGRAM, {"NUMBA_CACHE_DIR": str(folder)}) for _ in range(3)]
     return folder, [process.communicate() for process in first]
 
 
 @pytest.fixture
 def to_be_spoilt(cached, tmp_path):
-    """A copy of the cache, and what an estimate with it has to give."""
+    """A copy of the cache, and what a pass with it has to give."""
     folder, ((out, _), *_) = cached
     return shutil.copytree(folder, tmp_path / "cache"), out
 
 
 def files_of_two_functions(folder, ending):
-    """Of one that Python calls, and of one that this one calls: the others need not be compiled again."""
-    found = [path for name in ("_lead", "_sum_counts") for path in folder.glob(f"*/compiled.{name}-*{ending}")]
+    """Of one that Python calls, and of one that this one calls: the third need not be compiled again."""
+    found = [path for name in ("_histogram", "_bins_per_unit") for path in folder.glob(f"*/compiled.{name}-*{ending}")]
     assert len({path.suffix for path in found}) * 2 == len(found)
     return found
 
@@ -383,25 +405,25 @@ def files_of_two_functions(folder, ending):
 def test_many_processes_may_compile_at_once_and_where_nothing_can_be_cached(pytestconfig, cached):
     folder, outputs = cached
     only_there = {"NUMBA_CACHE_DIR": "/dev/null/nowhere", "NUMBA_CACHE_LOCATOR_CLASSES": "UserProvidedCacheLocator"}
-    nowhere = in_a_process(pytestconfig, 0, only_there).communicate()
-    assert list(folder.rglob("*.nbc"))
+    nowhere = in_a_process(pytestconfig, HISTOGRAM, only_there).communicate()
+    assert len(list(folder.rglob("*.nbc"))) == 3
     assert nowhere[1].count("compiled code cannot be kept there") == 1
     assert len({out for out, _ in (*outputs, nowhere)}) == 1, (*outputs, nowhere)
-    again, error = in_a_process(pytestconfig, 0, {"NUMBA_CACHE_DIR": str(folder)}).communicate()
-    assert again == outputs[0][0], error
-    assert again.split()[1] == "True"
+    again, error = in_a_process(pytestconfig, HISTOGRAM, {"NUMBA_CACHE_DIR": str(folder)}).communicate()
+    assert again == outputs[0][0] != "", error
 
 
-def test_copies_of_the_package_share_what_is_compiled(pytestconfig, cached, tmp_path):
+def test_an_estimate_compiles_once_and_copies_of_the_package_share_what_it_compiled(pytestconfig, tmp_path):
     """Snakemake makes one for each run, in a folder with a random name."""
-    folder, ((whole, error), *_) = cached
-    assert whole, error
-    scripts = tmp_path / "copy"
+    scripts, cache = tmp_path / "copy", {"NUMBA_CACHE_DIR": str(tmp_path / "cache")}
+    whole, error = in_a_process(pytestconfig, ESTIMATE, cache, "0").communicate()
+    assert whole.endswith("True\n"), error
     shutil.copytree(pytestconfig.rootpath / "workflow/scripts/n4flow", scripts / "n4flow", copy_function=shutil.copy)
-    there = {path: path.stat().st_mtime_ns for path in folder.rglob("*.nb[ic]")}
-    out, error = in_a_process(pytestconfig, 0, {"NUMBA_CACHE_DIR": str(folder)}, scripts).communicate()
+    there = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.nb[ic]")}
+    assert there
+    out, error = in_a_process(pytestconfig, ESTIMATE, cache, "0", scripts=scripts).communicate()
     assert out == whole, error
-    assert {path: path.stat().st_mtime_ns for path in (*folder.rglob("*.nb[ic]"), *tmp_path.rglob("*.nb[ic]"))} == there
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.nb[ic]")} == there
 
 
 @pytest.mark.parametrize("ending", [".nbc", ".nbi"])
@@ -411,7 +433,7 @@ def test_a_damaged_cache_is_made_anew(pytestconfig, to_be_spoilt, ending):
     for path in damaged:
         path.write_bytes(path.read_bytes()[:100] if ending == ".nbi" else b"")
     for time_ in ("first", "second"):
-        again, error = in_a_process(pytestconfig, 0, {"NUMBA_CACHE_DIR": str(folder)}).communicate()
+        again, error = in_a_process(pytestconfig, HISTOGRAM, {"NUMBA_CACHE_DIR": str(folder)}).communicate()
         assert again == whole, error
         assert error.count("cannot be read") == (len(damaged) if time_ == "first" else 0), error
 
@@ -420,14 +442,10 @@ def test_a_cache_without_room_is_done_without(pytestconfig, to_be_spoilt):
     folder, whole = to_be_spoilt
     for path in files_of_two_functions(folder, ""):
         path.unlink()
-    limited = f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))\n{ESTIMATE}"
-    command = [sys.executable, "-c", limited, pytestconfig.rootpath / "workflow" / "scripts", "0"]
-    made = subprocess.run(
-        command, env=os.environ | {"NUMBA_CACHE_DIR": str(folder)}, capture_output=True, text=True, check=False
-    )
-    assert made.stdout == whole, made.stderr
-    assert made.stdout.endswith("True\n"), made.stderr
-    assert "cannot be kept" in made.stderr
+    limited = f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))\n{HISTOGRAM}"
+    out, error = in_a_process(pytestconfig, limited, {"NUMBA_CACHE_DIR": str(folder)}).communicate()
+    assert out == whole, error
+    assert "cannot be kept" in error
 
 
 def test_one_and_two_blas_threads_give_the_same_bits():
