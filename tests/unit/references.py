@@ -181,6 +181,7 @@ def dense_penalty(spans, span_lengths):
     return total
 
 
+@one_blas_thread
 def direct_expected(histogram, low, high, fwhm, wiener_noise, twicing):
     """The expected value at each bin centre, with every convolution as a product with a matrix."""
     bins = len(histogram)

@@ -58,6 +58,13 @@ def small_chunks(monkeypatch):
     monkeypatch.setattr(compiled, "CHUNK_VOXELS", 200)
 
 
+@pytest.fixture(autouse=True)
+def one_blas_thread():
+    """As in an estimate: more of them would wait for each other, on matrices as small as these."""
+    with threadpool_limits(1, user_api="blas"):
+        yield
+
+
 def started(made, mesh, positions=None, weights=None, lattice=None):
     """The same kernels, at the start of a stage on a mesh: with ITK's fit, or where there are weights a penalised."""
     positions = positions or [np.arange(n) for n in SHAPE]
