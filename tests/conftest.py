@@ -38,7 +38,13 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if item.path.parent.name in SLOW or item.path.stem in SLOW_FILES:
             item.add_marker(pytest.mark.slow)
-    items.sort(key=lambda item: (item.path.parent.name not in SLOW, item.get_closest_marker("slow") is None))
+    order = ["workflow", "slurm", "report"]  # runs of the workflow compile what the others then find compiled
+    items.sort(
+        key=lambda item: (
+            order.index(item.path.parent.name) if item.path.parent.name in order else len(order),
+            item.get_closest_marker("slow") is None,
+        )
+    )
 
 
 @pytest.fixture(scope="session")

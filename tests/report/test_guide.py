@@ -4,7 +4,6 @@ import base64
 import html
 import io
 import re
-import time
 
 import pytest
 from PIL import Image
@@ -18,9 +17,7 @@ from tests.conftest import TISSUES
 @pytest.fixture(scope="module")
 def guide_file(tmp_path_factory):
     path = tmp_path_factory.mktemp("guide") / "guide.html"
-    start = time.process_time()
     make_guide(TISSUES, path, field_window_log=0.4)
-    assert time.process_time() - start < 20
     return path
 
 
