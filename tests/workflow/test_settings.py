@@ -213,7 +213,7 @@ def test_auto_without_a_gpu_means_the_cpu_with_one_line(raw, tmp_path):
     assert done.returncode == 0, done.stdout
     for scan in SCANS.values():
         (line,) = [n for n in (folder / log_of(scan, "n4")).read_text().splitlines() if "computing on" in n]
-        assert "computing on CPU (CuPy " in line
+        assert "computing on CPU (CuPy" in line or "computing on CPU (there is no NVIDIA driver" in line
         assert (folder / results_of(scan)["field_image"]).is_file()
 
 
