@@ -468,19 +468,13 @@ def _region(level: Level, place: Sequence[int]) -> tuple[slice, ...]:
 
 def places_of(image: Image, level: Level, units: Sequence[int]) -> set[tuple[range, range]]:
     """Channels and time points that units have voxels of."""
-    grids = np.unravel_index(units, level.unit_grid)
-    found = []
-    for name in ("c", "t"):
-        axis = image.axes.index(name) if name in image.axes else None
-        found.append(
-            [range(1)] * len(units)
-            if axis is None
-            else [
-                range(int(at) * level.unit[axis], min((int(at) + 1) * level.unit[axis], level.shape[axis]))
-                for at in grids[axis]
-            ]
-        )
-    return set(zip(*found, strict=True))
+    regions = (_region(level, place) for place in zip(*np.unravel_index(units, level.unit_grid), strict=True))
+    along = (dict(zip(image.axes, region, strict=True)) for region in regions)
+    whole = slice(0, 1)  # of an axis that the array has not
+    return {
+        (range(c.start, c.stop), range(t.start, t.stop))
+        for c, t in ((of.get("c", whole), of.get("t", whole)) for of in along)
+    }
 
 
 def unit_digests(image: Image, level: Level, places: Iterable[str]) -> Iterator[tuple[str, str]]:
