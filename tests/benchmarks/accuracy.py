@@ -40,7 +40,9 @@ sys.path[:0] = [str(REPOSITORY / "workflow" / "scripts"), str(REPOSITORY)]
 from n4flow import InputError, __version__, basis_matrix, correct, estimate  # noqa: E402
 from n4flow.core import sharpening  # noqa: E402
 from n4flow.core.bspline import expand  # noqa: E402
+from n4flow.core.noise import surroundings  # noqa: E402
 from n4flow.core.samples import Samples, log_where, sample_positions, shrink_per_axis  # noqa: E402
+from n4flow.images.sampling import without_noise  # noqa: E402
 from n4flow.parameters import PRESETS, N4Parameters  # noqa: E402
 from n4flow.qc.metrics import coefficient_of_joint_variation  # noqa: E402
 from n4flow.steps.mask import mask_scan, otsu_threshold  # noqa: E402
@@ -78,10 +80,14 @@ def with_n4flow(parameters, image, mask, voxel_size_mm, positions=None):
     if positions is None:
         result = correct(image, mask, voxel_size_mm=voxel_size_mm, parameters=parameters, device="cpu")
         return Found(result.field.log_at, max(Counter(line.half for line in result.history).values(), default=0))
-    values = image[np.ix_(*positions)]
-    used = mask[np.ix_(*positions)] & (values > 0)
+    used = mask & (image > 0)
+    inside, values = (array[np.ix_(*positions)] for array in (used, image))
     affine = np.diag([*voxel_size_mm, 1.0])
-    samples = Samples(log_where(values, used), used, positions, image.shape, voxel_size_mm, affine, {}, "scan")
+    samples = Samples(log_where(values, inside), inside, positions, image.shape, voxel_size_mm, affine, {}, "scan")
+    if parameters.denoise:
+        padded = np.pad(np.where(used, image, np.nan), 1, constant_values=np.nan)
+        around = padded[np.ix_(*(w + 1 for w in surroundings(positions)))]
+        samples = without_noise(samples, around, parameters.denoise)
     found = estimate.estimate_field(samples, parameters)
     return Found(found.field.log_at, len(found.history))
 
@@ -480,6 +486,7 @@ PIECES = {
     "ITK's fit on the same mesh": partial(with_n4flow, N4Parameters(fit="lee-wolberg-shin")),
     "gain taken for 1": blind_to_gain,
     "all samples together": undivided,
+    "samples as they are": partial(with_n4flow, N4Parameters(denoise=0)),
     "every 4th voxel": partial(with_n4flow, N4Parameters(shrink_factor=4)),
 }
 

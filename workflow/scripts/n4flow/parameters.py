@@ -58,6 +58,9 @@ class N4Parameters:
     shrink_factor : int, optional
         The field is estimated on every n-th voxel along each axis (see `samples.shrink_per_axis`); by default on as
         many as a second allows.
+    denoise : float
+        A sample is the mean of itself and those of its 26 neighbours that differ by no more than so many standard
+        deviations of the noise; 0 takes it as it is.
     histogram_bins : int
         Bins of the log intensity histogram, from 10 to 30000.
     wiener_noise : float
@@ -84,6 +87,7 @@ class N4Parameters:
     twicing: float | tuple[float, ...] = (0.45, 0.54, 0.63, 0.72, 0.81, 0.9)
     convergence_threshold: float = 1e-3
     shrink_factor: int | None = None
+    denoise: float = 1.5
     histogram_bins: int = 200
     wiener_noise: float = 0.01
 
@@ -129,6 +133,7 @@ class N4Parameters:
                 self.shrink_factor is None or _whole(self.shrink_factor) >= 1,
                 "a whole number from 1, or null",
             ),
+            "denoise": (0 <= _number(self.denoise) <= 100, "a number from 0 to 100"),
             "histogram_bins": (10 <= _whole(self.histogram_bins) <= 30000, "a whole number from 10 to 30000"),
             "wiener_noise": (0 < _number(self.wiener_noise) <= 1e9, "a number above 0, up to 1e9"),
         }
@@ -230,6 +235,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "fwhm": 0.15,
         "twicing": 0.0,
         "shrink_factor": 4,
+        "denoise": 0.0,
     },
     # what linumpy.gpu.n4 does if nothing is set: a fine mesh, all iterations
     "linumpy": {
@@ -241,9 +247,17 @@ PRESETS: dict[str, dict[str, Any]] = {
         "twicing": 0.0,
         "convergence_threshold": 0.0,
         "shrink_factor": 4,
+        "denoise": 0.0,
     },
     # one mesh, one width, ITK's fit
-    "fixed": {"fit": "lee-wolberg-shin", "iterations": (200,), "fwhm": 0.12, "twicing": 0.0, "shrink_factor": 4},
+    "fixed": {
+        "fit": "lee-wolberg-shin",
+        "iterations": (200,),
+        "fwhm": 0.12,
+        "twicing": 0.0,
+        "shrink_factor": 4,
+        "denoise": 0.0,
+    },
 }
 
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from n4flow.core.bspline import one_blas_thread
+from n4flow.core.noise import denoised, noise_sd, surroundings
 from n4flow.core.quadrature import MaskIntensity
 from n4flow.core.samples import (
     Samples,
@@ -177,8 +179,8 @@ def take_samples(
         mesh = initial_mesh(image.shape, image.voxel_size_mm, domain, parameters)
         check_mesh(image.source, positions, mesh, parameters)
         intensity = MaskIntensity(image.shape, mesh.refined(parameters.refinements))
-        log_image = np.zeros([len(p) for p in positions])
-        kept = np.zeros(log_image.shape, dtype=bool)
+        wanted = surroundings(positions) if parameters.denoise else positions
+        values: np.ndarray | None = None
         weights: np.ndarray | None = None
         dropped: dict[str, int] = {}
         voxels = mask_voxels = 0
@@ -193,17 +195,21 @@ def take_samples(
             mask_voxels += int(module.count_nonzero(slab.inside)) if weighted else 0
             voxels += int(module.count_nonzero(taking_part))
             dropped = {reason: dropped.get(reason, 0) + n for reason, n in lost.items()}
-            hit = (positions[2] >= start) & (positions[2] < slab.planes.stop)
-            if not hit.any():
-                continue
-            grid = np.ix_(positions[0], positions[1], positions[2][hit] - start)
-            on_grid = tuple(module.asarray(axis) for axis in grid)
-            kept[:, :, hit] = to_host(usable[on_grid])
-            log_image[:, :, hit] = log_where(to_host(slab.values[on_grid]), kept[:, :, hit])
+            if values is None:  # whole numbers too, as exact as they are
+                exact = np.float32 if np.can_cast(slab.values.dtype, np.float32) else np.float64
+                values = np.full([len(w) for w in wanted], np.nan, dtype=exact)
+            into, part = _overlap(wanted, slab, module)
+            values[into] = np.where(to_host(usable[part]), to_host(slab.values[part]), np.nan)
             if weighted:
+                into, part = _overlap(positions, slab, module)
                 if weights is None:
-                    weights = np.zeros(log_image.shape, dtype=np.promote_types(slab.weights.dtype, np.float64))
-                weights[:, :, hit] = np.where(to_host(slab.inside[on_grid]), to_host(slab.weights[on_grid]), 0)
+                    dtype = np.promote_types(slab.weights.dtype, np.float64)
+                    weights = np.zeros([len(p) for p in positions], dtype=dtype)
+                weights[into] = np.where(to_host(slab.inside[part]), to_host(slab.weights[part]), 0)
+    assert values is not None
+    own = values[np.ix_(*(np.searchsorted(w, p) for w, p in zip(wanted, positions, strict=True)))]
+    kept = np.isfinite(own)
+    log_image = log_where(own, kept)
     if weights is not None:
         largest = weights.max(initial=0)
         if mask_voxels and largest == 0:
@@ -226,7 +232,46 @@ def take_samples(
         weights,
         domain=domain,
     )
+    if parameters.denoise:
+        samples = without_noise(samples, values, parameters.denoise)
     return samples, intensity
+
+
+def without_noise(samples: Samples, values: np.ndarray, denoise: float) -> Samples:
+    """Samples that are each the mean of what is as bright around them.
+
+    Parameters
+    ----------
+    samples : Samples
+    values : (m0, m1, m2) float array
+        Intensities at the `noise.surroundings` of the samples; NaN where they do not take part.
+    denoise : float
+        What differs by so many standard deviations of the noise is as bright.
+
+    Returns
+    -------
+    Samples
+        The same where no noise is seen, and where few grey levels will be spread, see `Samples.spread`.
+    """
+    if samples.spread() is not samples:
+        return samples
+    sd = noise_sd(values, samples.positions, samples.mask)
+    log.info("%s: the noise is about %.3g", samples.source, sd)
+    if sd == 0:
+        return samples
+    log_image = samples.log_image.copy()
+    log_image[samples.mask] = np.log(denoised(values, samples.positions, samples.mask, denoise * sd))
+    return replace(samples, log_image=log_image)
+
+
+def _overlap(wanted: Sequence[np.ndarray], slab: Slab, module: Any) -> tuple[Any, Any]:
+    """Where voxel indices lie in a slab: their part of an array that holds all of them, and their part of the slab."""
+    ends = [(0, slab.values.shape[0]), (0, slab.values.shape[1]), (slab.planes.start, slab.planes.stop)]
+    into = tuple(slice(*np.searchsorted(w, end)) for w, end in zip(wanted, ends, strict=True))
+    part = [w[along] - first for w, along, (first, _) in zip(wanted, into, ends, strict=True)]
+    if all(len(p) and p[-1] - p[0] == len(p) - 1 for p in part):  # much faster than voxel by voxel
+        return into, tuple(slice(p[0], p[-1] + 1) for p in part)
+    return into, tuple(module.asarray(axis) for axis in np.ix_(*part))
 
 
 class Box:

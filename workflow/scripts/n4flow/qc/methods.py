@@ -24,6 +24,7 @@ REFERENCES = {
     "Cohen 1960": "A coefficient of agreement for nominal scales. doi:10.1177/001316446002000104",
     "Esteban et al. 2017": "MRIQC: advancing the automatic prediction of image quality in MRI from unseen sites. "
     "doi:10.1371/journal.pone.0184661",
+    "Lee 1983": "Digital image smoothing and the sigma filter. doi:10.1016/0734-189X(83)90047-6",
     "Lee et al. 1997": "Scattered data interpolation with multilevel B-splines. doi:10.1109/2945.620490",
     "Lowekamp et al. 2013": "The design of SimpleITK. doi:10.3389/fninf.2013.00045",
     "Mölder et al. 2021": "Sustainable data analysis with Snakemake. doi:10.12688/f1000research.29032.2",
@@ -160,6 +161,11 @@ def _settings(subjects: Sequence[Metrics]) -> Iterator[str]:
         if p.shrink_factor and p.shrink_factor > 1
         else "Samples were the voxels of the mask, up to 2 million of its box."
     )
+    if p.denoise:
+        yield (
+            f"Each was the mean of itself and those neighbours that differed by up to {p.denoise:g} standard deviations "
+            "of the noise (sigma filter, Lee 1983); the corrected images were not filtered."
+        )
 
 
 def _quality(subjects: Sequence[Metrics], ratings: Sequence[Rating]) -> Iterator[str]:
