@@ -15,6 +15,7 @@ from n4flow.core.bspline import evaluate_at, one_blas_thread, refine
 from n4flow.core.field import BiasField, Mesh
 from n4flow.core.fit import FEW_SAMPLES, LeeWolbergShin, PenalisedLeastSquares, SplineFit
 from n4flow.core.samples import Samples, largest_step, sample_positions
+from n4flow.core.sharpening import blurred_entropy, linear_histogram
 from n4flow.errors import InputError
 from n4flow.kernels import choose_kernels
 from n4flow.parameters import N4Parameters
@@ -30,6 +31,13 @@ COMPARED_SAMPLES = 2**15
 #: Of so many samples, the halves give as good a field as all together; the penalty on fewer would be another.
 SPLIT_SAMPLES = 20 * FEW_SAMPLES
 
+#: Whether a field is strong is found out on no more samples than this.
+TRIED_SAMPLES = 2**14
+
+#: The histogram that a strong field is found by is sharper by so many nats: less is gained where two tissues that are
+#: nearly alike are taken for one.
+FAR_SHARPER = 0.1
+
 #: Of a slab, this share of the root of its area counts as its size; of a head it is less than the volume says.
 PROJECTED_SIZE = 0.78
 
@@ -37,7 +45,7 @@ PROJECTED_SIZE = 0.78
 class Iteration(NamedTuple):
     """One line of the history."""
 
-    stage: int
+    stage: int  # from 1; 0 is the one before the first, for strong fields
     iteration: int
     cv: float
     half: int = 0  # of the samples, 1 or 2; 0 where all were taken together
@@ -53,7 +61,13 @@ class Estimate(NamedTuple):
 
 @one_blas_thread
 def estimate_field(
-    samples: Samples, parameters: N4Parameters, *, xp: Any = np, threads: int = 1, mesh: Mesh | None = None
+    samples: Samples,
+    parameters: N4Parameters,
+    *,
+    xp: Any = np,
+    threads: int = 1,
+    mesh: Mesh | None = None,
+    wide: bool | None = None,
 ) -> Estimate:
     """Estimate the log bias field that best sharpens the histogram of the samples.
 
@@ -67,6 +81,8 @@ def estimate_field(
         On the CPU; the result does not depend on it.
     mesh : Mesh, optional
         Mesh of the first stage; by default the one that the parameters describe.
+    wide : bool, optional
+        Whether to begin with the stage for strong fields; by default as `begins_wide` finds.
 
     Returns
     -------
@@ -91,11 +107,71 @@ def estimate_field(
     check_mesh(samples.source, grid, mesh, parameters)
     warn_of_long_spans(samples, mesh, parameters)
 
+    if wide is None:
+        wide = begins_wide(samples, parameters, mesh, xp=xp)
+    return _in_stages(samples, parameters, mesh, wide, xp, threads)
+
+
+def begins_wide(samples: Samples, parameters: N4Parameters, mesh: Mesh, *, xp: Any = np) -> bool:
+    """Whether the field is so strong that the estimate has to begin with `N4Parameters.strong_stage`.
+
+    The first stage may take tissues of the dark and the bright end for one another, from which no narrower one finds
+    back; a wider one may take two tissues that are nearly alike for one. So both are tried on a part of the samples,
+    and the wider one is taken where the corrected histogram is sharper by far.
+
+    Parameters
+    ----------
+    samples : Samples
+    parameters : N4Parameters
+    mesh : Mesh
+    xp : module
+        As `estimate_field`.
+
+    Returns
+    -------
+    bool
+    """
+    if parameters.strong_stage is None:
+        return False
+    part = samples.thinned(TRIED_SAMPLES)
+    entropies = []
+    for wide in (False, True):
+        field = _in_stages(part, parameters, mesh, wide, xp, 1, level=logging.DEBUG).field
+        corrected = (part.log_image - field.log_at(part.positions))[part.confidence > 0]
+        low, high = float(corrected.min()), float(corrected.max())
+        if low == high:
+            return False
+        histogram = linear_histogram(corrected, low, high, parameters.histogram_bins)
+        entropies.append(blurred_entropy(histogram, low, high, parameters.stages[-1].fwhm))
+    wide = entropies[1] < entropies[0] - FAR_SHARPER
+    if wide:
+        log.info(
+            "%s: begins with FWHM %g, for a strong field: the histogram ends sharper by %.2f nats",
+            samples.source,
+            parameters.strong_stage.fwhm,
+            entropies[0] - entropies[1],
+        )
+    return wide
+
+
+def _in_stages(
+    samples: Samples,
+    parameters: N4Parameters,
+    mesh: Mesh,
+    wide: bool,
+    xp: Any,
+    threads: int,
+    level: int = logging.INFO,
+) -> Estimate:
+    """The estimate itself, from the first stage, or from the one before it, to the last."""
+    stages = list(enumerate(parameters.stages, start=1))
+    if wide and parameters.strong_stage:
+        stages.insert(0, (0, parameters.strong_stage))
     kernels = choose_kernels(samples, parameters, xp, threads)
     fit, lattice = fit_on(mesh, samples, parameters), np.zeros(mesh.lattice_shape)
     history: list[Iteration] = []
     settled = False
-    for number, stage in enumerate(parameters.stages, start=1):
+    for number, stage in stages:
         before = lattice
         if number > 1 and parameters.mesh == "refined":
             lattice, mesh = refine(lattice), mesh.refined()
@@ -108,7 +184,8 @@ def estimate_field(
             update = kernels.fit(expected)
             kernels.subtract(update)
         lattice, cvs = kernels.end_stage()
-        log.info(
+        log.log(
+            level,
             "%s: stage %d of %d, FWHM %g, %s spans, %d of at most %d iterations, cv %.2e",
             samples.source,
             number,
@@ -122,7 +199,9 @@ def estimate_field(
         restless = len(cvs) == stage.most_iterations and cvs[-1] > parameters.convergence_threshold > 0
         if restless and settled and parameters.mesh == "fixed":
             # the width is too narrow for this histogram: from here on, anatomy becomes field
-            log.info("%s: the field of stage %d is kept, for the next does not settle", samples.source, number - 1)
+            log.log(
+                level, "%s: the field of stage %d is kept, for the next does not settle", samples.source, number - 1
+            )
             lattice = before
             break
         history += [Iteration(number, iteration, cv) for iteration, cv in enumerate(cvs, start=1)]
@@ -156,12 +235,14 @@ def estimate_twice(samples: Samples, parameters: N4Parameters, *, xp: Any = np, 
     InputError
         As `estimate_field`.
     """
-    within = samples.cropped()
+    within = samples.check().cropped()
     mesh = initial_mesh(within.image_shape, within.voxel_size_mm, within.domain or within.positions, parameters)
+    check_mesh(samples.source, samples.positions, mesh, parameters)
+    wide = begins_wide(within.spread() if not parameters.as_itk else within, parameters, mesh, xp=xp)
     repeatability, many = None, np.count_nonzero(samples.confidence) >= SPLIT_SAMPLES
     try:
         halves = [replace(half, source=f"{half.source}, half of the samples") for half in samples.halves()]
-        one, other = (estimate_field(half, parameters, xp=xp, threads=threads, mesh=mesh) for half in halves)
+        one, other = (estimate_field(half, parameters, xp=xp, threads=threads, mesh=mesh, wide=wide) for half in halves)
     except InputError as error:
         log.info("%s; how repeatable the field is remains unknown", error)
     else:
@@ -170,7 +251,7 @@ def estimate_twice(samples: Samples, parameters: N4Parameters, *, xp: Any = np, 
             lattice = (one.field.lattice + other.field.lattice) / 2
             history = [line._replace(half=n) for n, half in ((1, one), (2, other)) for line in half.history]
             return Estimate(replace(one.field, lattice=lattice), history, repeatability)
-    return estimate_field(samples, parameters, xp=xp, threads=threads)._replace(repeatability=repeatability)
+    return estimate_field(samples, parameters, xp=xp, threads=threads, wide=wide)._replace(repeatability=repeatability)
 
 
 def rms_difference(one: BiasField, other: BiasField, samples: Samples) -> float:

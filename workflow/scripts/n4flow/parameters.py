@@ -49,6 +49,10 @@ class N4Parameters:
         Full width at half maximum, in log intensity, of the Gaussian that is deconvolved (0.15 in Sled et al. 1998
         and ITK); a number for all stages, or one for each. A wide one finds strong fields, a narrow one spares
         contrast.
+    strong_fwhm : float, optional
+        Width of one more stage before the first, for strong fields: it is taken where, on a part of the samples, the
+        corrected histogram ends far sharper with it, see `estimate.begins_wide`. For the penalised fit, and where it is
+        wider than the first stage.
     twicing : float or tuple of float
         How much of what the expected value still lacks is added to it, from 0 to 1, two times over; a number for all
         stages, or one for each. It takes out the pull between tissues, and of a strong field a part, so that it rises
@@ -84,6 +88,7 @@ class N4Parameters:
     spline_distance_mm: float | None = None
     iterations: tuple[int, ...] = (40, 40, 40, 40, 40, 40)
     fwhm: float | tuple[float, ...] = (0.20, 0.16, 0.13, 0.105, 0.085, 0.07)
+    strong_fwhm: float | None = 0.30
     twicing: float | tuple[float, ...] = (0.45, 0.54, 0.63, 0.72, 0.81, 0.9)
     convergence_threshold: float = 1e-3
     shrink_factor: int | None = None
@@ -120,6 +125,10 @@ class N4Parameters:
             "fwhm": (
                 len(widths) > 0 and all(1e-9 <= _number(width) <= 1e3 for width in widths),
                 "a number from 1e-9 to 1000, or a list of them, one per stage",
+            ),
+            "strong_fwhm": (
+                self.strong_fwhm is None or 1e-9 <= _number(self.strong_fwhm) <= 1e3,
+                "a number from 1e-9 to 1000, or null",
             ),
             "twicing": (
                 len(shares) > 0 and all(0 <= _number(share) <= 1 for share in shares),
@@ -179,6 +188,14 @@ class N4Parameters:
             value if isinstance(value, tuple) else (value,) * count for value in (self.fwhm, self.twicing)
         )
         return [Stage(*stage) for stage in zip(self.iterations, widths, shares, strict=True)]
+
+    @property
+    def strong_stage(self) -> Stage | None:
+        """The one before the first, for strong fields; None where there is none."""
+        first = self.stages[0]
+        if self.fit != "penalised" or self.strong_fwhm is None or self.strong_fwhm <= first.fwhm:
+            return None
+        return first._replace(fwhm=self.strong_fwhm)
 
     @property
     def as_itk(self) -> bool:

@@ -153,6 +153,32 @@ def sharpening_gain(histogram: np.ndarray, table: np.ndarray, low: float, high: 
     return max(1 - float(between @ np.diff(table)) / (slope * float(between.sum())), SMALLEST_GAIN)
 
 
+def blurred_entropy(histogram: np.ndarray, low: float, high: float, fwhm: float) -> float:
+    """Differential entropy of the log intensities, blurred: the less, the sharper the histogram.
+
+    Parameters
+    ----------
+    histogram : (bins,) array
+    low, high : float
+        Log intensity of the first and the last bin centre.
+    fwhm : float
+        Of the Gaussian that blurs it, in log intensity; at least `NARROWEST_BINS`.
+
+    Returns
+    -------
+    float
+        In nats: it does not depend on the bins, if they are narrow.
+    """
+    padded, offset, _, exponents = _padding(len(histogram))
+    slope = (high - low) / (len(histogram) - 1)
+    spread = np.zeros(padded)
+    spread[offset : offset + len(histogram)] = histogram
+    gaussian = np.exp(exponents / max(fwhm / slope, NARROWEST_BINS) ** 2)
+    density = np.maximum(np.fft.irfft(np.fft.rfft(gaussian) * np.fft.rfft(spread), padded), 0)
+    share = density[density > 0] / density.sum()
+    return float(np.log(slope) - share @ np.log(share))
+
+
 @lru_cache
 def _padding(bins: int) -> tuple[int, int, np.ndarray, np.ndarray]:
     """What depends on the number of bins alone.
