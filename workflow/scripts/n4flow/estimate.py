@@ -29,10 +29,10 @@ MOST_PENALISED_POINTS = 2500
 COMPARED_SAMPLES = 2**15
 
 #: Of so many samples, the halves give as good a field as all together; the penalty on fewer would be another.
-SPLIT_SAMPLES = 20 * FEW_SAMPLES
+SPLIT_SAMPLES = 10 * FEW_SAMPLES
 
 #: Whether a field is strong is found out on no more samples than this.
-TRIED_SAMPLES = 2**14
+TRIED_SAMPLES = 2**13
 
 #: The histogram that a strong field is found by is sharper by so many nats: less is gained where two tissues that are
 #: nearly alike are taken for one.
@@ -109,7 +109,7 @@ def estimate_field(
 
     if wide is None:
         wide = begins_wide(samples, parameters, mesh, xp=xp)
-    return _in_stages(samples, parameters, mesh, wide, xp, threads)
+    return _in_stages(samples, parameters, mesh, fit_on(mesh, samples, parameters), wide, xp, threads)
 
 
 def begins_wide(samples: Samples, parameters: N4Parameters, mesh: Mesh, *, xp: Any = np) -> bool:
@@ -134,9 +134,9 @@ def begins_wide(samples: Samples, parameters: N4Parameters, mesh: Mesh, *, xp: A
     if parameters.strong_stage is None:
         return False
     part = samples.thinned(TRIED_SAMPLES)
-    entropies = []
+    fit, entropies = fit_on(mesh, part, parameters), []
     for wide in (False, True):
-        field = _in_stages(part, parameters, mesh, wide, xp, 1, level=logging.DEBUG).field
+        field = _in_stages(part, parameters, mesh, fit, wide, xp, 1, level=logging.DEBUG).field
         corrected = (part.log_image - field.log_at(part.positions))[part.confidence > 0]
         low, high = float(corrected.min()), float(corrected.max())
         if low == high:
@@ -158,6 +158,7 @@ def _in_stages(
     samples: Samples,
     parameters: N4Parameters,
     mesh: Mesh,
+    fit: SplineFit,
     wide: bool,
     xp: Any,
     threads: int,
@@ -168,7 +169,7 @@ def _in_stages(
     if wide and parameters.strong_stage:
         stages.insert(0, (0, parameters.strong_stage))
     kernels = choose_kernels(samples, parameters, xp, threads)
-    fit, lattice = fit_on(mesh, samples, parameters), np.zeros(mesh.lattice_shape)
+    lattice = np.zeros(mesh.lattice_shape)
     history: list[Iteration] = []
     settled = False
     for number, stage in stages:

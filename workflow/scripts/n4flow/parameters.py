@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple
 from n4flow.errors import InputError
 
 #: The estimate takes no more than so many of the box of a mask, unless a shrink factor is set: it is to take no second.
-MOST_SAMPLES = 2**21
+MOST_SAMPLES = 2**20
 
 
 class Stage(NamedTuple):

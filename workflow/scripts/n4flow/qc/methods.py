@@ -159,7 +159,7 @@ def _settings(subjects: Sequence[Metrics]) -> Iterator[str]:
     yield (
         f"Samples were every {_ordinal(p.shrink_factor)} voxel of the mask along each axis."
         if p.shrink_factor and p.shrink_factor > 1
-        else "Samples were the voxels of the mask, up to 2 million of its box."
+        else "Samples were the voxels of the mask, up to 1 million of its box."
     )
     if p.denoise:
         yield (
