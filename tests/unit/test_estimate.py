@@ -19,7 +19,7 @@ from n4flow.parameters import PRESETS
 from n4flow.steps.mask import otsu_threshold
 from tests.anatomies import REAL_SCANS, real_scan
 from tests.conftest import demeaned_error, lee_wolberg_shin, rms, samples_of
-from tests.phantoms import light_sheet
+from tests.phantoms import family, light_sheet, make_scan
 from tests.unit.references import direct_log_field, simpleitk_log_field
 
 
@@ -314,6 +314,44 @@ def test_a_width_that_does_not_settle_is_left_out(small_head, caplog):
     # a first stage that is cut short is none that has settled
     first = N4Parameters(fwhm=(0.2, 0.15), twicing=0.5, iterations=(2, 2))
     assert {line.stage for line in estimate_field(samples, first).history} == {1, 2}
+
+
+def strong_and_weak():
+    """Heads under fields of 150 and 40 % INU, and a T2-like one whose scalp a wide stage takes for white matter."""
+    found = family(["mni"], (40, 100, 150), range(10, 20, 2), ["head"])
+    wanted = {("T1", 150, 10): True, ("T1", 100, 10): False, ("T2", 40, 10): False}
+    return [
+        pytest.param(case, wanted[key], id=f"{case.contrast}, {case.inu_percent} % INU")
+        for case in found
+        if (key := (case.contrast, case.inu_percent, case.seed)) in wanted
+    ]
+
+
+@pytest.mark.parametrize(("case", "wide"), strong_and_weak())
+def test_a_wider_stage_comes_first_where_a_field_is_strong(case, wide):
+    scan = make_scan(case)
+    positions = sample_positions(scan.image.shape, 2)
+    grid = np.ix_(*positions)
+    errors, found = [], []
+    for width in (N4Parameters().strong_fwhm, None):
+        parameters = N4Parameters(shrink_factor=2, strong_fwhm=width)
+        found.append(
+            correct(scan.image, scan.mask, voxel_size_mm=scan.voxel_size_mm, parameters=parameters, device="cpu")
+        )
+        errors.append(np.std((found[-1].field.log_at(positions) - scan.log_bias[grid])[scan.brain[grid]]))
+    assert (min(line.stage for line in found[0].history) == 0) == wide
+    assert min(line.stage for line in found[1].history) == 1
+    assert found[0].history[0].cv > 0
+    if wide:
+        assert errors[0] < 0.1 * errors[1]
+    else:
+        np.testing.assert_array_equal(found[0].field.lattice, found[1].field.lattice)
+
+
+def test_no_stage_comes_before_the_first_of_itks_fit_or_of_one_as_wide():
+    assert N4Parameters().strong_stage == N4Parameters().stages[0]._replace(fwhm=0.3)
+    for parameters in (N4Parameters(**PRESETS["itk"]), N4Parameters(strong_fwhm=None), N4Parameters(strong_fwhm=0.2)):
+        assert parameters.strong_stage is None
 
 
 def test_of_a_very_strong_field_on_a_blurred_head_less_is_left_than_by_simpleitk(tissues):

@@ -5,7 +5,14 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from numpy.testing import assert_allclose, assert_array_equal
 
-from n4flow.core.sharpening import expected_log_values, linear_histogram, look_up, sharpen_residual, sharpening_gain
+from n4flow.core.sharpening import (
+    blurred_entropy,
+    expected_log_values,
+    linear_histogram,
+    look_up,
+    sharpen_residual,
+    sharpening_gain,
+)
 from tests.unit.references import direct_expected
 
 VALUES = arrays(np.float64, st.integers(2, 200), elements=st.floats(-5, 5)).filter(lambda v: np.ptp(v) > 1e-3)
@@ -66,6 +73,18 @@ def test_the_expected_value_is_that_of_the_formulas(classes, fwhm, twicing, bins
     expected = direct_expected(histogram, low, high, fwhm, 0.01, twicing)
     with_samples = histogram > 0  # elsewhere rounding may decide whether there is anything
     assert_allclose(found[with_samples], expected[with_samples], atol=1e-5)
+
+
+@pytest.mark.parametrize("bins", [150, 400])
+@pytest.mark.parametrize("sd", [0.05, 0.2])
+def test_entropy_of_a_blurred_normal_variable_is_that_of_the_formula(bins, sd):
+    fwhm, low, high = 0.07, -2.0, 2.0
+    centres = np.linspace(low, high, bins)
+    histogram = np.exp(-0.5 * (centres / sd) ** 2)
+    variance = sd**2 + max(fwhm, 2 * (high - low) / (bins - 1)) ** 2 / (8 * np.log(2))
+    expected = 0.5 * np.log(2 * np.pi * np.e * variance)
+    assert blurred_entropy(histogram, low, high, fwhm) == pytest.approx(expected, abs=2e-3)
+    assert blurred_entropy(7 * histogram, low, high, fwhm) == pytest.approx(expected, abs=2e-3)
 
 
 def test_twicing_takes_out_the_pull_between_two_classes():

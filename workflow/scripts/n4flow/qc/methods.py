@@ -138,6 +138,11 @@ def _settings(subjects: Sequence[Metrics]) -> Iterator[str]:
         f"{'a stage' if several else 'the estimate'} ended when the coefficient of variation of the update fell to "
         f"{p.convergence_threshold:g}, or after {most} iterations."
     )
+    if p.strong_stage:
+        yield (
+            f"A stage of {p.strong_stage.fwhm:g} came first where the histogram of a part of the samples ended far "
+            "sharper with it."
+        )
     shares = [stage.twicing for stage in stages]
     if any(shares):
         yield (

@@ -717,6 +717,8 @@ def run_metrics(facts: Mapping[str, Any], reference: Mapping[str, Any], mask_vox
     # of two halves of the samples, what the slower one took
     halves = [[line["CV"] for line in history if line.get("Half") == n] for n in {line.get("Half") for line in history}]
     most = parameters.get("iterations")
+    if most and any(line["Stage"] == 0 for line in history):  # a stage before the first, for a strong field
+        most = [most[0], *most]
     converged = run.get("Converged")
     dropped = run.get("Dropped")
     lost = sum(dropped.values()) if dropped is not None else None

@@ -120,8 +120,8 @@ def estimate_facts(estimate: Estimate, samples: Samples, parameters: N4Parameter
         Plain values, ready for JSON: ``Parameters``, as set; ``Shrink``, per axis; ``Spans``, per axis at the last
         stage, and their ``SpanLengthMm``; ``Samples``, how many there were; ``Dropped``, voxels of the mask that had
         no logarithm, by reason; ``History``, the CV of the update (without unit) at every iteration of each
-        stage, ``Half`` by half of the samples where the field is the mean of two; ``Converged``, whether each stage
-        came to the threshold, of both halves.
+        stage (0 is the one before the first, for a strong field), ``Half`` by half of the samples where the field is
+        the mean of two; ``Converged``, whether each stage came to the threshold, of both halves.
     """
     last = {(line.half, line.stage): line.cv for line in estimate.history}
     # a stage without an iteration found all values the same
