@@ -91,8 +91,8 @@ def samples_at(positions, image, mask, voxel_size_mm, denoise):
     inside, values = (array[np.ix_(*positions)] for array in (used, image))
     affine = np.diag([*voxel_size_mm, 1.0])
     samples = Samples(log_where(values, inside), inside, positions, image.shape, voxel_size_mm, affine, {}, "scan")
-    if not denoise:
-        return samples
+    if not denoise or (spread := samples.spread()) is not samples:
+        return spread if denoise else samples
     padded = np.pad(np.where(used, image, np.nan), 1, constant_values=np.nan)
     return without_noise(samples, padded[np.ix_(*(w + 1 for w in surroundings(positions)))], denoise)
 
@@ -496,8 +496,12 @@ PIECES = {
     REFERENCE: METHODS[REFERENCE],
     "default": partial(with_n4flow, N4Parameters()),
     "no twicing": partial(with_n4flow, N4Parameters(twicing=0)),
-    "the first width throughout": partial(with_n4flow, N4Parameters(fwhm=FIRST.fwhm, twicing=FIRST.twicing)),
-    "the last width throughout": partial(with_n4flow, N4Parameters(fwhm=LAST.fwhm, twicing=LAST.twicing)),
+    "the first width throughout": partial(
+        with_n4flow, N4Parameters(fwhm=FIRST.fwhm, twicing=FIRST.twicing, strong_fwhm=None)
+    ),
+    "the last width throughout": partial(
+        with_n4flow, N4Parameters(fwhm=LAST.fwhm, twicing=LAST.twicing, strong_fwhm=None)
+    ),
     "a hundredth of the stiffness": partial(with_n4flow, N4Parameters(stiffness=N4Parameters().stiffness / 100)),
     "ITK's fit on the same mesh": partial(with_n4flow, N4Parameters(fit="lee-wolberg-shin")),
     "gain taken for 1": blind_to_gain,

@@ -7,15 +7,16 @@ import numpy as np
 import pytest
 from numpy.testing import assert_allclose, assert_array_equal
 
-from n4flow import InputError, N4Parameters, correct, kernels
+from n4flow import InputError, N4Parameters, correct, estimate, kernels
 from n4flow.core.field import Mesh
 from n4flow.core.phantom import make_phantom
 from n4flow.core.quadrature import MaskIntensity
 from n4flow.core.samples import sample_positions
-from n4flow.estimate import SPLIT_SAMPLES, estimate_field, estimate_twice
+from n4flow.estimate import SPLIT_SAMPLES, Estimate, Iteration, estimate_field, estimate_twice
 from n4flow.images.sampling import read_samples
 from n4flow.kernels import plain
 from n4flow.parameters import PRESETS
+from n4flow.steps.correct import estimate_facts
 from n4flow.steps.mask import otsu_threshold
 from tests.anatomies import REAL_SCANS, real_scan
 from tests.conftest import demeaned_error, lee_wolberg_shin, rms, samples_of
@@ -328,24 +329,29 @@ def strong_and_weak():
 
 
 @pytest.mark.parametrize(("case", "wide"), strong_and_weak())
-def test_a_wider_stage_comes_first_where_a_field_is_strong(case, wide):
+def test_a_wider_stage_counts_where_a_field_is_strong_and_where_it_is_not_it_would_do_no_good(case, wide, monkeypatch):
     scan = make_scan(case)
     positions = sample_positions(scan.image.shape, 2)
     grid = np.ix_(*positions)
-    errors, found = [], []
-    for width in (N4Parameters().strong_fwhm, None):
-        parameters = N4Parameters(shrink_factor=2, strong_fwhm=width)
-        found.append(
-            correct(scan.image, scan.mask, voxel_size_mm=scan.voxel_size_mm, parameters=parameters, device="cpu")
-        )
-        errors.append(np.std((found[-1].field.log_at(positions) - scan.log_bias[grid])[scan.brain[grid]]))
-    assert (min(line.stage for line in found[0].history) == 0) == wide
-    assert min(line.stage for line in found[1].history) == 1
-    assert found[0].history[0].cv > 0
+
+    def corrected(**settings):
+        parameters = N4Parameters(shrink_factor=2, **settings)
+        found = correct(scan.image, scan.mask, voxel_size_mm=scan.voxel_size_mm, parameters=parameters, device="cpu")
+        error = np.std((found.field.log_at(positions) - scan.log_bias[grid])[scan.brain[grid]])
+        return {line.stage for line in found.history}, error
+
+    stages, error = corrected()
+    assert (0 in stages) == wide
+    without, error_without = corrected(strong_fwhm=None)
+    assert 0 not in without
     if wide:
-        assert errors[0] < 0.1 * errors[1]
-    else:
-        np.testing.assert_array_equal(found[0].field.lattice, found[1].field.lattice)
+        assert error < 0.1 * error_without
+        return
+    assert error == error_without
+    monkeypatch.setattr(estimate, "FAR_SHARPER", -np.inf)
+    always, error_with = corrected()
+    assert 0 in always
+    assert error < 1.05 * error_with
 
 
 def test_no_stage_comes_before_the_first_of_itks_fit_or_of_one_as_wide():
@@ -443,3 +449,13 @@ def test_single_voxels_off_the_scale_do_not_keep_grey_levels_from_being_spread(s
     found = samples_of(levels, mask).spread().log_image
     found[place] = expected[place] = 0
     assert_allclose(found, expected, atol=1e-9)
+
+
+def test_the_sidecar_tells_whether_the_stage_for_strong_fields_converged(small_head):
+    samples = samples_of(*small_head, (6, 6, 6))
+    parameters = N4Parameters(iterations=(5, 5), fwhm=(0.2, 0.1), twicing=0)
+    field = estimate_field(samples, parameters).field
+    for cv, converged in ((0.5, [False, True, True]), (1e-4, [True, True, True])):
+        history = [Iteration(0, 1, cv), Iteration(1, 1, 1e-4), Iteration(2, 1, 1e-4)]
+        assert estimate_facts(Estimate(field, history), samples, parameters)["Converged"] == converged
+    assert estimate_facts(Estimate(field, history[1:]), samples, parameters)["Converged"] == [True, True]

@@ -22,6 +22,7 @@ from n4flow.qc.metrics import (
     mask_volume_ml,
     microscopy_metrics,
     robust_z,
+    run_metrics,
     saturated_fraction,
     section_profile,
     section_spread,
@@ -646,3 +647,13 @@ def test_the_flag_of_a_seam_says_where():
     (flag,) = find_flags(FINE | {"seam_ratio_after": 1.5})
     assert "i 4 to 5" in flag
     assert "1.20 to 1.50" in flag
+
+
+def test_iterations_of_the_stage_for_strong_fields_count_too():
+    cvs = {0: [0.5, 0.2, 0.0009], 1: [0.0008], 2: [0.0007]}
+    history = [{"Stage": s, "Iteration": n, "CV": cv} for s in cvs for n, cv in enumerate(cvs[s], start=1)]
+    run = {"Parameters": {"iterations": [40, 30]}, "History": history, "Converged": [True, True, True]}
+    metrics = run_metrics({"N4": run}, {}, 1000)
+    assert (metrics["iterations_used"], metrics["iterations_max"]) == (5, 110)
+    metrics = run_metrics({"N4": run | {"History": history[3:]}}, {}, 1000)
+    assert (metrics["iterations_used"], metrics["iterations_max"]) == (2, 70)

@@ -111,15 +111,42 @@ def test_noise_falls_and_steps_stay():
     assert within.mean() > 0.9999
 
 
-@pytest.mark.parametrize("dtype", [np.uint8, np.int16, ">i2", np.int32, np.float32, np.float64])
-def test_without_noise_or_denoising_samples_are_the_voxels(dtype):
-    image = steps().astype(np.int64) // 4
-    image = (image % 251 + np.arange(SHAPE[0])[:, None, None] * 2).astype(dtype)  # more levels than are spread
+@pytest.mark.parametrize("dtype", [np.uint8, np.int16, ">i2", np.int32, np.int64, np.uint64, np.float32, np.float64])
+def test_without_denoising_samples_are_the_voxels_to_the_last_digit(dtype):
+    image = np.clip(noisy(steps() / 8, 8), 1, 250).round()
+    if np.dtype(dtype).itemsize >= 4 and np.dtype(dtype) != np.float32:
+        image += 2**24  # which float32 does not hold
+    image = image.astype(dtype)
     mask = image > 0
-    for denoise in (0.0, 1e-6):
+    for denoise in (0.0, 1e-9):  # nothing but what is equal lies as near
         samples = taken(image, mask, N4Parameters(denoise=denoise, shrink_factor=2))
         own = image[np.ix_(*samples.positions)].astype(np.float64)
-        np.testing.assert_array_equal(samples.log_image[samples.mask], np.log(own[samples.mask]))
+        np.testing.assert_allclose(samples.log_image[samples.mask], np.log(own[samples.mask]), rtol=1e-15)
+
+
+@pytest.mark.parametrize("values", [lambda i: np.exp(np.sin(i / 7)), lambda i: 0.1 * (i + 10), lambda i: 700 * 1.01**i])
+def test_rounding_is_no_noise(values):
+    image = np.zeros(SHAPE) + values(np.arange(SHAPE[0]))[:, None, None] + 0.01 * np.arange(SHAPE[1])[:, None]
+    positions, kept = sample_positions(SHAPE, 1), np.ones(SHAPE, dtype=bool)
+    assert noise_sd(around(image, positions), positions, kept) == 0
+    # and if it were, no sample is lost
+    assert np.isfinite(denoised(around(image, positions), positions, kept, 1e-17)).all()
+    samples = taken(image, image > 0, N4Parameters())
+    np.testing.assert_array_equal(samples.log_image, np.log(image))
+
+
+@pytest.mark.parametrize("axes", [(0, 1, 2), (2, 0, 1), (1, 0, 2)])
+@pytest.mark.parametrize("flipped", [(), (0,), (1, 2)])
+def test_axes_may_be_flipped_and_permuted(axes, flipped):
+    image = noisy(steps(), 40)
+    mask = np.random.default_rng(3).random(SHAPE) > 0.2
+    first = taken(image, mask, N4Parameters())
+
+    def turned(array):
+        return np.flip(array, flipped).transpose(axes)
+
+    found = taken(turned(image), turned(mask), N4Parameters())
+    np.testing.assert_allclose(found.log_image, turned(first.log_image), rtol=1e-13)
 
 
 def test_slabs_and_what_lies_outside_of_the_mask_do_not_matter():
@@ -140,9 +167,14 @@ def test_slabs_and_what_lies_outside_of_the_mask_do_not_matter():
 def test_few_grey_levels_are_spread_and_not_averaged():
     image = np.rint(noisy(steps(), 40) / 20)
     assert len(np.unique(image)) < 100
-    samples = taken(image, image > 0, N4Parameters())
-    np.testing.assert_array_equal(np.exp(samples.log_image[samples.mask]).round(9) % 1, 0)
-    assert samples.spread() is not samples
+    spread, plain = (taken(image, image > 0, N4Parameters(denoise=denoise)) for denoise in (1.5, 0))
+    np.testing.assert_array_equal(spread.log_image, plain.log_image)
+    off = np.exp(spread.log_image[spread.mask]) - image[spread.mask]
+    assert np.abs(off).max() <= 0.5 + 1e-9
+    assert np.std(off) == pytest.approx(12**-0.5, rel=0.05)
+    # ITK's histogram has its spikes
+    as_itk = taken(image, image > 0, N4Parameters(**PRESETS["itk"] | {"shrink_factor": 1}))
+    np.testing.assert_array_equal(np.exp(as_itk.log_image[as_itk.mask]).round(9) % 1, 0)
 
 
 @pytest.mark.parametrize("preset", sorted(set(PRESETS) - {"default"}))

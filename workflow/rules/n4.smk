@@ -22,7 +22,7 @@ rule n4:
         "../../envs/n4.yaml"
     resources:
         gpu=1,
-        mem_mb=memory_mb(baseline=400, per_voxel=4, per_sample=80),
+        mem_mb=memory_mb(baseline=400, per_voxel=4, per_sample=250),
     params:
         settings=config["n4"],
         keep_dtype=config["output"]["keep_dtype"],

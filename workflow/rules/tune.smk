@@ -27,7 +27,7 @@ rule tune_n4:
         "../../envs/n4.yaml"
     resources:
         gpu=1,
-        mem_mb=memory_mb(baseline=400, per_voxel=4, per_sample=80),
+        mem_mb=memory_mb(baseline=400, per_voxel=4, per_sample=250),
     params:
         settings=tune_settings,
         keep_dtype=False,

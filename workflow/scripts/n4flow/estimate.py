@@ -18,7 +18,7 @@ from n4flow.core.samples import Samples, largest_step, sample_positions
 from n4flow.core.sharpening import blurred_entropy, linear_histogram
 from n4flow.errors import InputError
 from n4flow.kernels import choose_kernels
-from n4flow.parameters import N4Parameters
+from n4flow.parameters import N4Parameters, Stage
 
 log = logging.getLogger(__name__)
 
@@ -29,13 +29,10 @@ MOST_PENALISED_POINTS = 2500
 COMPARED_SAMPLES = 2**15
 
 #: Of so many samples, the halves give as good a field as all together; the penalty on fewer would be another.
-SPLIT_SAMPLES = 10 * FEW_SAMPLES
+SPLIT_SAMPLES = 20 * FEW_SAMPLES
 
-#: Whether a field is strong is found out on no more samples than this.
-TRIED_SAMPLES = 2**13
-
-#: The histogram that a strong field is found by is sharper by so many nats: less is gained where two tissues that are
-#: nearly alike are taken for one.
+#: To begin wider counts where it leaves the histogram sharper by so many nats: less is gained where two tissues that
+#: are nearly alike are taken for one.
 FAR_SHARPER = 0.1
 
 #: Of a slab, this share of the root of its area counts as its size; of a head it is less than the volume says.
@@ -61,13 +58,7 @@ class Estimate(NamedTuple):
 
 @one_blas_thread
 def estimate_field(
-    samples: Samples,
-    parameters: N4Parameters,
-    *,
-    xp: Any = np,
-    threads: int = 1,
-    mesh: Mesh | None = None,
-    wide: bool | None = None,
+    samples: Samples, parameters: N4Parameters, *, xp: Any = np, threads: int = 1, mesh: Mesh | None = None
 ) -> Estimate:
     """Estimate the log bias field that best sharpens the histogram of the samples.
 
@@ -81,8 +72,6 @@ def estimate_field(
         On the CPU; the result does not depend on it.
     mesh : Mesh, optional
         Mesh of the first stage; by default the one that the parameters describe.
-    wide : bool, optional
-        Whether to begin with the stage for strong fields; by default as `begins_wide` finds.
 
     Returns
     -------
@@ -98,78 +87,62 @@ def estimate_field(
     ----------
     Tustison et al. 2010, doi:10.1109/TMI.2010.2046908; ITK's N4BiasFieldCorrectionImageFilter.
     """
+    return _sharpest([samples], parameters, mesh, xp, threads)[0]
+
+
+def _sharpest(
+    sets: Sequence[Samples], parameters: N4Parameters, mesh: Mesh | None, xp: Any, threads: int
+) -> list[Estimate]:
+    """Estimates from several sets of samples, each on its own, all of them with the stage for strong fields or without.
+
+    The first stage may take tissues of the dark and the bright end for one another, from which no narrower one finds
+    back; a wider one before it may take two tissues that are nearly alike for one. So both ways are gone, and the one
+    that begins wider counts where it leaves the histograms sharper by far.
+    """
+    prepared = [_prepared(samples, parameters, mesh) for samples in sets]
+    stages = list(enumerate(parameters.stages, start=1))
+    narrow = [_in_stages(*each, parameters, stages, xp, threads) for each in prepared]
+    if parameters.strong_stage is None:
+        return narrow
+    from_wide = [(0, parameters.strong_stage), *stages]
+    wide = [_in_stages(*each, parameters, from_wide, xp, threads) for each in prepared]
+    entropies = [
+        sum(_entropy(samples, found.field, parameters) for (samples, *_), found in zip(prepared, way, strict=True))
+        for way in (narrow, wide)
+    ]
+    gained = (entropies[0] - entropies[1]) / len(sets)
+    log.info(
+        "%s: beginning with FWHM %g leaves the histogram sharper by %.3f nats, and %s",
+        sets[0].source,
+        parameters.strong_stage.fwhm,
+        gained,
+        "counts" if gained > FAR_SHARPER else f"does not count: less than {FAR_SHARPER:g}",
+    )
+    return wide if gained > FAR_SHARPER else narrow
+
+
+def _prepared(samples: Samples, parameters: N4Parameters, mesh: Mesh | None) -> tuple[Samples, Mesh, SplineFit]:
+    """Samples of the box of the mask, a mesh that fits them, and the fit on it."""
     grid, samples = samples.check().positions, samples.cropped()
-    if not parameters.as_itk:
-        samples = samples.spread()
     mesh = mesh or initial_mesh(
         samples.image_shape, samples.voxel_size_mm, samples.domain or samples.positions, parameters
     )
     check_mesh(samples.source, grid, mesh, parameters)
     warn_of_long_spans(samples, mesh, parameters)
-
-    if wide is None:
-        wide = begins_wide(samples, parameters, mesh, xp=xp)
-    return _in_stages(samples, parameters, mesh, fit_on(mesh, samples, parameters), wide, xp, threads)
-
-
-def begins_wide(samples: Samples, parameters: N4Parameters, mesh: Mesh, *, xp: Any = np) -> bool:
-    """Whether the field is so strong that the estimate has to begin with `N4Parameters.strong_stage`.
-
-    The first stage may take tissues of the dark and the bright end for one another, from which no narrower one finds
-    back; a wider one may take two tissues that are nearly alike for one. So both are tried on a part of the samples,
-    and the wider one is taken where the corrected histogram is sharper by far.
-
-    Parameters
-    ----------
-    samples : Samples
-    parameters : N4Parameters
-    mesh : Mesh
-    xp : module
-        As `estimate_field`.
-
-    Returns
-    -------
-    bool
-    """
-    if parameters.strong_stage is None:
-        return False
-    part = samples.thinned(TRIED_SAMPLES)
-    fit, entropies = fit_on(mesh, part, parameters), []
-    for wide in (False, True):
-        field = _in_stages(part, parameters, mesh, fit, wide, xp, 1, level=logging.DEBUG).field
-        corrected = (part.log_image - field.log_at(part.positions))[part.confidence > 0]
-        low, high = float(corrected.min()), float(corrected.max())
-        if low == high:
-            return False
-        histogram = linear_histogram(corrected, low, high, parameters.histogram_bins)
-        entropies.append(blurred_entropy(histogram, low, high, parameters.stages[-1].fwhm))
-    wide = entropies[1] < entropies[0] - FAR_SHARPER
-    if wide:
-        log.info(
-            "%s: begins with FWHM %g, for a strong field: the histogram ends sharper by %.2f nats",
-            samples.source,
-            parameters.strong_stage.fwhm,
-            entropies[0] - entropies[1],
-        )
-    return wide
+    return samples, mesh, fit_on(mesh, samples, parameters)
 
 
 def _in_stages(
     samples: Samples,
-    parameters: N4Parameters,
     mesh: Mesh,
     fit: SplineFit,
-    wide: bool,
+    parameters: N4Parameters,
+    stages: Sequence[tuple[int, Stage]],
     xp: Any,
     threads: int,
-    level: int = logging.INFO,
 ) -> Estimate:
-    """The estimate itself, from the first stage, or from the one before it, to the last."""
-    stages = list(enumerate(parameters.stages, start=1))
-    if wide and parameters.strong_stage:
-        stages.insert(0, (0, parameters.strong_stage))
-    kernels = choose_kernels(samples, parameters, xp, threads)
-    lattice = np.zeros(mesh.lattice_shape)
+    """The estimate itself, through numbered stages."""
+    kernels, lattice = choose_kernels(samples, parameters, xp, threads), np.zeros(mesh.lattice_shape)
     history: list[Iteration] = []
     settled = False
     for number, stage in stages:
@@ -185,8 +158,7 @@ def _in_stages(
             update = kernels.fit(expected)
             kernels.subtract(update)
         lattice, cvs = kernels.end_stage()
-        log.log(
-            level,
+        log.info(
             "%s: stage %d of %d, FWHM %g, %s spans, %d of at most %d iterations, cv %.2e",
             samples.source,
             number,
@@ -200,14 +172,22 @@ def _in_stages(
         restless = len(cvs) == stage.most_iterations and cvs[-1] > parameters.convergence_threshold > 0
         if restless and settled and parameters.mesh == "fixed":
             # the width is too narrow for this histogram: from here on, anatomy becomes field
-            log.log(
-                level, "%s: the field of stage %d is kept, for the next does not settle", samples.source, number - 1
-            )
+            log.info("%s: the field of stage %d is kept, for the next does not settle", samples.source, number - 1)
             lattice = before
             break
         history += [Iteration(number, iteration, cv) for iteration, cv in enumerate(cvs, start=1)]
         settled = not restless
     return Estimate(BiasField(lattice, mesh, samples.image_shape, samples.affine), history)
+
+
+def _entropy(samples: Samples, field: BiasField, parameters: N4Parameters) -> float:
+    """Of the corrected log intensities, blurred by the width of the last stage; in nats."""
+    corrected = (samples.log_image - field.log_at(samples.positions))[samples.confidence > 0]
+    low, high = float(corrected.min()), float(corrected.max())
+    if low == high:
+        return -np.inf
+    histogram = linear_histogram(corrected, low, high, parameters.histogram_bins)
+    return blurred_entropy(histogram, low, high, parameters.stages[-1].fwhm)
 
 
 @one_blas_thread
@@ -236,14 +216,12 @@ def estimate_twice(samples: Samples, parameters: N4Parameters, *, xp: Any = np, 
     InputError
         As `estimate_field`.
     """
-    within = samples.check().cropped()
+    within = samples.cropped()
     mesh = initial_mesh(within.image_shape, within.voxel_size_mm, within.domain or within.positions, parameters)
-    check_mesh(samples.source, samples.positions, mesh, parameters)
-    wide = begins_wide(within.spread() if not parameters.as_itk else within, parameters, mesh, xp=xp)
     repeatability, many = None, np.count_nonzero(samples.confidence) >= SPLIT_SAMPLES
     try:
         halves = [replace(half, source=f"{half.source}, half of the samples") for half in samples.halves()]
-        one, other = (estimate_field(half, parameters, xp=xp, threads=threads, mesh=mesh, wide=wide) for half in halves)
+        one, other = _sharpest(halves, parameters, mesh, xp, threads)
     except InputError as error:
         log.info("%s; how repeatable the field is remains unknown", error)
     else:
@@ -252,7 +230,7 @@ def estimate_twice(samples: Samples, parameters: N4Parameters, *, xp: Any = np, 
             lattice = (one.field.lattice + other.field.lattice) / 2
             history = [line._replace(half=n) for n, half in ((1, one), (2, other)) for line in half.history]
             return Estimate(replace(one.field, lattice=lattice), history, repeatability)
-    return estimate_field(samples, parameters, xp=xp, threads=threads, wide=wide)._replace(repeatability=repeatability)
+    return estimate_field(samples, parameters, xp=xp, threads=threads)._replace(repeatability=repeatability)
 
 
 def rms_difference(one: BiasField, other: BiasField, samples: Samples) -> float:

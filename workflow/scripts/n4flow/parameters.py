@@ -50,9 +50,8 @@ class N4Parameters:
         and ITK); a number for all stages, or one for each. A wide one finds strong fields, a narrow one spares
         contrast.
     strong_fwhm : float, optional
-        Width of one more stage before the first, for strong fields: it is taken where, on a part of the samples, the
-        corrected histogram ends far sharper with it, see `estimate.begins_wide`. For the penalised fit, and where it is
-        wider than the first stage.
+        Width of one more stage before the first, for strong fields: it counts where it leaves the corrected histogram
+        far sharper, see `estimate.FAR_SHARPER`. For the penalised fit, and where it is wider than the first stage.
     twicing : float or tuple of float
         How much of what the expected value still lacks is added to it, from 0 to 1, two times over; a number for all
         stages, or one for each. It takes out the pull between tissues, and of a strong field a part, so that it rises

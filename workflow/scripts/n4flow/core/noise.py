@@ -20,8 +20,11 @@ import numpy as np
 #: The mean is taken anew of what is as near to the first mean: a sample far from its own tissue finds it.
 ROUNDS = 2
 
-#: Noise is told from the differences at no fewer samples, and at no more.
-FEWEST_DIFFERENCES, MOST_DIFFERENCES = 1000, 2**16
+#: Noise is told from the differences at no fewer samples.
+FEWEST_DIFFERENCES = 1000
+
+#: Less noise than this share of the median intensity is rounding.
+ROUNDING = 1e-9
 
 #: The median of absolute values is this share of the standard deviation of a normal variable.
 MEDIAN_OF_NORMAL = 0.6744897501960817
@@ -66,22 +69,25 @@ def noise_sd(values: np.ndarray, positions: Sequence[np.ndarray], kept: np.ndarr
     Returns
     -------
     float
-        In units of the image; 0 where fewer than `FEWEST_DIFFERENCES` samples have all their neighbours.
+        In units of the image; 0 where no more than rounding is seen, and where fewer than `FEWEST_DIFFERENCES` samples
+        have all their neighbours.
     """
     centres, offsets = _places(values, positions, kept)
-    centres = centres[:: max(1, len(centres) // MOST_DIFFERENCES)]
-    around = values.ravel()[centres + offsets[:, None]]
-    found = []
+    flat, found = values.ravel(), []
     for along in product((DIFFERENCE, NONE), repeat=3):
         if sum(kernel is DIFFERENCE for kernel in along) < 2:
             continue
         kernel = np.einsum("i,j,k->ijk", *along).ravel()
         taken = kernel != 0
-        differences = kernel[taken] @ around[taken]
+        differences = np.empty(len(centres))
+        for start in range(0, len(centres), BLOCK):
+            block = slice(start, start + BLOCK)
+            differences[block] = kernel[taken] @ flat[centres[block] + offsets[taken, None]]
         differences = np.abs(differences[np.isfinite(differences)])
         if len(differences) >= FEWEST_DIFFERENCES:
             found.append(float(np.median(differences)) / MEDIAN_OF_NORMAL / float(np.sqrt(kernel @ kernel)))
-    return min(found, default=0.0)
+    sd = min(found, default=0.0)
+    return sd if sd > 0 and sd > ROUNDING * float(np.median(flat[centres])) else 0.0
 
 
 def denoised(values: np.ndarray, positions: Sequence[np.ndarray], kept: np.ndarray, distance: float) -> np.ndarray:
@@ -107,7 +113,8 @@ def denoised(values: np.ndarray, positions: Sequence[np.ndarray], kept: np.ndarr
         around = flat[centres[block] + offsets[:, None]]
         for _ in range(ROUNDS):
             near = np.abs(around - means[block]) <= distance  # not so what is NaN
-            means[block] = np.where(near, around, 0).sum(axis=0, dtype=np.float64) / near.sum(axis=0)
+            total, count = np.where(near, around, 0).sum(axis=0, dtype=np.float64), near.sum(axis=0)
+            means[block] = np.where(count > 0, total / np.maximum(count, 1), means[block])
     return means
 
 

@@ -121,13 +121,6 @@ class Samples:
             positions=tuple(p[along] for p, along in zip(self.positions, part, strict=True)),
         )
 
-    def thinned(self, most: int) -> Self:
-        """Every 2nd plane of the longest axis, and so on until no more than `most` are inside."""
-        every, shape = [1, 1, 1], np.array(self.mask.shape)
-        while np.count_nonzero(self.confidence) > most * math.prod(every):
-            every[int(np.argmax(shape / every))] *= 2
-        return self._part(tuple(slice(None, None, step) for step in every))
-
     def halves(self) -> list[Self]:
         """Two sets of samples that share none: alternate planes along the axis that has the most."""
         axis = int(np.argmax(self.mask.shape))

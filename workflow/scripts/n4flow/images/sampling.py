@@ -208,7 +208,7 @@ def take_samples(
                 weights[into] = np.where(to_host(slab.inside[part]), to_host(slab.weights[part]), 0)
     assert values is not None
     own = values[np.ix_(*(np.searchsorted(w, p) for w, p in zip(wanted, positions, strict=True)))]
-    kept = np.isfinite(own)
+    kept = ~np.isnan(own)
     log_image = log_where(own, kept)
     if weights is not None:
         largest = weights.max(initial=0)
@@ -232,9 +232,9 @@ def take_samples(
         weights,
         domain=domain,
     )
-    if parameters.denoise:
-        samples = without_noise(samples, values, parameters.denoise)
-    return samples, intensity
+    if not parameters.as_itk and (spread := samples.spread()) is not samples:
+        return spread, intensity
+    return without_noise(samples, values, parameters.denoise) if parameters.denoise else samples, intensity
 
 
 def without_noise(samples: Samples, values: np.ndarray, denoise: float) -> Samples:
@@ -251,14 +251,13 @@ def without_noise(samples: Samples, values: np.ndarray, denoise: float) -> Sampl
     Returns
     -------
     Samples
-        The same where no noise is seen, and where few grey levels will be spread, see `Samples.spread`.
+        The same where no noise is seen.
     """
-    if samples.spread() is not samples:
-        return samples
     sd = noise_sd(values, samples.positions, samples.mask)
-    log.info("%s: the noise is about %.3g", samples.source, sd)
     if sd == 0:
+        log.info("%s: no noise is seen; the samples are taken as they are", samples.source)
         return samples
+    log.info("%s: the noise is about %.3g", samples.source, sd)
     log_image = samples.log_image.copy()
     log_image[samples.mask] = np.log(denoised(values, samples.positions, samples.mask, denoise * sd))
     return replace(samples, log_image=log_image)

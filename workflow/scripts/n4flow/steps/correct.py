@@ -127,7 +127,7 @@ def estimate_facts(estimate: Estimate, samples: Samples, parameters: N4Parameter
     # a stage without an iteration found all values the same
     converged = [
         all(cv <= parameters.convergence_threshold for (_, of), cv in last.items() if of == stage)
-        for stage in range(1, len(parameters.stages) + 1)
+        for stage in sorted({*range(1, len(parameters.stages) + 1), *(line.stage for line in estimate.history)})
     ]
     return {
         "Parameters": parameters.to_mapping(),
