@@ -164,14 +164,20 @@ def test_slabs_and_what_lies_outside_of_the_mask_do_not_matter():
     np.testing.assert_array_equal(found.log_image[found.mask], first.log_image[first.mask])
 
 
-def test_few_grey_levels_are_spread_and_not_averaged():
-    image = np.rint(noisy(steps(), 40) / 20)
+@pytest.mark.parametrize(("noise_steps", "averaged"), [(0.25, False), (1.5, True)])
+def test_few_grey_levels_are_spread_where_they_are_wider_than_the_noise(noise_steps, averaged):
+    step = 20
+    shaded = steps() * np.linspace(0.7, 1.3, SHAPE[0])[:, None, None]
+    image = np.rint(noisy(shaded, noise_steps * step) / step)
     assert len(np.unique(image)) < 100
-    spread, plain = (taken(image, image > 0, N4Parameters(denoise=denoise)) for denoise in (1.5, 0))
-    np.testing.assert_array_equal(spread.log_image, plain.log_image)
-    off = np.exp(spread.log_image[spread.mask]) - image[spread.mask]
+    default, plain = (taken(image, image > 0, N4Parameters(denoise=denoise)) for denoise in (1.5, 0))
+    off = np.exp(plain.log_image[plain.mask]) - image[plain.mask]
     assert np.abs(off).max() <= 0.5 + 1e-9
     assert np.std(off) == pytest.approx(12**-0.5, rel=0.05)
+    assert np.array_equal(default.log_image, plain.log_image) != averaged
+    if averaged:
+        off, raw = (np.std(array * step - shaded) for array in (np.exp(default.log_image), image))
+        assert off < 0.6 * raw
     # ITK's histogram has its spikes
     as_itk = taken(image, image > 0, N4Parameters(**PRESETS["itk"] | {"shrink_factor": 1}))
     np.testing.assert_array_equal(np.exp(as_itk.log_image[as_itk.mask]).round(9) % 1, 0)

@@ -8,9 +8,10 @@ from hypothesis import strategies as st
 from numpy.testing import assert_array_equal
 
 from n4flow import InputError, N4Parameters
-from n4flow.core.samples import check_dropped, sample_positions, shrink_per_axis, usable_voxels
+from n4flow.core.samples import Samples, check_dropped, sample_positions, shrink_per_axis, usable_voxels
 from n4flow.estimate import positions_in
 from n4flow.parameters import MOST_SAMPLES
+from tests.conftest import samples_of
 
 
 def itk_positions(shape, factors):
@@ -18,6 +19,21 @@ def itk_positions(shape, factors):
     ramps = np.indices(shape).astype(np.float32)
     shrunken = [sitk.GetArrayFromImage(sitk.Shrink(sitk.GetImageFromArray(ramp.T), factors)).T for ramp in ramps]
     return [np.unique(ramp) for ramp in shrunken]
+
+
+@pytest.mark.parametrize("planes", [40, 41, 47])
+@pytest.mark.parametrize("split", [Samples.halves, Samples.blocks])
+def test_halves_of_samples_share_none_and_hold_all(planes, split):
+    image = np.random.default_rng(0).uniform(1, 2, (10, planes, 12))
+    samples = samples_of(image, image > 1.1, (1, 1, 1))
+    parts = split(samples)
+    kept = [part.log_image[part.mask] for part in parts]
+    assert not set(kept[0]) & set(kept[1])
+    np.testing.assert_array_equal(np.sort(np.concatenate(kept)), np.sort(samples.log_image[samples.mask]))
+    assert sorted(np.concatenate([part.positions[1] for part in parts])) == list(range(planes))
+    flipped = split(samples_of(image[:, ::-1], image[:, ::-1] > 1.1, (1, 1, 1)))
+    found = {tuple(np.sort(part.log_image[part.mask])) for part in flipped}
+    assert found == {tuple(np.sort(own)) for own in kept}
 
 
 @pytest.mark.parametrize("shrink_factor", [1, 2, 3, 4, 5])

@@ -195,7 +195,8 @@ def estimate_twice(samples: Samples, parameters: N4Parameters, *, xp: Any = np, 
     """Estimate the field from each half of the samples: the mean is the field, and the difference says how sure it is.
 
     Together the halves cost what all samples would, and their mean is as close to the truth. All samples are taken
-    together where they are few, and where the field is to be ITK's; the halves then only tell how repeatable it is.
+    together where they are few, and where the field is to be ITK's; the halves then only tell how repeatable it is, and
+    are blocks of planes.
 
     Parameters
     ----------
@@ -208,7 +209,7 @@ def estimate_twice(samples: Samples, parameters: N4Parameters, *, xp: Any = np, 
     -------
     Estimate
         The field, whose mean is free; the history of both halves; the repeatability: root mean square over the samples,
-        in natural log, of the difference of both fields, each less its mean, see `Samples.halves`. None where no field
+        in natural log, of the difference of both fields, each less its mean. None where no field
         can be estimated from the halves: they are too few, or too few for the mesh.
 
     Raises
@@ -218,15 +219,17 @@ def estimate_twice(samples: Samples, parameters: N4Parameters, *, xp: Any = np, 
     """
     within = samples.cropped()
     mesh = initial_mesh(within.image_shape, within.voxel_size_mm, within.domain or within.positions, parameters)
-    repeatability, many = None, np.count_nonzero(samples.confidence) >= SPLIT_SAMPLES
+    repeatability = None
+    mean_of_both = np.count_nonzero(samples.confidence) >= SPLIT_SAMPLES and not parameters.as_itk
     try:
-        halves = [replace(half, source=f"{half.source}, half of the samples") for half in samples.halves()]
+        both = samples.halves() if mean_of_both else samples.blocks()
+        halves = [replace(half, source=f"{half.source}, half of the samples") for half in both]
         one, other = _sharpest(halves, parameters, mesh, xp, threads)
     except InputError as error:
         log.info("%s; how repeatable the field is remains unknown", error)
     else:
         repeatability = rms_difference(one.field, other.field, samples)
-        if many and not parameters.as_itk:
+        if mean_of_both:
             lattice = (one.field.lattice + other.field.lattice) / 2
             history = [line._replace(half=n) for n, half in ((1, one), (2, other)) for line in half.history]
             return Estimate(replace(one.field, lattice=lattice), history, repeatability)

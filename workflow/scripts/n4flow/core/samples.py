@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
@@ -30,6 +30,9 @@ MOSTLY_USED = 0.8
 
 #: One over the powers of the root of x^4 = x + 1: their multiples fill the unit interval evenly, along any line.
 SPREAD_SHARES = tuple(1.2207440846057596**-power for power in (1, 2, 3))
+
+#: Planes that one half of the samples takes before it is the other's turn, see `Samples.blocks`.
+BLOCK_PLANES = 4
 
 #: No axis is shrunk to fewer samples than this, so that thin stacks keep their slices.
 MINIMUM_GRID = 16
@@ -112,7 +115,7 @@ class Samples:
         """Without the outer planes that hold no sample of the mask: nothing depends on them."""
         return self._part(box_of(self.mask))
 
-    def _part(self, part: tuple[slice, ...]) -> Self:
+    def _part(self, part: tuple[slice | np.ndarray, ...]) -> Self:
         return replace(
             self,
             log_image=self.log_image[part],
@@ -123,11 +126,48 @@ class Samples:
 
     def halves(self) -> list[Self]:
         """Two sets of samples that share none: alternate planes along the axis that has the most."""
-        axis = int(np.argmax(self.mask.shape))
+        return self._split(lambda count: np.arange(count))
 
+    def blocks(self) -> list[Self]:
+        """As `halves`, but in turns of `BLOCK_PLANES` planes: samples of either hardly have neighbours in the other.
+
+        They are counted from the middle, so that a flipped image has the same.
+        """
+        return self._split(lambda count: np.abs(2 * np.arange(count) - (count - 1)) // (2 * BLOCK_PLANES))
+
+    def _split(self, numbers: Callable[[int], np.ndarray]) -> list[Self]:
+        """Planes of even and of odd numbers, along the axis that has the most."""
+        axis = int(np.argmax(self.mask.shape))
+        odd = numbers(self.mask.shape[axis]) % 2 > 0
         return [
-            self._part(tuple(slice(first, None, 2) if n == axis else slice(None) for n in range(3))) for first in (0, 1)
+            self._part(tuple(np.flatnonzero(half) if n == axis else slice(None) for n in range(3)))
+            for half in (~odd, odd)
         ]
+
+    def grey_step(self) -> float:
+        """Between neighbours of a scale of few grey levels, in intensity; 0 where there is none: see `spread`."""
+        found = self._scale_of_greys()
+        return found[0] * math.exp(found[1][-1]) if found else 0.0
+
+    def _scale_of_greys(self) -> tuple[float, np.ndarray, np.ndarray] | None:
+        """The step of a scale of few levels, as a share of the largest, their logarithms, and the level of each sample.
+
+        None where there are more than `FEW_LEVELS`, or where they are not the steps of a scale: a drawing of five
+        tissues is none.
+        """
+        values = self.log_image[self.confidence > 0]
+        if len(np.unique(values[:: max(1, len(values) // 1024)])) > FEW_LEVELS:
+            return None  # as a rule
+        levels, level, counts = np.unique(values, return_inverse=True, return_counts=True)
+        intensities = np.exp(levels - levels[-1])
+        # of single voxels that are hot, or off the scale, there may be some
+        common = intensities[counts > RARE * len(values)]
+        if len(levels) > 2 * FEW_LEVELS or not FEWEST_LEVELS <= len(common) <= FEW_LEVELS:
+            return None
+        step = float(np.diff(common).min())
+        if len(common) < MOSTLY_USED * (1 + (common[-1] - common[0]) / step):
+            return None
+        return step, levels, level
 
     def spread(self) -> Self:
         """With few grey levels, each of them spread over the interval of intensities that was rounded to it.
@@ -138,27 +178,17 @@ class Samples:
         Returns
         -------
         Samples
-            The same where there are more than `FEW_LEVELS`, or where they are not the steps of a scale: a drawing of
-            five tissues is none.
+            The same where there are more levels.
 
         References
         ----------
         Roberts 2018, Quasirandom sequences: the additive recurrence of three axes.
         """
-        used = self.confidence > 0
-        values = self.log_image[used]
-        if len(np.unique(values[:: max(1, len(values) // 1024)])) > FEW_LEVELS:
-            return self  # as a rule
-        levels, level, counts = np.unique(values, return_inverse=True, return_counts=True)
-        intensities = np.exp(levels - levels[-1])
-        # of single voxels that are hot, or off the scale, there may be some
-        common = intensities[counts > RARE * len(values)]
-        if len(levels) > 2 * FEW_LEVELS or not FEWEST_LEVELS <= len(common) <= FEW_LEVELS:
+        if not (found := self._scale_of_greys()):
             return self
-        step = float(np.diff(common).min())
-        if len(common) < MOSTLY_USED * (1 + (common[-1] - common[0]) / step):
-            return self
-        log.info("%s: has %d grey levels, which are spread by half a step up and down", self.source, len(common))
+        step, levels, level = found
+        log.info("%s: has %d grey levels, which are spread by half a step up and down", self.source, len(levels))
+        used, intensities = self.confidence > 0, np.exp(levels - levels[-1])
         first = [0, 0, 0] if self.domain is None else [voxels.start for voxels in self.domain]
         shares = sum(
             share * (p[index] - start)

@@ -232,9 +232,9 @@ def take_samples(
         weights,
         domain=domain,
     )
-    if not parameters.as_itk and (spread := samples.spread()) is not samples:
-        return spread, intensity
-    return without_noise(samples, values, parameters.denoise) if parameters.denoise else samples, intensity
+    if parameters.denoise:
+        samples = without_noise(samples, values, parameters.denoise)
+    return samples if parameters.as_itk else samples.spread(), intensity
 
 
 def without_noise(samples: Samples, values: np.ndarray, denoise: float) -> Samples:
@@ -251,13 +251,13 @@ def without_noise(samples: Samples, values: np.ndarray, denoise: float) -> Sampl
     Returns
     -------
     Samples
-        The same where no noise is seen.
+        The same where no noise is seen, or less than half a step of few grey levels: these have to be spread.
     """
-    sd = noise_sd(values, samples.positions, samples.mask)
-    if sd == 0:
-        log.info("%s: no noise is seen; the samples are taken as they are", samples.source)
+    sd, step = noise_sd(values, samples.positions, samples.mask), samples.grey_step()
+    if sd <= step / 2:
+        log.info("%s: the noise is about %.3g; the samples are taken as they are", samples.source, sd)
         return samples
-    log.info("%s: the noise is about %.3g", samples.source, sd)
+    log.info("%s: the noise is about %.3g; what is as bright around a sample is averaged", samples.source, sd)
     log_image = samples.log_image.copy()
     log_image[samples.mask] = np.log(denoised(values, samples.positions, samples.mask, denoise * sd))
     return replace(samples, log_image=log_image)

@@ -119,9 +119,8 @@ DEFINITIONS: tuple[Definition, ...] = (
     Definition(
         ("repeatability_log",),
         "repeatability",
-        "rms of log b1 - log b2, each less its mean: the fields of two halves of the samples, alternate planes",
-        "Below 0.01. How much a field depends on which voxels were taken: how sure it is, not how right. Noise shows "
-        "less in it than between two scans, since both halves average over the same neighbours.",
+        "rms of log b1 - log b2, each less its mean: the fields of two halves of the samples, planes in turn",
+        "Below 0.01. How much a field depends on which voxels were taken: how sure it is, not how right.",
     ),
     Definition(
         ("reference_r",),

@@ -169,7 +169,8 @@ def _settings(subjects: Sequence[Metrics]) -> Iterator[str]:
     if p.denoise:
         yield (
             f"Each was the mean of itself and those neighbours that differed by up to {p.denoise:g} standard "
-            "deviations of the noise (sigma filter, Lee 1983); the corrected images were not filtered."
+            "deviations of the noise (sigma filter, Lee 1983), but where few grey levels were twice as wide; the "
+            "corrected images were not filtered."
         )
 
 
