@@ -350,14 +350,15 @@ def test_a_wider_stage_counts_where_a_field_is_strong_and_where_it_is_not_it_wou
         assert error < 0.1 * error_without
         return
     assert error == error_without
-    monkeypatch.setattr(estimate, "FAR_SHARPER", -np.inf)
+    monkeypatch.setattr(estimate, "SLOW_START", 0)
+    monkeypatch.setattr(estimate, "SHARPER", -np.inf)
     always, error_with = corrected()
     assert 0 in always
     assert error < 1.05 * error_with
 
 
 def test_no_stage_comes_before_the_first_of_itks_fit_or_of_one_as_wide():
-    assert N4Parameters().strong_stage == N4Parameters().stages[0]._replace(fwhm=0.3)
+    assert N4Parameters().strong_stage == N4Parameters().stages[0]._replace(fwhm=0.45)
     for parameters in (N4Parameters(**PRESETS["itk"]), N4Parameters(strong_fwhm=None), N4Parameters(strong_fwhm=0.2)):
         assert parameters.strong_stage is None
 

@@ -62,7 +62,7 @@ def test_every_preset_is_told_by_its_own_values(preset):
     assert ("the approximation of Lee et al. 1997" in text) == (p.fit != "penalised")
     assert ("doubled from stage to stage" in text) == (p.mesh == "refined")
     assert ("Tukey 1977" in text) == any(stage.twicing for stage in p.stages)
-    assert ("A stage of 0.3 came first where" in text) == (p.strong_stage is not None)
+    assert ("A stage of 0.45 came first where" in text) == (p.strong_stage is not None)
     assert ("Lee 1983" in text) == (p.denoise > 0)
     mesh = f"spans of {p.spline_distance_mm:g} mm" if p.spline_distance_mm else f"spans over the {p.domain}"
     assert mesh in text

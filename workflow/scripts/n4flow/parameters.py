@@ -50,8 +50,9 @@ class N4Parameters:
         and ITK); a number for all stages, or one for each. A wide one finds strong fields, a narrow one spares
         contrast.
     strong_fwhm : float, optional
-        Width of one more stage before the first, for strong fields: it counts where it leaves the corrected histogram
-        far sharper, see `estimate.FAR_SHARPER`. For the penalised fit, and where it is wider than the first stage.
+        Width of one more stage before the first, for strong fields: where the first is slow, it is tried, and counts if
+        it leaves the corrected histogram sharper, see `estimate.SLOW_START`. For the penalised fit, and where it is
+        wider than the first stage.
     twicing : float or tuple of float
         How much of what the expected value still lacks is added to it, from 0 to 1, two times over; a number for all
         stages, or one for each. It takes out the pull between tissues, and of a strong field a part, so that it rises
@@ -87,7 +88,7 @@ class N4Parameters:
     spline_distance_mm: float | None = None
     iterations: tuple[int, ...] = (40, 40, 40, 40, 40, 40)
     fwhm: float | tuple[float, ...] = (0.20, 0.16, 0.13, 0.105, 0.085, 0.07)
-    strong_fwhm: float | None = 0.30
+    strong_fwhm: float | None = 0.45
     twicing: float | tuple[float, ...] = (0.45, 0.54, 0.63, 0.72, 0.81, 0.9)
     convergence_threshold: float = 1e-3
     shrink_factor: int | None = None

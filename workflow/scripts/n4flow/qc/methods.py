@@ -140,7 +140,7 @@ def _settings(subjects: Sequence[Metrics]) -> Iterator[str]:
     )
     if p.strong_stage:
         yield (
-            f"A stage of {p.strong_stage.fwhm:g} came first where the histogram of a part of the samples ended far "
+            f"A stage of {p.strong_stage.fwhm:g} came first where the next was slow, and the histogram ended "
             "sharper with it."
         )
     shares = [stage.twicing for stage in stages]
