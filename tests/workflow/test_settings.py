@@ -249,4 +249,4 @@ def test_memory_goes_by_the_voxels_whatever_their_type_and_by_the_share_of_them_
         asked[factor] = sorted(map(int, jobs))
     (megavoxels,) = {np.prod(nib.load(folder / scan.image).shape) / 1e6 for scan in SCANS.values()}
     (every,), (fourth,) = set(asked[1]), set(asked[4])
-    assert every - fourth == pytest.approx(80 * megavoxels * (1 - 1 / 64), abs=1)
+    assert every - fourth == pytest.approx(250 * megavoxels * (1 - 1 / 64), abs=1)
