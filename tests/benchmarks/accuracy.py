@@ -42,7 +42,7 @@ from n4flow.core import sharpening  # noqa: E402
 from n4flow.core.bspline import expand  # noqa: E402
 from n4flow.core.noise import surroundings  # noqa: E402
 from n4flow.core.samples import Samples, log_where, sample_positions, shrink_per_axis  # noqa: E402
-from n4flow.images.sampling import without_noise  # noqa: E402
+from n4flow.images.sampling import mended  # noqa: E402
 from n4flow.parameters import PRESETS, N4Parameters  # noqa: E402
 from n4flow.qc.metrics import coefficient_of_joint_variation  # noqa: E402
 from n4flow.steps.mask import mask_scan, otsu_threshold  # noqa: E402
@@ -80,27 +80,25 @@ def with_n4flow(parameters, image, mask, voxel_size_mm, positions=None):
     if positions is None:
         result = correct(image, mask, voxel_size_mm=voxel_size_mm, parameters=parameters, device="cpu")
         return Found(result.field.log_at, max(Counter(line.half for line in result.history).values(), default=0))
-    samples = samples_at(positions, image, mask, voxel_size_mm, parameters.denoise)
+    samples = samples_at(positions, image, mask, voxel_size_mm, parameters)
     found = estimate.estimate_field(samples, parameters)
     return Found(found.field.log_at, len(found.history))
 
 
-def samples_at(positions, image, mask, voxel_size_mm, denoise):
-    """Samples at these voxel indices per axis."""
+def samples_at(positions, image, mask, voxel_size_mm, parameters):
+    """Samples at these voxel indices per axis, as n4flow takes them."""
     used = mask & (image > 0)
     inside, values = (array[np.ix_(*positions)] for array in (used, image))
     affine = np.diag([*voxel_size_mm, 1.0])
     samples = Samples(log_where(values, inside), inside, positions, image.shape, voxel_size_mm, affine, {}, "scan")
-    if not denoise or (spread := samples.spread()) is not samples:
-        return spread if denoise else samples
     padded = np.pad(np.where(used, image, np.nan), 1, constant_values=np.nan)
-    return without_noise(samples, padded[np.ix_(*(w + 1 for w in surroundings(positions)))], denoise)
+    return mended(samples, padded[np.ix_(*(w + 1 for w in surroundings(positions)))], parameters)
 
 
 def denoised_first(method, image, mask, voxel_size_mm):
     """Another method on samples that are freed of noise as ours are."""
     positions = sample_positions(image.shape, SHRINK)
-    samples = samples_at(positions, image, mask, voxel_size_mm, N4Parameters().denoise)
+    samples = samples_at(positions, image, mask, voxel_size_mm, N4Parameters())
     image, grid = image.copy(), np.ix_(*positions)
     image[grid] = np.where(samples.mask, np.exp(samples.log_image), image[grid])
     return method(image, mask, voxel_size_mm)

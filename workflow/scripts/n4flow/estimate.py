@@ -213,8 +213,8 @@ def estimate_twice(samples: Samples, parameters: N4Parameters, *, xp: Any = np, 
     -------
     Estimate
         The field, whose mean is free; the history of both halves; the repeatability: root mean square over the samples,
-        in natural log, of the difference of both fields, each less its mean. None where no field
-        can be estimated from the halves: they are too few, or too few for the mesh.
+        in natural log, of the difference of both fields, each less its mean. None where no field can be estimated from
+        the halves: they are too few, or too few for the mesh.
 
     Raises
     ------

@@ -7,7 +7,7 @@ one tissue, as a rule, and their mean is what the sample would be with a fractio
 References
 ----------
 Lee 1983, Digital image smoothing and the sigma filter, doi:10.1016/0734-189X(83)90047-6; Immerkaer 1996, Fast noise
-variance estimation, doi:10.1006/cviu.1996.0060: a difference of differences that leaves next to nothing of anatomy.
+variance estimation, doi:10.1006/cviu.1996.0060: a difference of differences that leaves little of anatomy.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 
@@ -36,6 +36,15 @@ BLOCK_PLANES = 4
 
 #: No axis is shrunk to fewer samples than this, so that thin stacks keep their slices.
 MINIMUM_GRID = 16
+
+
+class _GreyScale(NamedTuple):
+    """Few grey levels that are the steps of a scale."""
+
+    step: float  # as a share of the largest level
+    common: int  # how many levels are not rare
+    levels: np.ndarray  # natural log of each, in rising order
+    level: np.ndarray  # index of that of each sample
 
 
 @dataclass(frozen=True, eq=False)
@@ -126,7 +135,7 @@ class Samples:
 
     def halves(self) -> list[Self]:
         """Two sets of samples that share none: alternate planes along the axis that has the most."""
-        return self._split(lambda count: np.arange(count))
+        return self._split(np.arange)
 
     def blocks(self) -> list[Self]:
         """As `halves`, but in turns of `BLOCK_PLANES` planes: samples of either hardly have neighbours in the other.
@@ -147,10 +156,10 @@ class Samples:
     def grey_step(self) -> float:
         """Between neighbours of a scale of few grey levels, in intensity; 0 where there is none: see `spread`."""
         found = self._scale_of_greys()
-        return found[0] * math.exp(found[1][-1]) if found else 0.0
+        return found.step * math.exp(found.levels[-1]) if found else 0.0
 
-    def _scale_of_greys(self) -> tuple[float, np.ndarray, np.ndarray] | None:
-        """The step of a scale of few levels, as a share of the largest, their logarithms, and the level of each sample.
+    def _scale_of_greys(self) -> _GreyScale | None:
+        """The scale of the samples.
 
         None where there are more than `FEW_LEVELS`, or where they are not the steps of a scale: a drawing of five
         tissues is none.
@@ -167,7 +176,7 @@ class Samples:
         step = float(np.diff(common).min())
         if len(common) < MOSTLY_USED * (1 + (common[-1] - common[0]) / step):
             return None
-        return step, levels, level
+        return _GreyScale(step, len(common), levels, level)
 
     def spread(self) -> Self:
         """With few grey levels, each of them spread over the interval of intensities that was rounded to it.
@@ -186,8 +195,8 @@ class Samples:
         """
         if not (found := self._scale_of_greys()):
             return self
-        step, levels, level = found
-        log.info("%s: has %d grey levels, which are spread by half a step up and down", self.source, len(levels))
+        step, common, levels, level = found
+        log.info("%s: has %d grey levels, which are spread by half a step up and down", self.source, common)
         used, intensities = self.confidence > 0, np.exp(levels - levels[-1])
         first = [0, 0, 0] if self.domain is None else [voxels.start for voxels in self.domain]
         shares = sum(

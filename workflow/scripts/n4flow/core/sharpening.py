@@ -104,14 +104,10 @@ def expected_log_values(
     """
     bins = len(histogram)
     slope = (high - low) / (bins - 1)
-    padded, offset, places, exponents = _padding(bins)
-    blurred = np.zeros(padded)
-    blurred[offset : offset + bins] = histogram
-    width = fwhm / slope if as_itk else max(fwhm / slope, NARROWEST_BINS)
-    gaussian = 2 * np.sqrt(np.log(2) / np.pi) / width * np.exp(exponents / width**2)
-    transfer = np.fft.rfft(gaussian)
+    padded, offset, places, _ = _padding(bins)
+    spectrum, transfer = _spectra(histogram, fwhm / slope if as_itk else max(fwhm / slope, NARROWEST_BINS))
     wiener = transfer.real / (transfer.real**2 + transfer.imag**2 + wiener_noise)
-    sharp = np.maximum(np.fft.irfft(np.fft.rfft(blurred) * wiener, padded), 0)
+    sharp = np.maximum(np.fft.irfft(spectrum * wiener, padded), 0)
 
     def blur(values: Any) -> np.ndarray:
         return np.fft.irfft(transfer * np.fft.rfft(values), padded)
@@ -169,14 +165,21 @@ def blurred_entropy(histogram: np.ndarray, low: float, high: float, fwhm: float)
     float
         In nats: it does not depend on the bins, if they are narrow.
     """
-    padded, offset, _, exponents = _padding(len(histogram))
     slope = (high - low) / (len(histogram) - 1)
-    spread = np.zeros(padded)
-    spread[offset : offset + len(histogram)] = histogram
-    gaussian = np.exp(exponents / max(fwhm / slope, NARROWEST_BINS) ** 2)
-    density = np.maximum(np.fft.irfft(np.fft.rfft(gaussian) * np.fft.rfft(spread), padded), 0)
+    spectrum, transfer = _spectra(histogram, max(fwhm / slope, NARROWEST_BINS))
+    density = np.maximum(np.fft.irfft(transfer * spectrum), 0)
     share = density[density > 0] / density.sum()
     return float(np.log(slope) - share @ np.log(share))
+
+
+def _spectra(histogram: np.ndarray, width: float) -> tuple[np.ndarray, np.ndarray]:
+    """Fourier transforms of a padded histogram, and of a Gaussian whose FWHM is so many bins."""
+    bins = len(histogram)
+    padded, offset, _, exponents = _padding(bins)
+    blurred = np.zeros(padded)
+    blurred[offset : offset + bins] = histogram
+    gaussian = 2 * np.sqrt(np.log(2) / np.pi) / width * np.exp(exponents / width**2)
+    return np.fft.rfft(blurred), np.fft.rfft(gaussian)
 
 
 @lru_cache

@@ -232,26 +232,34 @@ def take_samples(
         weights,
         domain=domain,
     )
-    if parameters.denoise:
-        samples = without_noise(samples, values, parameters.denoise)
-    return samples if parameters.as_itk else samples.spread(), intensity
+    return mended(samples, values, parameters), intensity
 
 
-def without_noise(samples: Samples, values: np.ndarray, denoise: float) -> Samples:
-    """Samples that are each the mean of what is as bright around them.
+def mended(samples: Samples, values: np.ndarray, parameters: N4Parameters) -> Samples:
+    """Samples freed of noise and of grey levels, as far as `parameters` say.
 
     Parameters
     ----------
     samples : Samples
     values : (m0, m1, m2) float array
-        Intensities at the `noise.surroundings` of the samples; NaN where they do not take part.
-    denoise : float
-        What differs by so many standard deviations of the noise is as bright.
+        Intensities at the `noise.surroundings` of the samples, if they are to be freed of noise; NaN where they do not
+        take part.
+    parameters : N4Parameters
 
     Returns
     -------
     Samples
-        The same where no noise is seen, or less than half a step of few grey levels: these have to be spread.
+        The same where there is nothing to mend.
+    """
+    if parameters.denoise:
+        samples = _without_noise(samples, values, parameters.denoise)
+    return samples if parameters.as_itk else samples.spread()
+
+
+def _without_noise(samples: Samples, values: np.ndarray, denoise: float) -> Samples:
+    """Each the mean of what is as bright around it.
+
+    The same where no noise is seen, or less than half a step of few grey levels: these have to be spread.
     """
     sd, step = noise_sd(values, samples.positions, samples.mask), samples.grey_step()
     if sd <= step / 2:
